@@ -1,0 +1,1 @@
+"""Objectives that come with tuner, one module each. `tuner objectives` lists them."""

@@ -1,0 +1,60 @@
+"""Optuna studies in PostgreSQL: connecting, the schema, and a server for people who have none.
+
+Importing this is cheap; each name is imported from its module when first used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from storage.embedded import EmbeddedServer
+    from storage.engine import open_engine
+    from storage.errors import (
+        AuthenticationError,
+        EmbeddedServerError,
+        InvalidURLError,
+        SchemaVersionError,
+        StorageError,
+        StudyExistsError,
+        StudyNotFoundError,
+        UnreachableError,
+    )
+    from storage.optuna_storage import open_storage
+    from storage.schema import ensure_schema
+    from storage.url import mask_url, parse_url
+
+__all__ = [
+    "AuthenticationError",
+    "EmbeddedServer",
+    "EmbeddedServerError",
+    "InvalidURLError",
+    "SchemaVersionError",
+    "StorageError",
+    "StudyExistsError",
+    "StudyNotFoundError",
+    "UnreachableError",
+    "ensure_schema",
+    "mask_url",
+    "open_engine",
+    "open_storage",
+    "parse_url",
+]
+
+_MODULES = {
+    "EmbeddedServer": "storage.embedded",
+    "ensure_schema": "storage.schema",
+    "mask_url": "storage.url",
+    "open_engine": "storage.engine",
+    "open_storage": "storage.optuna_storage",
+    "parse_url": "storage.url",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(_MODULES.get(name, "storage.errors")), name)
+    globals()[name] = value
+    return value

@@ -1,0 +1,135 @@
+"""SQLAlchemy engines whose sessions are bounded in time, and whose connection errors are ours."""
+
+from __future__ import annotations
+
+import os
+import re
+from typing import TYPE_CHECKING, Any, Final
+
+from sqlalchemy import URL, CreateEnginePlugin, Engine, create_engine, event
+from sqlalchemy.dialects import plugins
+from sqlalchemy.exc import ArgumentError
+
+from storage.errors import AuthenticationError, InvalidURLError, StorageError, UnreachableError
+from storage.url import mask_url, parse_url
+
+if TYPE_CHECKING:
+    from sqlalchemy.engine import ExceptionContext
+
+CONNECTIONS_PER_PROCESS: Final = 2
+
+# A dead network is noticed after 10 + 3 * 5 seconds when idle, after 30 with data under way.
+_CONNECT_ARGS: Final[dict[str, str | int]] = {
+    "connect_timeout": 5,  # seconds, for each address that the host's name has
+    "keepalives": 1,
+    "keepalives_idle": 10,  # seconds
+    "keepalives_interval": 5,  # seconds
+    "keepalives_count": 3,
+    "tcp_user_timeout": 30_000,  # milliseconds; libpq ignores it where the system has none (macOS)
+}
+_SESSION_SETTINGS: Final = {
+    "TimeZone": "UTC",
+    "statement_timeout": "60s",
+    "lock_timeout": "10s",
+    "idle_in_transaction_session_timeout": "60s",
+}
+
+
+def open_engine(url: str | URL, *, read_only: bool = False, application_name: str = "tuner") -> Engine:
+    """Make an engine of at most two connections; nothing is connected yet.
+
+    Parameters in the URL's query win over our settings. With `read_only` each transaction refuses writes;
+    that guards against accidents, a database role guards against people.
+    Connecting raises UnreachableError, AuthenticationError or InvalidURLError; errors of statements are
+    SQLAlchemy's own. Raises InvalidURLError.
+    """
+    parsed = parse_url(url)
+    try:
+        return create_engine(parsed, **engine_options(parsed, read_only, application_name))
+    except ArgumentError as error:
+        raise InvalidURLError(f"cannot use {mask_url(parsed)}: {_one_line(error)}") from None
+
+
+def engine_options(url: URL, read_only: bool, application_name: str) -> dict[str, Any]:
+    """Return `open_engine`'s keyword arguments of create_engine, for code that makes its engine itself."""
+    connect_args = {name: value for name, value in _CONNECT_ARGS.items() if name not in url.query}
+    if "application_name" not in url.query:
+        connect_args["application_name"] = application_name
+    connect_args["options"] = _server_options(url, read_only)
+    return {
+        "connect_args": connect_args,
+        "max_overflow": CONNECTIONS_PER_PROCESS - 1,
+        "plugins": [_PLUGIN],
+        "pool_pre_ping": True,
+        "pool_size": 1,
+        "use_native_hstore": False,  # saves one query a connection: it would look for the hstore type
+    }
+
+
+def _server_options(url: URL, read_only: bool) -> str:
+    ours = [f"-c {name}={value}" for name, value in _SESSION_SETTINGS.items()]
+    given = url.query.get("options") or os.environ.get("PGOPTIONS", "")
+    theirs = [given] if isinstance(given, str) else list(given)
+    # The last setting of a name wins in PostgreSQL: theirs over ours, read_only over all.
+    last = ["-c default_transaction_read_only=on"] if read_only else []
+    return " ".join(filter(None, [*ours, *theirs, *last]))
+
+
+class _ConnectionErrors(CreateEnginePlugin):
+    """Maps the errors of connecting, on our engines and on those that Optuna makes from our options."""
+
+    def update_url(self, url: URL) -> URL:
+        return url  # to be given by every plugin; ours takes nothing from the URL
+
+    def engine_created(self, engine: Engine) -> None:
+        url = engine.url
+
+        def explain(context: ExceptionContext) -> StorageError | None:
+            # A failed ping makes the pool connect again, and that attempt's error is the one to tell.
+            if context.connection is not None or context.is_pre_ping or context.sqlalchemy_exception is None:
+                return None
+            return _connection_error(context.original_exception, url)
+
+        event.listen(engine, "handle_error", explain)
+
+
+_PLUGIN: Final = "tuner_connection_errors"
+plugins.register(_PLUGIN, __name__, _ConnectionErrors.__name__)
+
+# libpq gives no SQLSTATE for a connection that failed, so its words decide; most specific first. A server
+# that speaks another language falls through to UnreachableError, with the server's words.
+_FULL = re.compile(r"too many clients|remaining connection slots|too many connections for")
+_BAD_PARAMETER = re.compile(r"invalid (connection option|integer value|port number|\w+ value:)")
+_NO_DATABASE = re.compile(r'database ".*" does not exist')
+_REFUSED_ROLE = re.compile(
+    r"authentication failed|no password supplied|no pg_hba\.conf entry|pg_hba\.conf rejects"
+    r'|role ".*" (does not exist|is not permitted to log in)|permission denied for database'
+)
+_HINT = re.compile(r"\s*Is the server running[^?]*\?")
+
+
+def _connection_error(error: BaseException, url: URL) -> StorageError:
+    shown, reason = mask_url(url), _one_line(error)
+    if _FULL.search(reason):
+        return UnreachableError(
+            f"no free connection at {shown}: {reason}; a tuner process takes {CONNECTIONS_PER_PROCESS}, so "
+            f"raise max_connections above {CONNECTIONS_PER_PROCESS} x processes, or start fewer"
+        )
+    if _BAD_PARAMETER.search(reason):
+        return InvalidURLError(f"cannot use {shown}: {reason}; correct the URL's parameters")
+    if _REFUSED_ROLE.search(reason):
+        return AuthenticationError(
+            f"not let in at {shown}: {reason}; check the user name and the password (PGPASSWORD, PGPASSFILE "
+            "or a password file), and the server's pg_hba.conf"
+        )
+    if _NO_DATABASE.search(reason):
+        return UnreachableError(
+            f"no such database at {shown}: {reason}; create it (createdb), or correct the name"
+        )
+    return UnreachableError(
+        f"cannot reach PostgreSQL at {shown}: {reason}; check that the server runs, and its host and port"
+    )
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(_HINT.sub("", str(error)).split())

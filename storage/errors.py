@@ -1,0 +1,35 @@
+"""What can go wrong between us and the database, as types; every message shows its URL masked."""
+
+from __future__ import annotations
+
+
+class StorageError(Exception):
+    """The study database could not do what was asked; the message says what to do."""
+
+
+class InvalidURLError(StorageError):
+    """The URL is malformed, or names something else than a PostgreSQL database."""
+
+
+class UnreachableError(StorageError):
+    """No session with the server: it is down, too slow, full, refuses us, or lacks the database."""
+
+
+class AuthenticationError(UnreachableError):
+    """The server answers but does not let this role in."""
+
+
+class SchemaVersionError(StorageError):
+    """The tables of this database belong to another version of tuner or Optuna."""
+
+
+class StudyNotFoundError(StorageError):
+    """No study of that name in this database."""
+
+
+class StudyExistsError(StorageError):
+    """A study of that name is already in this database."""
+
+
+class EmbeddedServerError(StorageError):
+    """The embedded PostgreSQL could not be created, started, joined or stopped."""

@@ -1,0 +1,336 @@
+"""Studies and their trials, read and created with set-based statements; nothing here imports Optuna."""
+
+from __future__ import annotations
+
+import datetime as dt
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from sqlalchemy import Connection, Engine, Row, Select, and_, case, func, insert, select
+from sqlalchemy.exc import IntegrityError
+
+from storage.errors import StudyExistsError, StudyNotFoundError
+from storage.tables import (
+    STUDY_NAME_MAX_LENGTH,
+    studies,
+    study_directions,
+    study_user_attributes,
+    trial_intermediate_values,
+    trial_params,
+    trial_user_attributes,
+    trial_values,
+    trials,
+    tuner_exports,
+    tuner_studies,
+)
+from storage.url import mask_url
+
+State = Literal["RUNNING", "COMPLETE", "PRUNED", "FAIL", "WAITING"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyRecord:
+    """A study as it was created. `spec` and `created_at` are None for a study that tuner did not create."""
+
+    study_id: int
+    name: str
+    direction: Literal["minimize", "maximize"]
+    spec: dict[str, Any] | None
+    created_at: dt.datetime | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class StateCounts:
+    """The trials of a study by state."""
+
+    complete: int = 0
+    pruned: int = 0
+    running: int = 0
+    waiting: int = 0
+    failed: int = 0
+
+    @property
+    def done(self) -> int:
+        """The trials that count towards the budget and have ended."""
+        return self.complete + self.pruned
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrialRecord:
+    """A trial as it stands. `value` is infinite where the trial's is; None without one. Times are UTC.
+
+    `last_step` and `last_value` are the latest intermediate value's, `last_value` NaN where that is.
+    """
+
+    trial_id: int
+    number: int
+    state: State
+    value: float | None
+    started_at: dt.datetime | None
+    ended_at: dt.datetime | None
+    last_step: int | None = None
+    last_value: float | None = None
+    params: dict[str, Any] = field(default_factory=dict)
+    user_attrs: dict[str, Any] = field(default_factory=dict)
+
+
+def create_study(
+    engine: Engine, name: str, direction: str, spec: Mapping[str, Any], user_attrs: Mapping[str, Any]
+) -> StudyRecord:
+    """Create a study with its spec, in one transaction: no worker ever sees the one without the other.
+
+    Raises StudyExistsError if there is a study of that name, ValueError if PostgreSQL cannot hold the name.
+    """
+    if not name or "\0" in name or len(name) > STUDY_NAME_MAX_LENGTH:
+        raise ValueError(f"a study's name needs 1 to {STUDY_NAME_MAX_LENGTH} characters and no NUL, got {name[:40]!r}")
+    try:
+        with engine.begin() as conn:
+            study_id = conn.execute(insert(studies).values(study_name=name).returning(studies.c.study_id)).scalar_one()
+            conn.execute(insert(study_directions).values(study_id=study_id, direction=direction.upper(), objective=0))
+            conn.execute(insert(tuner_studies).values(study_id=study_id, spec=dict(spec)))
+            conn.execute(
+                insert(study_user_attributes),
+                [
+                    {"study_id": study_id, "key": key, "value_json": json.dumps(value)}
+                    for key, value in user_attrs.items()
+                ],
+            )
+    except IntegrityError as error:
+        raise StudyExistsError(f"a study named {name!r} exists in {mask_url(engine.url)}") from error
+    return find_study(engine, name)
+
+
+def find_study(engine: Engine, name: str) -> StudyRecord:
+    """Return the study of that name. Raises StudyNotFoundError if there is none."""
+    with engine.connect() as conn:
+        row = conn.execute(_select_studies().where(studies.c.study_name == name)).one_or_none()
+    if row is None:
+        raise StudyNotFoundError(f"no study named {name!r} in {mask_url(engine.url)}; 'tuner studies' lists them")
+    return _study(row)
+
+
+def list_studies(engine: Engine) -> list[StudyRecord]:
+    """Return all studies of one direction, oldest first."""
+    with engine.connect() as conn:
+        return [_study(row) for row in conn.execute(_select_studies().order_by(studies.c.study_id))]
+
+
+def count_states(engine: Engine, study_id: int) -> StateCounts:
+    """Return how many trials of the study are in each state."""
+    with engine.connect() as conn:
+        return states_of(conn, study_id)
+
+
+def states_of(conn: Connection, study_id: int) -> StateCounts:
+    """Return how many trials of the study are in each state, as `conn`'s transaction sees them."""
+    rows = conn.execute(
+        select(trials.c.state, func.count().label("n")).where(trials.c.study_id == study_id).group_by(trials.c.state)
+    )
+    counts: dict[str, int] = {row.state: row.n for row in rows}
+    return StateCounts(
+        complete=counts.get("COMPLETE", 0),
+        pruned=counts.get("PRUNED", 0),
+        running=counts.get("RUNNING", 0),
+        waiting=counts.get("WAITING", 0),
+        failed=counts.get("FAIL", 0),
+    )
+
+
+def list_trials(engine: Engine, study_id: int) -> list[TrialRecord]:
+    """Return the study's trials by number, with params, user attributes and the latest intermediate value."""
+    with engine.connect() as conn:
+        rows = conn.execute(_select_trials().where(trials.c.study_id == study_id).order_by(trials.c.number))
+        found = rows.all()
+        in_study = select(trials.c.trial_id).where(trials.c.study_id == study_id)
+        params = _params(conn, in_study)
+        attrs = _user_attrs(conn, in_study)
+        latest = _latest_reports(conn, in_study)
+    return [_trial(row, params, attrs, latest) for row in found]
+
+
+def best_trial(engine: Engine, study_id: int, direction: str) -> TrialRecord | None:
+    """Return the complete trial with the best value, the earliest of equals; None while there is none."""
+    # NaN cannot be a trial's value; an infinite one has no `value` but a `value_type`, which sorts around it.
+    rank = case((trial_values.c.value_type == "INF_NEG", -1), (trial_values.c.value_type == "INF_POS", 1), else_=0)
+    order = [rank, trial_values.c.value] if direction == "minimize" else [rank.desc(), trial_values.c.value.desc()]
+    query = (
+        _select_trials()
+        .where(trials.c.study_id == study_id, trials.c.state == "COMPLETE", trial_values.c.trial_id.is_not(None))
+        .order_by(*order, trials.c.number)
+        .limit(1)
+    )
+    with engine.connect() as conn:
+        row = conn.execute(query).one_or_none()
+        if row is None:
+            return None
+        this = select(trials.c.trial_id).where(trials.c.trial_id == row.trial_id)
+        return _trial(row, _params(conn, this), _user_attrs(conn, this), _latest_reports(conn, this))
+
+
+def count_failures(engine: Engine, study_id: int) -> dict[str, tuple[int, str]]:
+    """Return for each class of failure how many trials failed by it and the latest message."""
+    kind, message = trial_user_attributes.alias("kind"), trial_user_attributes.alias("message")
+    query = (
+        select(
+            func.coalesce(kind.c.value_json, '"unknown"').label("kind"),
+            func.coalesce(message.c.value_json, '""').label("message"),
+        )
+        .select_from(trials)
+        .outerjoin(kind, and_(kind.c.trial_id == trials.c.trial_id, kind.c.key == "failure"))
+        .outerjoin(message, and_(message.c.trial_id == trials.c.trial_id, message.c.key == "failure_message"))
+        .where(trials.c.study_id == study_id, trials.c.state == "FAIL")
+        .order_by(trials.c.number)
+    )
+    failures: dict[str, tuple[int, str]] = {}
+    with engine.connect() as conn:
+        for row in conn.execute(query):
+            count, _ = failures.get(json.loads(row.kind), (0, ""))
+            failures[json.loads(row.kind)] = (count + 1, json.loads(row.message))
+    return failures
+
+
+def record_export(
+    engine: Engine, study_id: int, trial_number: int, weights_sha256: str, test_metrics: Mapping[str, float]
+) -> None:
+    """Record that the test split was evaluated once with these weights."""
+    with engine.begin() as conn:
+        conn.execute(
+            insert(tuner_exports).values(
+                study_id=study_id,
+                trial_number=trial_number,
+                weights_sha256=weights_sha256,
+                test_metrics=dict(test_metrics),
+            )
+        )
+
+
+def list_exports(engine: Engine, study_id: int) -> list[tuple[int, str, dict[str, float]]]:
+    """Return (trial number, weights' sha256, test metrics) of each evaluation on test, oldest first."""
+    query = select(tuner_exports.c.trial_number, tuner_exports.c.weights_sha256, tuner_exports.c.test_metrics)
+    with engine.connect() as conn:
+        rows = conn.execute(query.where(tuner_exports.c.study_id == study_id).order_by(tuner_exports.c.export_id))
+        return [(row.trial_number, row.weights_sha256, row.test_metrics) for row in rows]
+
+
+def param_value(internal: float, distribution_json: str) -> Any:
+    """Return a param's value from what Optuna stores: a float, and the distribution that gives it its type."""
+    distribution = json.loads(distribution_json)
+    attributes = distribution["attributes"]
+    if distribution["name"] == "CategoricalDistribution":
+        return attributes["choices"][int(internal)]
+    return int(internal) if distribution["name"].startswith("Int") else internal
+
+
+def _select_studies() -> Select[Any]:
+    return (
+        select(
+            studies.c.study_id,
+            studies.c.study_name,
+            study_directions.c.direction,
+            tuner_studies.c.spec,
+            tuner_studies.c.created_at,
+        )
+        .join(
+            study_directions,
+            and_(study_directions.c.study_id == studies.c.study_id, study_directions.c.objective == 0),
+        )
+        .outerjoin(tuner_studies, tuner_studies.c.study_id == studies.c.study_id)
+    )
+
+
+def _study(row: Row[Any]) -> StudyRecord:
+    return StudyRecord(
+        study_id=row.study_id,
+        name=row.study_name,
+        direction="maximize" if row.direction == "MAXIMIZE" else "minimize",
+        spec=row.spec,
+        created_at=row.created_at,
+    )
+
+
+def _select_trials() -> Select[Any]:
+    return select(
+        trials.c.trial_id,
+        trials.c.number,
+        trials.c.state,
+        trials.c.datetime_start,
+        trials.c.datetime_complete,
+        trial_values.c.value,
+        trial_values.c.value_type,
+    ).outerjoin(trial_values, and_(trial_values.c.trial_id == trials.c.trial_id, trial_values.c.objective == 0))
+
+
+def _params(conn: Connection, of: Select[Any]) -> dict[int, dict[str, Any]]:
+    rows = conn.execute(
+        select(
+            trial_params.c.trial_id,
+            trial_params.c.param_name,
+            trial_params.c.param_value,
+            trial_params.c.distribution_json,
+        )
+        .where(trial_params.c.trial_id.in_(of))
+        .order_by(trial_params.c.param_id)
+    )
+    params: dict[int, dict[str, Any]] = {}
+    for row in rows:
+        value = param_value(row.param_value, row.distribution_json)
+        params.setdefault(row.trial_id, {})[row.param_name] = value
+    return params
+
+
+def _user_attrs(conn: Connection, of: Select[Any]) -> dict[int, dict[str, Any]]:
+    table = trial_user_attributes
+    rows = conn.execute(
+        select(table.c.trial_id, table.c.key, table.c.value_json)
+        .where(table.c.trial_id.in_(of))
+        .order_by(table.c.trial_user_attribute_id)
+    )
+    attrs: dict[int, dict[str, Any]] = {}
+    for row in rows:
+        attrs.setdefault(row.trial_id, {})[row.key] = json.loads(row.value_json)
+    return attrs
+
+
+def _latest_reports(conn: Connection, of: Select[Any]) -> dict[int, tuple[int, float]]:
+    table = trial_intermediate_values
+    rows = conn.execute(
+        select(table.c.trial_id, table.c.step, table.c.intermediate_value, table.c.intermediate_value_type)
+        .distinct(table.c.trial_id)
+        .where(table.c.trial_id.in_(of))
+        .order_by(table.c.trial_id, table.c.step.desc())
+    )
+    return {row.trial_id: (row.step, _number(row.intermediate_value, row.intermediate_value_type)) for row in rows}
+
+
+def _number(value: float | None, kind: str) -> float:
+    if kind == "FINITE" and value is not None:
+        return value
+    return {"INF_POS": math.inf, "INF_NEG": -math.inf}.get(kind, math.nan)
+
+
+def _trial(
+    row: Row[Any],
+    params: dict[int, dict[str, Any]],
+    attrs: dict[int, dict[str, Any]],
+    latest: dict[int, tuple[int, float]],
+) -> TrialRecord:
+    last_step, last_value = latest.get(row.trial_id, (None, None))
+    return TrialRecord(
+        trial_id=row.trial_id,
+        number=row.number,
+        state=row.state,
+        value=None if row.value_type is None else _number(row.value, row.value_type),
+        started_at=_utc(row.datetime_start),
+        ended_at=_utc(row.datetime_complete),
+        last_step=last_step,
+        last_value=last_value,
+        params=params.get(row.trial_id, {}),
+        user_attrs=attrs.get(row.trial_id, {}),
+    )
+
+
+def _utc(time: dt.datetime | None) -> dt.datetime | None:
+    return None if time is None else time.replace(tzinfo=dt.UTC)

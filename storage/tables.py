@@ -1,0 +1,150 @@
+"""The tables this package reads and writes: Optuna's, as Optuna 5 defines them, and ours beside them.
+
+Optuna's are declared again so that reading a study does not import Optuna's storage; a test holds them
+against `optuna.storages._rdb.models`. Ours carry the prefix `tuner_` and disappear with the study.
+"""
+
+from __future__ import annotations
+
+from sqlalchemy import (
+    Column,
+    DateTime,
+    Double,
+    Enum,
+    ForeignKey,
+    Integer,
+    MetaData,
+    String,
+    Table,
+    Text,
+    func,
+)
+from sqlalchemy.dialects.postgresql import JSONB, UUID
+
+optuna_metadata = MetaData()
+tuner_metadata = MetaData()
+
+STUDY_NAME_MAX_LENGTH = 512  # optuna.storages._rdb.models.MAX_INDEXED_STRING_LENGTH
+
+trial_state = Enum("RUNNING", "COMPLETE", "PRUNED", "FAIL", "WAITING", name="trialstate")
+study_direction = Enum("NOT_SET", "MINIMIZE", "MAXIMIZE", name="studydirection")
+value_type = Enum("FINITE", "INF_POS", "INF_NEG", name="trialvaluetype")
+intermediate_value_type = Enum("FINITE", "INF_POS", "INF_NEG", "NAN", name="trialintermediatevaluetype")
+
+studies = Table(
+    "studies",
+    optuna_metadata,
+    Column("study_id", Integer, primary_key=True),
+    Column("study_name", String(STUDY_NAME_MAX_LENGTH), nullable=False, unique=True, index=True),
+)
+study_directions = Table(
+    "study_directions",
+    optuna_metadata,
+    Column("study_direction_id", Integer, primary_key=True),
+    Column("direction", study_direction, nullable=False),
+    Column("study_id", ForeignKey("studies.study_id"), nullable=False),
+    Column("objective", Integer, nullable=False),
+)
+study_user_attributes = Table(
+    "study_user_attributes",
+    optuna_metadata,
+    Column("study_user_attribute_id", Integer, primary_key=True),
+    Column("study_id", ForeignKey("studies.study_id")),
+    Column("key", String(STUDY_NAME_MAX_LENGTH)),
+    Column("value_json", Text),
+)
+trials = Table(
+    "trials",
+    optuna_metadata,
+    Column("trial_id", Integer, primary_key=True),
+    Column("number", Integer),
+    Column("study_id", ForeignKey("studies.study_id"), index=True),
+    Column("state", trial_state, nullable=False),
+    Column("datetime_start", DateTime),
+    Column("datetime_complete", DateTime),
+)
+trial_user_attributes = Table(
+    "trial_user_attributes",
+    optuna_metadata,
+    Column("trial_user_attribute_id", Integer, primary_key=True),
+    Column("trial_id", ForeignKey("trials.trial_id")),
+    Column("key", String(STUDY_NAME_MAX_LENGTH)),
+    Column("value_json", Text),
+)
+trial_system_attributes = Table(
+    "trial_system_attributes",
+    optuna_metadata,
+    Column("trial_system_attribute_id", Integer, primary_key=True),
+    Column("trial_id", ForeignKey("trials.trial_id")),
+    Column("key", String(STUDY_NAME_MAX_LENGTH)),
+    Column("value_json", Text),
+)
+trial_params = Table(
+    "trial_params",
+    optuna_metadata,
+    Column("param_id", Integer, primary_key=True),
+    Column("trial_id", ForeignKey("trials.trial_id")),
+    Column("param_name", String(STUDY_NAME_MAX_LENGTH)),
+    Column("param_value", Double),
+    Column("distribution_json", Text),
+)
+trial_values = Table(
+    "trial_values",
+    optuna_metadata,
+    Column("trial_value_id", Integer, primary_key=True),
+    Column("trial_id", ForeignKey("trials.trial_id"), nullable=False),
+    Column("objective", Integer, nullable=False),
+    Column("value", Double),
+    Column("value_type", value_type, nullable=False),
+)
+trial_intermediate_values = Table(
+    "trial_intermediate_values",
+    optuna_metadata,
+    Column("trial_intermediate_value_id", Integer, primary_key=True),
+    Column("trial_id", ForeignKey("trials.trial_id"), nullable=False),
+    Column("step", Integer, nullable=False),
+    Column("intermediate_value", Double),
+    Column("intermediate_value_type", intermediate_value_type, nullable=False),
+)
+trial_heartbeats = Table(
+    "trial_heartbeats",
+    optuna_metadata,
+    Column("trial_heartbeat_id", Integer, primary_key=True),
+    Column("trial_id", ForeignKey("trials.trial_id"), nullable=False),
+    Column("heartbeat", DateTime, nullable=False),
+)
+
+tuner_schema = Table(
+    "tuner_schema",
+    tuner_metadata,
+    Column("version", Integer, nullable=False),
+)
+# The foreign keys to Optuna's tables are written in SQL by the schema's migration: the two metadata are apart so
+# that creating ours never touches Optuna's.
+tuner_studies = Table(
+    "tuner_studies",
+    tuner_metadata,
+    Column("study_id", Integer, primary_key=True, autoincrement=False),
+    Column("spec", JSONB, nullable=False),
+    Column("created_at", DateTime(timezone=True), nullable=False, server_default=func.now()),
+)
+# One row a trial that tuner has handed out. `token` is the holder's, NULL while nobody runs the trial.
+tuner_leases = Table(
+    "tuner_leases",
+    tuner_metadata,
+    Column("trial_id", Integer, primary_key=True, autoincrement=False),
+    Column("attempts", Integer, nullable=False),
+    Column("token", UUID),
+    Column("worker", Text),
+    Column("expires_at", DateTime(timezone=True)),
+)
+tuner_exports = Table(
+    "tuner_exports",
+    tuner_metadata,
+    Column("export_id", Integer, primary_key=True),
+    Column("study_id", Integer, nullable=False, index=True),
+    Column("trial_number", Integer, nullable=False),
+    Column("weights_sha256", String(64), nullable=False),
+    Column("test_metrics", JSONB, nullable=False),
+    Column("created_at", DateTime(timezone=True), nullable=False, server_default=func.now()),
+)

@@ -1,0 +1,122 @@
+"""A PostgreSQL server for the session, and for each test a database of its own.
+
+`TUNER_TEST_STORAGE` names a server to use instead of the embedded one; its role must be allowed to create
+databases.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import signal
+import subprocess
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+from sqlalchemy import URL, create_engine, text
+
+from storage import EmbeddedServer, ensure_schema, open_engine, parse_url
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedServer]:
+    """An embedded server, running, shared by the session's tests: leave it as you found it."""
+    embedded = EmbeddedServer(tmp_path_factory.mktemp("data"))
+    try:
+        embedded.start()
+        yield embedded
+    finally:
+        embedded.destroy()
+
+
+@pytest.fixture(scope="session")
+def server_url(request: pytest.FixtureRequest) -> str:
+    """A database on the server that the tests run against; make no tables in it."""
+    external = os.environ.get("TUNER_TEST_STORAGE")
+    if external:
+        return external
+    embedded: EmbeddedServer = request.getfixturevalue("server")
+    return embedded.url()
+
+
+@pytest.fixture(scope="session")
+def maintenance_url(request: pytest.FixtureRequest, server_url: str) -> str:
+    """The URL of a role on the same server that may create databases."""
+    if os.environ.get("TUNER_TEST_STORAGE"):
+        return server_url
+    embedded: EmbeddedServer = request.getfixturevalue("server")
+    return embedded.admin_url()
+
+
+@contextmanager
+def _a_database(server_url: str, maintenance_url: str, template: str = "template1") -> Iterator[URL]:
+    name = f"tuner_test_{secrets.token_hex(6)}"
+    owned = parse_url(server_url).set(database=name)
+    engine = create_engine(parse_url(maintenance_url), isolation_level="AUTOCOMMIT")
+    with engine.connect() as conn:
+        owner = f'OWNER "{owned.username}"' if owned.username else ""
+        conn.execute(text(f'CREATE DATABASE "{name}" TEMPLATE "{template}" {owner}'))  # noqa: S608
+    try:
+        yield owned
+    finally:
+        with engine.connect() as conn:
+            conn.execute(text(f'DROP DATABASE "{name}" WITH (FORCE)'))
+        engine.dispose()
+
+
+@pytest.fixture(scope="session")
+def migrated_template(server_url: str, maintenance_url: str) -> Iterator[str]:
+    """The name of a database with all tables and no rows; nobody is connected to it."""
+    with _a_database(server_url, maintenance_url) as url:
+        engine = open_engine(url)
+        ensure_schema(engine)
+        engine.dispose()
+        assert url.database
+        yield url.database
+
+
+@pytest.fixture
+def database(server_url: str, maintenance_url: str, migrated_template: str) -> Iterator[str]:
+    """The URL of a database with all tables and no rows, dropped after the test."""
+    with _a_database(server_url, maintenance_url, migrated_template) as url:
+        yield url.render_as_string(hide_password=False)
+
+
+@pytest.fixture
+def empty_database(server_url: str, maintenance_url: str) -> Iterator[str]:
+    """The URL of a database without tables, dropped after the test."""
+    with _a_database(server_url, maintenance_url) as url:
+        yield url.render_as_string(hide_password=False)
+
+
+@pytest.fixture
+def start_python() -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    """Start Python processes that run some code; each in a session of its own, killed with the test."""
+    started: list[subprocess.Popen[str]] = []
+
+    def start(code: str, *arguments: str, env: dict[str, str] | None = None) -> subprocess.Popen[str]:
+        process = subprocess.Popen(
+            [sys.executable, "-W", "error", "-c", code, *arguments],
+            env={**os.environ, "PYTHONPATH": str(ROOT), **(env or {})},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()

@@ -1,0 +1,28 @@
+"""tuner: hyperparameter search for PyTorch, from the first trial to the exported model.
+
+The command line is the main way in (`tuner --help`). From Python: `Objective` is the base class of what to
+search, `load_model` gives an exported model back.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tuner.model import load_model
+    from tuner.objective import Objective
+
+__all__ = ["Objective", "load_model"]
+
+
+def __getattr__(name: str) -> Any:
+    # Both import torch, which commands that train nothing never need.
+    if name == "Objective":
+        from tuner.objective import Objective
+
+        return Objective
+    if name == "load_model":
+        from tuner.model import load_model
+
+        return load_model
+    raise AttributeError(f"module 'tuner' has no attribute {name!r}")

@@ -1,0 +1,95 @@
+"""`tuner export`: from the best trial to a model on disk."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from tuner.cli.settings import Settings, command
+
+if TYPE_CHECKING:
+    from sqlalchemy import Engine
+
+    from tuner.export import Exported
+    from tuner.study import Study
+
+
+@command
+def export(
+    settings: Settings,
+    study: Annotated[str, typer.Argument(metavar="STUDY", help="Name of the study.")],
+    output: Annotated[
+        Path | None,
+        typer.Option(help="Directory for the model [default: models/study-ID in the data directory]."),
+    ] = None,
+    objective: Annotated[
+        str | None,
+        typer.Option(metavar="path/to/file.py:NAME", help="The study's objective, where it is not an installed one."),
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="cuda, mps or cpu [default: the best there is].")] = None,
+    allow_code_change: Annotated[
+        bool,
+        typer.Option("--allow-code-change", help="Go on although the objective's code is not the study's."),
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Retrain the best trial of STUDY on train + valid, evaluate it on test and write the model."""
+    from tuner.registry import find_objective
+    from tuner.study import best_of, check_code, open_study
+
+    engine = settings.open()
+    opened = open_study(engine, study)
+    best_of(engine, opened)  # before torch is imported for the rest
+    source = find_objective(objective or opened.spec.objective.name)
+    check_code(opened, source, allow_code_change=allow_code_change)
+    from tuner.export import check_output, export_study
+
+    target = output or default_output(settings, opened)
+    check_output(target)
+    exported = export_study(
+        engine,
+        opened,
+        source,
+        output=target,
+        data_dir=settings.data_dir,
+        device=device,
+        log=settings.log(study=opened.name),
+    )
+    print_exported(settings, engine, opened, exported, as_json=as_json)
+
+
+commands = {"export": export}
+
+
+def default_output(settings: Settings, study: Study) -> Path:
+    """Return where a study's model goes: its number makes the path, a name is not to be trusted with that."""
+    return settings.data_dir / "models" / f"study-{study.study_id}"
+
+
+def print_exported(
+    settings: Settings, engine: Engine, study: Study, exported: Exported | None, *, as_json: bool
+) -> None:
+    """Print the best trial, its figures, and where the model lies if there is one."""
+    from tuner.cli.reading import best_fields, number_text, params_text
+
+    best = best_fields(engine, study)
+    test = None if exported is None else exported.manifest.test
+    if as_json:
+        model = None if exported is None else str(exported.directory)
+        print(json.dumps({**best, "test": test, "model": model}))
+        return
+    lines: list[tuple[str, Any]] = [
+        ("best trial", f"{best['number']} of study {study.name}"),
+        ("params", params_text(best["params"])),
+        (f"validation {study.spec.metric}", number_text(best["value"])),
+    ]
+    if exported is not None:
+        lines += [(f"test {name}", number_text(value)) for name, value in exported.manifest.test.items()]
+        lines.append(("model", exported.directory))
+    lines.append(("dashboard", f"tuner dashboard{settings.options()}"))
+    width = max(len(name) for name, _ in lines) + 2
+    for name, value in lines:
+        print(f"{name:<{width}}{value}")

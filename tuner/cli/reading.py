@@ -1,0 +1,259 @@
+"""`tuner status`, `studies`, `trials`, `best` and `objectives`: what there is, read without importing torch."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from tuner.cli.settings import Settings, command
+from tuner.errors import UsageError
+
+if TYPE_CHECKING:
+    from sqlalchemy import Engine
+
+    from storage.studies import StateCounts, TrialRecord
+    from tuner.study import Study
+
+StudyName = Annotated[str, typer.Argument(metavar="STUDY", help="Name of the study.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+@command
+def status(settings: Settings, study: StudyName, as_json: AsJson = False) -> None:
+    """Show how far STUDY is: its budget, its trials by state, its best and its failures."""
+    from storage import claims, studies
+    from tuner.study import open_study
+
+    engine = settings.open()
+    opened = open_study(engine, study)
+    spec = opened.spec
+    counts = studies.count_states(engine, opened.study_id)
+    best = studies.best_trial(engine, opened.study_id, spec.direction)
+    failures = studies.count_failures(engine, opened.study_id)
+    end = claims.end_of_budget(engine, opened.study_id, opened.budget)
+    state = "finished" if end is not None else "running" if counts.running else "idle"
+    if as_json:
+        fields = {
+            "study": opened.name,
+            "state": state,
+            "reason": end,
+            "objective": spec.objective.name,
+            "metric": spec.metric,
+            "direction": spec.direction,
+            "budget": spec.budget.model_dump(mode="json"),
+            "trials": asdict(counts),
+            "best": None if best is None else _best_fields(opened, best),
+            "failures": failures,
+        }
+        print(json.dumps(fields))
+        return
+    rows = [
+        ("study", f"{opened.name}: {spec.objective.name}, {spec.direction} {spec.metric}"),
+        ("state", state if end is None else f"{state}: {end}"),
+        ("trials", _counts_text(counts, spec.budget.trials)),
+        ("best", "none yet" if best is None else f"{number_text(best.value)} (trial {best.number})"),
+    ]
+    if best is not None:
+        rows.append(("params", params_text(best.params)))
+    rows += [("failures", f"{count} {kind}: {message}") for kind, (count, message) in failures.items()]
+    for name, text in rows:
+        print(f"{name:<10}{text}")
+
+
+@command
+def studies(settings: Settings, as_json: AsJson = False) -> None:
+    """List the studies of the database."""
+    from storage import studies
+
+    engine = settings.open()
+    rows = []
+    for record in studies.list_studies(engine):
+        counts = studies.count_states(engine, record.study_id)
+        best = studies.best_trial(engine, record.study_id, record.direction)
+        spec = record.spec or {}
+        rows.append(
+            {
+                "study": record.name,
+                "objective": spec.get("objective", {}).get("name"),
+                "metric": spec.get("metric"),
+                "direction": record.direction,
+                "budget": spec.get("budget", {}).get("trials"),
+                "trials": asdict(counts),
+                "best": None if best is None else best.value,
+                "created_at": None if record.created_at is None else record.created_at.isoformat(timespec="seconds"),
+            }
+        )
+    if as_json:
+        print(json.dumps(rows))
+        return
+    _print_table(
+        ["study", "objective", "done", "running", "failed", "best", "created"],
+        [
+            [
+                row["study"],
+                row["objective"] or "-",
+                f"{row['trials']['complete'] + row['trials']['pruned']}/{row['budget'] or '-'}",
+                row["trials"]["running"],
+                row["trials"]["failed"],
+                number_text(row["best"]),
+                row["created_at"] or "-",
+            ]
+            for row in rows
+        ],
+        empty="no studies yet; 'tuner run digits' makes one",
+    )
+
+
+@command
+def trials(settings: Settings, study: StudyName, as_json: AsJson = False) -> None:
+    """List the trials of STUDY."""
+    from storage import studies
+    from tuner.study import open_study
+
+    engine = settings.open()
+    opened = open_study(engine, study)
+    found = studies.list_trials(engine, opened.study_id)
+    if as_json:
+        print(json.dumps([_trial_fields(trial) for trial in found]))
+        return
+    _print_table(
+        ["number", "state", "value", "step", "seconds", "params"],
+        [
+            [
+                trial.number,
+                trial.state.lower(),
+                number_text(trial.value),
+                "-" if trial.last_step is None else trial.last_step,
+                trial.user_attrs.get("seconds", "-"),
+                trial.user_attrs.get("failure_message") or params_text(trial.params),
+            ]
+            for trial in found
+        ],
+        empty=f"no trials yet; 'tuner worker {opened.name}' runs some",
+    )
+
+
+@command
+def best(
+    settings: Settings,
+    study: StudyName,
+    as_json: AsJson = False,
+    format_: Annotated[
+        str,
+        typer.Option("--format", metavar="text|json|env|flags", help="env: NAME=value lines; flags: --name value ..."),
+    ] = "text",
+) -> None:
+    """Print the best params of STUDY."""
+    from tuner.study import open_study
+
+    if format_ not in ("text", "json", "env", "flags"):
+        raise UsageError(f"--format needs text, json, env or flags, got {format_!r}")
+    engine = settings.open()
+    fields = best_fields(engine, open_study(engine, study))
+    params: dict[str, Any] = fields["params"]
+    if as_json or format_ == "json":
+        print(json.dumps(fields))
+    elif format_ == "env":
+        for name, value in params.items():
+            print(f"{_variable(name)}={shlex.quote(_plain(value))}")
+    elif format_ == "flags":
+        print(" ".join(f"--{name} {shlex.quote(_plain(value))}" for name, value in params.items()))
+    else:
+        epoch = "" if fields["epoch"] is None else f", epoch {fields['epoch']}"
+        print(f"{fields['metric']} {number_text(fields['value'])} (trial {fields['number']}{epoch})")
+        for name, value in params.items():
+            print(f"  {name} = {_plain(value)}")
+
+
+@command
+def objectives(settings: Settings, as_json: AsJson = False) -> None:  # noqa: ARG001 - every command takes them
+    """List the installed objectives."""
+    from tuner.registry import installed_objectives
+
+    found = [{"name": source.name, "summary": source.summary()} for source in installed_objectives()]
+    if as_json:
+        print(json.dumps(found))
+        return
+    _print_table(["objective", "summary"], [list(row.values()) for row in found], empty="no objectives are installed")
+
+
+commands = {"status": status, "studies": studies, "trials": trials, "best": best, "objectives": objectives}
+
+
+def best_fields(engine: Engine, study: Study) -> dict[str, Any]:
+    """Return the best trial as `tuner best --json` prints it. Raises TunerError if none is complete."""
+    from tuner.study import best_of
+
+    return _best_fields(study, best_of(engine, study))
+
+
+def number_text(value: float | None) -> str:
+    """Return a number in at most six digits, `-` for none."""
+    return "-" if value is None else f"{value:.6g}"
+
+
+def params_text(params: dict[str, Any]) -> str:
+    """Return params in one line, for people."""
+    return " ".join(f"{name}={number_text(v) if isinstance(v, float) else v}" for name, v in params.items()) or "-"
+
+
+def _best_fields(study: Study, best: TrialRecord) -> dict[str, Any]:
+    return {
+        "study": study.name,
+        "number": best.number,
+        "value": best.value,
+        "metric": study.spec.metric,
+        "direction": study.spec.direction,
+        "params": best.params,
+        "epoch": best.user_attrs.get("epoch"),
+        "state": best.state,
+        "seed": best.user_attrs.get("seed"),
+    }
+
+
+def _trial_fields(trial: TrialRecord) -> dict[str, Any]:
+    return {
+        "number": trial.number,
+        "state": trial.state,
+        "value": trial.value,
+        "params": trial.params,
+        "last_step": trial.last_step,
+        "last_value": trial.last_value,
+        "started_at": None if trial.started_at is None else trial.started_at.isoformat(),
+        "ended_at": None if trial.ended_at is None else trial.ended_at.isoformat(),
+        "user_attrs": trial.user_attrs,
+    }
+
+
+def _counts_text(counts: StateCounts, budget: int) -> str:
+    return (
+        f"{counts.done}/{budget} done ({counts.complete} complete, {counts.pruned} pruned),"
+        f" {counts.running} running, {counts.waiting} waiting, {counts.failed} failed"
+    )
+
+
+def _variable(name: str) -> str:
+    """Return the param's name as one of a shell variable."""
+    variable = re.sub(r"\W", "_", name, flags=re.ASCII).upper()
+    return f"_{variable}" if variable[:1].isdigit() else variable
+
+
+def _plain(value: Any) -> str:
+    """Return a value as JSON writes it, text without quotes: what another program reads back."""
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _print_table(names: list[str], rows: list[list[Any]], *, empty: str) -> None:
+    """Print columns, the last one as wide as it is: a line a row, so that grep and awk work."""
+    if not rows:
+        print(empty)
+        return
+    texts = [names, *([str(cell) for cell in row] for row in rows)]
+    widths = [max(len(row[column]) for row in texts) for column in range(len(names) - 1)]
+    for row in texts:
+        print("  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[-1]]).rstrip())

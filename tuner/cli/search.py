@@ -1,0 +1,299 @@
+"""`tuner run`, `create` and `worker`: making a study and running its trials."""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from pydantic import JsonValue
+
+from tuner.cli.model import default_output, print_exported
+from tuner.cli.settings import Settings, command
+from tuner.errors import UsageError
+from tuner.spec import Budget
+
+if TYPE_CHECKING:
+    from tuner.registry import ObjectiveSource
+    from tuner.study import Study
+
+_UNITS_S = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
+
+ObjectiveName = Annotated[
+    str, typer.Argument(metavar="OBJECTIVE", help="Name of an installed objective, or path/to/file.py:NAME.")
+]
+StudyName = Annotated[str | None, typer.Option("--study", help="Name of the study [default: the objective's].")]
+Trials = Annotated[int, typer.Option(help="Trials that have to complete or be pruned.")]
+Timeout = Annotated[
+    str | None,
+    typer.Option(metavar="TIME", help="Start no trial later than this after the study's creation: 90s, 15m, 2h."),
+]
+MaxFailures = Annotated[int, typer.Option(help="Failed trials that do not end the study.")]
+Epochs = Annotated[int | None, typer.Option(help="Epochs of a trial [default: the objective's].")]
+Sets = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Set an option of the objective; may be repeated."),
+]
+Sampler = Annotated[
+    str,
+    typer.Option(metavar="NAME[:KEY=VALUE,...]", help="tpe, random, gp, cmaes, qmc or grid, and its settings."),
+]
+Pruner = Annotated[
+    str,
+    typer.Option(
+        metavar="NAME[:KEY=VALUE,...]",
+        help="median, percentile, hyperband, asha or none, and its settings: median:n_warmup_steps=5",
+    ),
+]
+Direction = Annotated[
+    str | None, typer.Option(metavar="minimize|maximize", help="For a plain function [default: minimize].")
+]
+Seed = Annotated[int, typer.Option(help="Everything random in the study follows from it.")]
+Workers = Annotated[int | None, typer.Option(help="Local worker processes [default: half the cores, 2 to 8].")]
+Device = Annotated[str | None, typer.Option(help="cuda, cuda:1, mps or cpu [default: the best there is].")]
+AllowCodeChange = Annotated[
+    bool, typer.Option("--allow-code-change", help="Go on although the objective's code is not the study's.")
+]
+
+
+@command
+def run(
+    settings: Settings,
+    objective: ObjectiveName,
+    study: StudyName = None,
+    trials: Trials = 30,
+    timeout: Timeout = None,
+    max_failures: MaxFailures = 10,
+    epochs: Epochs = None,
+    set_: Sets = None,
+    sampler: Sampler = "tpe",
+    pruner: Pruner = "median",
+    direction: Direction = None,
+    seed: Seed = 0,
+    workers: Workers = None,
+    device: Device = None,
+    export: Annotated[bool, typer.Option("--export/--no-export", help="Retrain and export the best trial.")] = True,
+    output: Annotated[Path | None, typer.Option(help="Directory for the model.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Search OBJECTIVE with local workers, then retrain and export the best trial.
+
+    Goes on with the study if it exists with the same settings.
+    """
+    from storage import studies
+    from tuner.export import check_output, export_study
+    from tuner.registry import find_objective
+    from tuner.study import create_or_join
+    from tuner.worker import Slots, Worker
+
+    count = _workers(workers)
+    budget = _budget(trials, timeout, max_failures)
+    source = find_objective(objective)
+    if export and output is not None:
+        check_output(output)
+    slots = Slots(count)  # they import torch while this process does
+    try:
+        spec, model_class = _plan(
+            source,
+            budget,
+            epochs=epochs,
+            set_=set_,
+            sampler=sampler,
+            pruner=pruner,
+            direction=direction,
+            seed=seed,
+        )
+        engine = settings.open()
+        joined, created = create_or_join(engine, study or source.study_name, spec)
+        log = settings.log(worker=_worker_name(), study=joined.name)
+        log.event("study", f"{'created' if created else 'joined'} study {joined.name}: {_outline(joined)}")
+        target = output or default_output(settings, joined)
+        if export and model_class is not None:
+            check_output(target)
+        if studies.count_states(engine, joined.study_id).done < spec.budget.trials:
+            config = _slot_config(settings, joined, source, objective, device=device)
+            Worker(engine, joined, slots, config, log).run()
+    finally:
+        slots.close()
+    if export and model_class is None:
+        log.event("not_exported", f"not exported: {source.name} is a plain function and has no model")
+    exported = None
+    if export and model_class is not None:
+        exported = export_study(
+            engine, joined, source, output=target, data_dir=settings.data_dir, device=device, log=log
+        )
+    print_exported(settings, engine, joined, exported, as_json=as_json)
+
+
+@command
+def create(
+    settings: Settings,
+    objective: ObjectiveName,
+    study: StudyName = None,
+    trials: Trials = 30,
+    timeout: Timeout = None,
+    max_failures: MaxFailures = 10,
+    epochs: Epochs = None,
+    set_: Sets = None,
+    sampler: Sampler = "tpe",
+    pruner: Pruner = "median",
+    direction: Direction = None,
+    seed: Seed = 0,
+) -> None:
+    """Create a study of OBJECTIVE for workers to join; running it again with the same settings does nothing."""
+    from tuner.registry import find_objective
+    from tuner.study import create_or_join
+
+    budget = _budget(trials, timeout, max_failures)
+    source = find_objective(objective)
+    spec, _ = _plan(
+        source,
+        budget,
+        epochs=epochs,
+        set_=set_,
+        sampler=sampler,
+        pruner=pruner,
+        direction=direction,
+        seed=seed,
+    )
+    joined, created = create_or_join(settings.open(), study or source.study_name, spec)
+    print(f"{'created' if created else 'exists:'} study {joined.name}: {_outline(joined)}")
+
+
+@command
+def worker(
+    settings: Settings,
+    study: Annotated[str, typer.Argument(metavar="STUDY", help="Name of the study to join.")],
+    trials: Annotated[int | None, typer.Option(help="Trials to run here [default: all that are left].")] = None,
+    slots: Annotated[int, typer.Option(help="Trials to run at the same time.")] = 1,
+    objective: Annotated[
+        str | None,
+        typer.Option(metavar="path/to/file.py:NAME", help="The study's objective, where it is not an installed one."),
+    ] = None,
+    device: Device = None,
+    allow_code_change: AllowCodeChange = False,
+) -> None:
+    """Run trials of STUDY until its budget is used up. Sampler, pruner and objective are the study's."""
+    from tuner.registry import find_objective
+    from tuner.study import check_code, open_study
+    from tuner.worker import Slots, Worker
+
+    if trials is not None:
+        _positive("--trials", trials)
+    _positive("--slots", slots)
+    engine = settings.open()
+    joined = open_study(engine, study)
+    reference = objective or _installed_name(joined)
+    source = find_objective(reference)
+    check_code(joined, source, allow_code_change=allow_code_change)
+    log = settings.log(worker=_worker_name(), study=joined.name)
+    log.event("study", f"joined study {joined.name}: {_outline(joined)}")
+    config = _slot_config(settings, joined, source, reference, device=device, allow_code_change=allow_code_change)
+    processes = Slots(slots if trials is None else min(slots, trials))
+    try:
+        Worker(engine, joined, processes, config, log, trials=trials).run()
+    finally:
+        processes.close()
+
+
+commands = {"run": run, "create": create, "worker": worker}
+
+
+def _plan(source: ObjectiveSource, budget: Budget, *, set_: list[str] | None, **settings: Any) -> Any:
+    from tuner.sampling import pruner_spec
+    from tuner.study import plan
+
+    if settings["epochs"] is not None:
+        _positive("--epochs", settings["epochs"])
+    if not 0 <= settings["seed"] < 2**63:
+        raise UsageError(f"--seed needs a whole number from 0 to 2^63 - 1, got {settings['seed']}")
+    if settings["direction"] not in (None, "minimize", "maximize"):
+        raise UsageError(f"--direction needs minimize or maximize, got {settings['direction']!r}")
+    options = _pairs(set_ or [])
+    pruner_spec(settings["pruner"], 1)  # before torch is imported for the rest
+    return plan(source, source.load(), options=options, budget=budget, **settings)
+
+
+def _pairs(texts: list[str]) -> dict[str, JsonValue]:
+    from tuner.sampling import parse_value
+
+    pairs = {}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        if not equals or not key:
+            raise UsageError(f"--set needs KEY=VALUE, got {text!r}")
+        pairs[key] = parse_value(value)
+    return pairs
+
+
+def _budget(trials: int, timeout: str | None, max_failures: int) -> Budget:
+    _positive("--trials", trials)
+    if max_failures < 0:
+        raise UsageError(f"--max-failures needs a whole number from 0, got {max_failures}")
+    return Budget(trials=trials, timeout_s=None if timeout is None else _seconds(timeout), max_failures=max_failures)
+
+
+def _seconds(text: str) -> float:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([smhd]?)", text)
+    if match is None or float(match[1]) == 0:
+        raise UsageError(f"--timeout needs a time above 0 such as 90s, 15m or 2h, got {text!r}")
+    return float(match[1]) * _UNITS_S[match[2]]
+
+
+def _positive(option: str, value: int) -> None:
+    if value < 1:
+        raise UsageError(f"{option} needs a whole number above 0, got {value}")
+
+
+def _workers(count: int | None) -> int:
+    if count is None:
+        return max(2, min(8, (os.cpu_count() or 1) // 2))
+    _positive("--workers", count)
+    return count
+
+
+def _worker_name() -> str:
+    return f"{socket.gethostname()}:{os.getpid()}"
+
+
+def _installed_name(study: Study) -> str:
+    name = study.spec.objective.name
+    if ":" in name:
+        raise UsageError(
+            f"study {study.name!r} searches {name!r}, a file of the one who created it;"
+            f" give yours: --objective path/to/{name}"
+        )
+    return name
+
+
+def _outline(study: Study) -> str:
+    spec = study.spec
+    return (
+        f"objective {spec.objective.name}, {spec.direction} {spec.metric}, {spec.budget.trials} trials,"
+        f" sampler {spec.sampler.name}, pruner {spec.pruner.name}, seed {spec.seed}"
+    )
+
+
+def _slot_config(
+    settings: Settings,
+    study: Study,
+    source: ObjectiveSource,
+    reference: str,
+    *,
+    device: str | None,
+    allow_code_change: bool = False,
+) -> dict[str, Any]:
+    # With the password, where the URL has one: it goes through a pipe, and is in no process's arguments.
+    url = settings.storage_url().render_as_string(hide_password=False)
+    return {
+        "storage": url,
+        "study": study.name,
+        "worker": _worker_name(),
+        "objective": reference if source.module is not None else f"{source.file}:{source.attribute}",
+        "data_dir": str(settings.data_dir),
+        "device": device,
+        "allow_code_change": allow_code_change,
+    }

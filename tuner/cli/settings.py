@@ -1,0 +1,172 @@
+"""What every command takes: where the database is, where data lies, how to log."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from tuner.errors import UsageError
+from tuner.log import Log, LogFormat
+
+if TYPE_CHECKING:
+    from sqlalchemy import URL, Engine
+
+_PANEL = "Options of every command"
+
+Storage = Annotated[
+    str | None,
+    typer.Option(
+        help="URL of the database, as postgresql://user@host/database (TUNER_STORAGE); without one, the"
+        " embedded PostgreSQL of the data directory is started or joined.",
+        show_envvar=False,
+        rich_help_panel=_PANEL,
+    ),
+]
+PasswordFile = Annotated[
+    Path | None,
+    typer.Option(
+        help="File of mode 0600 that holds the database's password (TUNER_STORAGE_PASSWORD_FILE); PGPASSWORD and"
+        " PGPASSFILE work as well.",
+        show_envvar=False,
+        rich_help_panel=_PANEL,
+    ),
+]
+DataDir = Annotated[
+    Path | None,
+    typer.Option(
+        help="Directory for data sets, exported models and the embedded database (TUNER_DATA_DIR)"
+        " [default: ~/.local/share/tuner]",
+        show_envvar=False,
+        rich_help_panel=_PANEL,
+    ),
+]
+Format = Annotated[
+    str | None,
+    typer.Option(
+        metavar="text|json",
+        help="How to log to stderr (TUNER_LOG_FORMAT) [default: text]",
+        show_envvar=False,
+        rich_help_panel=_PANEL,
+    ),
+]
+Debug = Annotated[
+    bool | None,
+    typer.Option("--debug", help="Show tracebacks (TUNER_DEBUG).", show_envvar=False, rich_help_panel=_PANEL),
+]
+_OPTIONS: dict[str, Any] = {
+    "storage": Storage,
+    "storage_password_file": PasswordFile,
+    "data_dir": DataDir,
+    "log_format": Format,
+    "debug": Debug,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """The settings of one command; None where neither the command line nor the environment says anything."""
+
+    storage: str | None = None
+    storage_password_file: Path | None = None
+    given_data_dir: Path | None = None
+    given_log_format: LogFormat | None = None
+    debug: bool | None = None
+
+    @classmethod
+    def of(
+        cls,
+        storage: str | None,
+        storage_password_file: Path | None,
+        data_dir: Path | None,
+        log_format: str | None,
+        debug: bool | None,
+    ) -> Settings:
+        """Check what was given. Raises UsageError."""
+        formats: dict[str | None, LogFormat | None] = {None: None, "text": "text", "json": "json"}
+        if log_format not in formats:
+            raise UsageError(f"--log-format needs text or json, got {log_format!r}")
+        return cls(
+            storage=storage or None,
+            storage_password_file=storage_password_file,
+            given_data_dir=data_dir,
+            given_log_format=formats[log_format],
+            debug=debug,
+        )
+
+    def over(self, other: Settings) -> Settings:
+        """Return these settings, and `other`'s where these say nothing."""
+        return Settings(
+            **{name: ours if ours is not None else getattr(other, name) for name, ours in vars(self).items()}
+        )
+
+    @property
+    def data_dir(self) -> Path:
+        """The data directory, absolute."""
+        if self.given_data_dir is not None:
+            return self.given_data_dir.absolute()
+        home = os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share"
+        return Path(home).absolute() / "tuner"
+
+    def log(self, **fields: Any) -> Log:
+        """Return a log in the chosen format with these fields in every line."""
+        return Log(self.given_log_format or "text", **fields)
+
+    def storage_url(self) -> URL:
+        """Return the database's URL, the embedded server's after starting or joining it."""
+        from storage import EmbeddedServer, parse_url
+        from storage.url import with_password
+
+        if self.storage is None:
+            return parse_url(EmbeddedServer(self.data_dir).start())
+        if self.storage_password_file is not None:
+            return with_password(self.storage, self.storage_password_file)
+        return parse_url(self.storage)
+
+    def open(self) -> Engine:
+        """Return an engine of the database, its schema made or checked."""
+        from storage import ensure_schema, open_engine
+
+        engine = open_engine(self.storage_url())
+        ensure_schema(engine)
+        return engine
+
+    def options(self) -> str:
+        """Return the options that lead another command to the same database, for the messages that name one."""
+        parts = []
+        if self.storage is not None and "TUNER_STORAGE" not in os.environ:
+            from storage import mask_url
+
+            parts.append(f" --storage '{mask_url(self.storage)}'")
+        if self.given_data_dir is not None and "TUNER_DATA_DIR" not in os.environ:
+            parts.append(f" --data-dir {self.given_data_dir}")
+        return "".join(parts)
+
+
+def command(function: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the options of every command: its first parameter becomes the `Settings` they make."""
+    own = list(inspect.signature(function, eval_str=True).parameters.values())[1:]
+    shared = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+        for name, annotation in _OPTIONS.items()
+    ]
+    context = inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)
+
+    @functools.wraps(function)
+    def run(**given: Any) -> None:
+        outer: Settings = given.pop("context").obj
+        settings = Settings.of(**{name: given.pop(name) for name in _OPTIONS}).over(outer)
+        function(settings, **given)
+
+    own = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in own]
+    parameters = [context, *own, *shared]
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    del run.__wrapped__  # its annotations would be read instead
+    return run

@@ -1,0 +1,105 @@
+"""What tuner needs on a machine, checked for real: each check does what a run would do."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+from sqlalchemy import Engine, text
+
+from storage.errors import StorageError
+from tuner.errors import TunerError
+from tuner.registry import installed_objectives
+
+MIN_FREE_BYTES = 1 << 30
+TORCH_TIMEOUT_S = 120
+
+
+@dataclass(frozen=True, kw_only=True)
+class Check:
+    """One check: what was looked at, whether it will do, and what was found."""
+
+    name: str
+    ok: bool
+    found: str
+
+
+class CheckFailedError(TunerError):
+    """What was looked at will not do; the message says why and what to do."""
+
+
+def check_all(data_dir: Path, open_database: Callable[[], Engine]) -> list[Check]:
+    """Run every check; `open_database` connects as any command would, starting the embedded server if need be."""
+    checks: list[tuple[str, Callable[[], str]]] = [
+        ("python", _python),
+        ("torch", _torch),
+        ("data", lambda: _data_dir(data_dir)),
+        ("database", lambda: _database(open_database)),
+        ("objectives", _objectives),
+    ]
+    return list(_run(checks))
+
+
+def _run(checks: list[tuple[str, Callable[[], str]]]) -> Iterator[Check]:
+    for name, check in checks:
+        try:
+            yield Check(name=name, ok=True, found=check())
+        except (TunerError, StorageError, OSError) as error:
+            yield Check(name=name, ok=False, found=str(error))
+
+
+def _python() -> str:
+    machine = f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores"
+    return f"{platform.python_version()} on {machine}, tuner {version('tuner')}"
+
+
+def _torch() -> str:
+    """Import torch in a process of its own, and run something on the device that trials would use."""
+    code = (
+        "import torch; from tuner.training import choose_device; device = choose_device();"
+        "name = torch.cuda.get_device_name() if device.type == 'cuda' else device.type;"
+        "assert float(torch.ones(2, device=device).sum()) == 2; print(torch.__version__, 'on', name)"
+    )
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, timeout=TORCH_TIMEOUT_S, check=False
+        )
+    except subprocess.TimeoutExpired as error:
+        raise CheckFailedError(f"torch did not import within {TORCH_TIMEOUT_S} s") from error
+    if done.returncode != 0:
+        last = (done.stderr.strip().splitlines() or ["no output"])[-1]
+        raise CheckFailedError(f"torch does not run: {last}; install it again")
+    return done.stdout.strip()
+
+
+def _data_dir(data_dir: Path) -> str:
+    data_dir.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=data_dir):
+        free = shutil.disk_usage(data_dir).free
+    if free < MIN_FREE_BYTES:
+        raise CheckFailedError(f"{data_dir} has {free >> 20} MB free, wanted {MIN_FREE_BYTES >> 20}: free some space")
+    return f"{data_dir}, {free >> 30} GB free"
+
+
+def _database(open_database: Callable[[], Engine]) -> str:
+    from storage import mask_url
+
+    engine = open_database()
+    with engine.connect() as conn:
+        server = conn.execute(text("show server_version")).scalar_one()
+    return f"PostgreSQL {server} at {mask_url(engine.url)}"
+
+
+def _objectives() -> str:
+    names = [source.name for source in installed_objectives()]
+    if not names:
+        raise CheckFailedError("no objective is installed; 'pip install .' in the repository installs them")
+    return ", ".join(names)

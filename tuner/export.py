@@ -1,0 +1,281 @@
+"""From a finished study to a model: retrain the best trial, test it once, write it, load it back."""
+
+from __future__ import annotations
+
+import datetime as dt
+import importlib.metadata
+import os
+import platform
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from sqlalchemy import Engine
+from torch import nn
+from torchmetrics import Metric
+
+from storage import studies
+from storage.studies import TrialRecord
+from tuner import training
+from tuner.attempt import load_data
+from tuner.data import Data, Inputs, Split, join, tensors
+from tuner.errors import TunerError
+from tuner.log import Log
+from tuner.model import MANIFEST, PROGRAM, WEIGHTS, InputDescription, Manifest, sha256_of
+from tuner.objective import Objective
+from tuner.registry import ObjectiveSource, build_objective, is_objective_class
+from tuner.seeds import derive_seed, seed_everything
+from tuner.study import Study, best_of
+
+CHECKED_ROWS = 256
+"""How many validation rows a file that was loaded back is compared with the model on."""
+_VERSIONED = (
+    "torch",
+    "torchvision",
+    "torchmetrics",
+    "optuna",
+    "safetensors",
+    "scikit-learn",
+    "numpy",
+    "tuner",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exported:
+    """What an export gave: the directory and its manifest."""
+
+    directory: Path
+    manifest: Manifest
+
+
+def export_study(
+    engine: Engine,
+    study: Study,
+    source: ObjectiveSource,
+    *,
+    output: Path,
+    data_dir: Path,
+    device: str | None,
+    log: Log,
+) -> Exported:
+    """Retrain the study's best trial on train + valid, evaluate it once on test, and write it to `output`.
+
+    Everything is written aside, loaded back, compared with the model and only then moved to `output`, the
+    manifest last; an export that was there before stays until then. Raises TunerError if the study has no
+    complete trial, its objective cannot be exported or `output` cannot be written.
+    """
+    best = best_of(engine, study)
+    objective = _objective(study, source)
+    check_output(output)
+    data = load_data(objective, data_dir)
+    epochs = int(best.user_attrs["epoch"])
+    seed = derive_seed(study.spec.seed, "export", best.number)
+    log.event(
+        "retraining",
+        f"retraining trial {best.number} on train + valid for {epochs} epochs",
+        trial=best.number,
+    )
+    device_ = training.choose_device(device)
+    model = _retrain(objective, best, data, epochs, seed, device_).cpu()
+    metrics = objective.build_metrics(data)
+    log.event("exporting", f"writing the model to {output}", output=str(output))
+    with _aside(output) as directory:
+        _write(model, data.valid, directory)
+        _verify(model, data.valid, directory)
+        weights_sha256 = sha256_of(directory / WEIGHTS)
+        test = _test_once(engine, study, best, model, data, metrics, weights_sha256, log)
+        manifest = Manifest(
+            study=study.name,
+            study_id=study.study_id,
+            trial=best.number,
+            objective=study.spec.objective.name,
+            code_hash=source.code_hash(),
+            options=study.spec.objective.options,
+            params=best.params,
+            metric=study.spec.metric,
+            direction=study.spec.direction,
+            validation=_value(best),
+            test=test,
+            epochs=epochs,
+            seed=seed,
+            trained_on=str(device_),
+            data={
+                "fingerprint": data.fingerprint(),
+                **{name: len(split) for name, split in data.splits()},
+            },
+            inputs=_describe(data.train.inputs),
+            class_names=data.class_names,
+            versions=_versions(),
+            created_at=dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
+            files={name: sha256_of(directory / name) for name in (WEIGHTS, PROGRAM)},
+        )
+        (directory / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n")
+        _publish(directory, output)
+    return Exported(directory=output, manifest=manifest)
+
+
+def check_output(output: Path) -> None:
+    """Raise TunerError unless a directory can be made and written at `output`; leaves nothing behind."""
+    place = output
+    while not place.exists():
+        place = place.parent
+    if not place.is_dir():
+        raise TunerError(
+            f"the output needs to be a directory, got {output}: {place} is a file; choose another --output"
+        )
+    try:
+        with tempfile.TemporaryDirectory(dir=place, prefix=".tuner-"):
+            pass
+    except OSError as error:
+        raise TunerError(f"cannot write to {place}: {error.strerror}; choose another --output") from error
+
+
+def _objective(study: Study, source: ObjectiveSource) -> Objective:
+    kind = source.load()
+    if not is_objective_class(kind):
+        raise TunerError(
+            f"{source.name} is a plain function and has no model to export; write it as a subclass of tuner.Objective"
+        )
+    return build_objective(kind, study.spec.objective.options, study.spec.seed)
+
+
+def _retrain(
+    objective: Objective, best: TrialRecord, data: Data, epochs: int, seed: int, device: torch.device
+) -> nn.Module:
+    seed_everything(seed)
+    model = objective.build_model(best.params).to(device)
+    train = join(data.train, data.valid).to(device)
+    metrics = {name: metric.to(device) for name, metric in objective.build_metrics(data).items()}
+    objective.fit(model, train, None, best.params, metrics=metrics, epochs=epochs, seed=seed)
+    return model.eval()
+
+
+def _test_once(
+    engine: Engine,
+    study: Study,
+    best: TrialRecord,
+    model: nn.Module,
+    data: Data,
+    metrics: dict[str, Metric],
+    weights_sha256: str,
+    log: Log,
+) -> dict[str, float]:
+    """Return the test metrics: the recorded ones of these very weights, or else measured now and recorded."""
+    earlier = studies.list_exports(engine, study.study_id)
+    for _, sha256, test_metrics in earlier:
+        if sha256 == weights_sha256:
+            return test_metrics
+    if earlier:
+        log.event(
+            "test_again",
+            f"the test split was evaluated {len(earlier)} times before for this study, with other weights:"
+            " choosing between them by it would make its figure too good",
+        )
+    test_metrics = training.evaluate(model, data.test, metrics)
+    studies.record_export(engine, study.study_id, best.number, weights_sha256, test_metrics)
+    return test_metrics
+
+
+def _write(model: nn.Module, example: Split, directory: Path) -> None:
+    save_file(
+        {name: tensor.detach().clone().contiguous() for name, tensor in model.state_dict().items()},
+        directory / WEIGHTS,
+    )
+    rows = example.rows(slice(0, max(2, min(len(example), 4)))).inputs
+    args, kwargs = _arguments(rows)
+    batch = torch.export.Dim("batch", min=1)
+    shapes: Any = {0: batch}
+    try:
+        program = torch.export.export(model, args, kwargs, dynamic_shapes=_like(rows, shapes), strict=False)
+    except RuntimeError as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise TunerError(f"torch.export cannot export this model: {reason}") from error
+    program.example_inputs = None  # they would be pickled
+    torch.export.save(program, directory / PROGRAM)
+
+
+def _verify(model: nn.Module, rows: Split, directory: Path) -> None:
+    """Load each file back and compare it with the model. Raises TunerError on the first difference."""
+    weights = load_file(directory / WEIGHTS)
+    for name, tensor in model.state_dict().items():
+        if not torch.equal(weights[name], tensor):
+            raise TunerError(f"{WEIGHTS} does not give back the tensor {name!r}: the disk or its driver is at fault")
+    inputs = rows.rows(slice(0, CHECKED_ROWS)).inputs
+    wanted = training.predict(model, inputs)
+    found = training.call(torch.export.load(directory / PROGRAM).module(), inputs)
+    try:
+        torch.testing.assert_close(found, wanted)
+    except AssertionError as error:
+        difference = float((found - wanted).abs().max())
+        raise TunerError(
+            f"{PROGRAM} needs to give the model's outputs, got a difference of {difference:.3g}:"
+            " its forward() does something that torch.export cannot carry"
+        ) from error
+
+
+@contextmanager
+def _aside(output: Path) -> Iterator[Path]:
+    """Yield a new directory on the file system of `output`, removed afterwards.
+
+    An `output` that was not there before does not stay if the block fails.
+    """
+    existed = output.exists()
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=output, prefix=".tuner-") as directory:
+            yield Path(directory)
+    except OSError as error:
+        raise TunerError(
+            f"cannot write the model to {output}: {error.strerror or error}; free some space or choose another --output"
+        ) from error
+    finally:
+        if not existed and output.exists() and not (output / MANIFEST).exists():
+            shutil.rmtree(output)
+
+
+def _publish(directory: Path, output: Path) -> None:
+    for name in (WEIGHTS, PROGRAM, MANIFEST):
+        with (directory / name).open("rb") as file:
+            os.fsync(file.fileno())
+    for name in (WEIGHTS, PROGRAM, MANIFEST):
+        os.replace(directory / name, output / name)
+    handle = os.open(output, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _arguments(inputs: Inputs) -> tuple[tuple[torch.Tensor, ...], dict[str, torch.Tensor]]:
+    return ((), inputs) if isinstance(inputs, dict) else (tensors(inputs), {})
+
+
+def _like(inputs: Inputs, shape: Any) -> Any:
+    return dict.fromkeys(inputs, shape) if isinstance(inputs, dict) else tuple(shape for _ in tensors(inputs))
+
+
+def _describe(inputs: Inputs) -> list[InputDescription]:
+    names = list(inputs) if isinstance(inputs, dict) else [None] * len(tensors(inputs))
+    return [
+        InputDescription(name=name, shape=tuple(tensor.shape[1:]), dtype=str(tensor.dtype).removeprefix("torch."))
+        for name, tensor in zip(names, tensors(inputs), strict=True)
+    ]
+
+
+def _value(trial: TrialRecord) -> float:
+    assert trial.value is not None
+    return trial.value
+
+
+def _versions() -> dict[str, str]:
+    return {
+        "python": platform.python_version(),
+        **{name: importlib.metadata.version(name) for name in _VERSIONED},
+    }

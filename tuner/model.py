@@ -1,0 +1,114 @@
+"""An exported model: the files of its directory, and reading one back."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
+from torch import nn
+
+from tuner.errors import TunerError
+
+WEIGHTS = "model.safetensors"
+PROGRAM = "model.pt2"
+MANIFEST = "manifest.json"
+
+
+class InputDescription(BaseModel):
+    """One input of a model. `shape` is one row's, without the batch dimension; `name` is None for positional ones."""
+
+    name: str | None
+    shape: tuple[int, ...]
+    dtype: str
+
+
+class Manifest(BaseModel):
+    """What an exported model is and where it comes from. Written last: a directory without it is no export."""
+
+    model_config = ConfigDict(frozen=True)
+
+    format: Literal[1] = 1
+    study: str
+    study_id: int
+    trial: int
+    objective: str
+    code_hash: str
+    options: dict[str, JsonValue]
+    params: dict[str, JsonValue]
+    metric: str
+    direction: Literal["maximize", "minimize"]
+    validation: float
+    test: dict[str, float]
+    epochs: int
+    seed: int
+    trained_on: str
+    data: dict[str, JsonValue]
+    inputs: list[InputDescription]
+    class_names: tuple[str, ...]
+    versions: dict[str, str]
+    created_at: str
+    files: dict[str, str]
+    """The sha256 of each file beside the manifest, in hexadecimal."""
+
+
+class LoadedModel(nn.Module):
+    """An exported model in eval mode. It is called as the objective's model is, on batches of any size."""
+
+    def __init__(self, program: nn.Module, manifest: Manifest) -> None:
+        super().__init__()
+        self.program = program
+        self.manifest = manifest
+        self.training = False
+
+    def forward(self, *inputs: torch.Tensor, **named: torch.Tensor) -> Any:
+        """Return the model's outputs for a batch, one row of outputs a row."""
+        return self.program(*inputs, **named)
+
+    def train(self, mode: bool = True) -> LoadedModel:
+        """Stay in eval mode. Raises TunerError for `train(True)`: an exported program has no training mode."""
+        if mode:
+            raise TunerError("an exported model is for inference only; to train, build it with its objective")
+        return self
+
+
+def load_model(path: str | Path, device: str | torch.device = "cpu") -> LoadedModel:
+    """Return the exported model in directory `path`, in eval mode, without unpickling anything.
+
+    Each file is checked against the manifest's sha256 first. Raises TunerError if the directory holds no
+    export, or one that is damaged or incomplete.
+    """
+    directory = Path(path)
+    manifest = read_manifest(directory)
+    for name, expected in manifest.files.items():
+        found = sha256_of(directory / name)
+        if found != expected:
+            raise TunerError(
+                f"{directory / name} needs the sha256 {expected[:12]} of its manifest, got {found[:12]}:"
+                " the export is damaged or incomplete; run 'tuner export' again"
+            )
+    program = torch.export.load(directory / PROGRAM)
+    return LoadedModel(program.module(), manifest).to(device)
+
+
+def read_manifest(directory: Path) -> Manifest:
+    """Return the manifest of an export. Raises TunerError if there is none or it cannot be read."""
+    path = directory / MANIFEST
+    try:
+        return Manifest.model_validate_json(path.read_bytes())
+    except FileNotFoundError as error:
+        raise TunerError(f"no model in {directory}: it has no {MANIFEST}; 'tuner export' writes one") from error
+    except (OSError, ValidationError) as error:
+        reason = str(error).partition("\n")[0]
+        raise TunerError(f"cannot read {path}: {reason}; run 'tuner export' again") from error
+
+
+def sha256_of(path: Path) -> str:
+    """Return the sha256 of a file in hexadecimal. Raises TunerError if it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise TunerError(f"cannot read {path}: {error.strerror}; run 'tuner export' again") from error

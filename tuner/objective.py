@@ -1,0 +1,104 @@
+"""The base class that an objective's author meets."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+from torch import nn
+from torch.optim import AdamW, Optimizer
+from torchmetrics import Metric
+from torchmetrics.classification import MulticlassAccuracy
+
+from tuner import training
+from tuner.data import Data, Split
+
+if TYPE_CHECKING:
+    import optuna
+
+Params = Mapping[str, Any]
+
+
+class Objective(BaseModel, ABC):
+    """What to search, on which data, with which model.
+
+    A subclass suggests params, loads data and builds a model; the rest has defaults to override. Its fields
+    are its options: a field `max_units: int = 256` is set by `tuner run NAME --set max_units=128`, and checked
+    as pydantic checks it. An instance is created once in a worker process and used for all of its trials.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    metric: ClassVar[str] = "accuracy"
+    """The metric that the study optimizes: a key of what `build_metrics` returns."""
+    direction: ClassVar[Literal["maximize", "minimize"]] = "maximize"
+    epochs: ClassVar[int] = 20
+    """Epochs of a trial, unless `--epochs` says otherwise."""
+
+    seed: int = Field(default=0, exclude=True)
+    """The study's seed (`--seed`), for splitting the data; each trial is seeded before it runs."""
+
+    @abstractmethod
+    def suggest(self, trial: optuna.Trial) -> None:
+        """Suggest the params of a trial by `trial.suggest_float`, `suggest_int` and `suggest_categorical`.
+
+        Everything suggested reaches the other methods as `params`, by name. The space may be conditional:
+        suggest a param only where another one's value asks for it.
+        """
+
+    @abstractmethod
+    def load_data(self, root: Path) -> Data:
+        """Return train, valid and test. `root` is the data directory, where downloads are kept."""
+
+    @abstractmethod
+    def build_model(self, params: Params) -> nn.Module:
+        """Return a new model whose output goes to the loss and the metrics."""
+
+    def build_loss(self, params: Params) -> training.Loss:  # noqa: ARG002 - for those that override it
+        """Return the loss of (outputs, targets), a mean over the rows. Default: cross entropy of class logits."""
+        return nn.CrossEntropyLoss()
+
+    def build_optimizer(self, model: nn.Module, params: Params) -> Optimizer:
+        """Return the optimizer. Default: AdamW, with the params `lr` and `weight_decay` where suggested."""
+        return AdamW(model.parameters(), lr=params.get("lr", 1e-3), weight_decay=params.get("weight_decay", 0.01))
+
+    def build_metrics(self, data: Data) -> dict[str, Metric]:
+        """Return torchmetrics objects by name, `metric` among them. Default: the accuracy over all rows."""
+        return {"accuracy": MulticlassAccuracy(num_classes=len(data.class_names), average="micro")}
+
+    def batch_size(self, params: Params) -> int:
+        """Return the rows of one training step. Default: the param `batch_size` where suggested, else 64."""
+        return int(params.get("batch_size", 64))
+
+    def fit(
+        self,
+        model: nn.Module,
+        train: Split,
+        valid: Split | None,
+        params: Params,
+        *,
+        metrics: Mapping[str, Metric],
+        epochs: int,
+        seed: int,
+        on_epoch: Callable[[training.Epoch], None] | None = None,
+    ) -> list[training.Epoch]:
+        """Train the model in place, calling `on_epoch` after each epoch. Default: `tuner.training.fit`.
+
+        Model, data and metrics are on the trial's device. An own loop lets what `on_epoch` raises pass, and
+        returns the epochs that ended; without `valid` (retraining) their metrics are empty.
+        """
+        return training.fit(
+            model,
+            train,
+            valid,
+            optimizer=self.build_optimizer(model, params),
+            loss=self.build_loss(params),
+            metrics=metrics,
+            epochs=epochs,
+            batch_size=self.batch_size(params),
+            seed=seed,
+            on_epoch=on_epoch,
+        )

@@ -1,0 +1,188 @@
+"""Finding an objective: an installed entry point by its name, or a file given on the command line.
+
+Code is imported from these two places only, never from a path that a database holds.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import importlib.metadata
+import importlib.util
+import inspect
+import sys
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from pydantic import JsonValue, ValidationError
+from typing_extensions import TypeIs
+
+from tuner.errors import TunerError, UsageError
+from tuner.spec import first_problem
+
+if TYPE_CHECKING:
+    import optuna
+
+    from tuner.objective import Objective
+
+ENTRY_POINT_GROUP = "tuner.objectives"
+
+FunctionObjective: TypeAlias = "Callable[[optuna.Trial], float]"
+ObjectiveKind: TypeAlias = "type[Objective] | FunctionObjective"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectiveSource:
+    """Where an objective's code lies. `name` is what the spec holds: the entry point's, or `file.py:attribute`.
+
+    `study_name` is what a study of it is called unless told otherwise.
+    """
+
+    name: str
+    study_name: str
+    file: Path
+    module: str | None
+    attribute: str
+
+    def code_hash(self) -> str:
+        """Return the sha256 of the file that defines the objective, in hexadecimal."""
+        return hashlib.sha256(self.file.read_bytes()).hexdigest()
+
+    def summary(self) -> str:
+        """Return the first line of the docstring of the objective, or else of its file, without importing it."""
+        tree = ast.parse(self.file.read_bytes())
+        named = [node for node in tree.body if getattr(node, "name", None) == self.attribute]
+        for node in (*named, tree):
+            if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.Module) and (doc := ast.get_docstring(node)):
+                return doc.splitlines()[0]
+        return ""
+
+    def load(self) -> ObjectiveKind:
+        """Import the objective: a subclass of `Objective`, or a plain function of a trial.
+
+        Raises TunerError, naming the file and the line, if it cannot be imported or is neither.
+        """
+        module = self._import()
+        found = getattr(module, self.attribute, None)
+        from tuner.objective import Objective
+
+        if inspect.isclass(found) and issubclass(found, Objective):
+            return found
+        if callable(found) and not inspect.isclass(found):
+            return found  # type: ignore[no-any-return]
+        usable = [name for name, value in vars(module).items() if _is_objective(value, module.__name__)]
+        raise TunerError(
+            f"{self.file} needs to define {self.attribute!r}, an Objective or a function of a trial,"
+            f" got {found!r}; it defines: {', '.join(usable) or 'none'}"
+        )
+
+    def _import(self) -> ModuleType:
+        try:
+            if self.module is not None:
+                return importlib.import_module(self.module)
+            return _import_file(self.file)
+        except SyntaxError as error:
+            raise TunerError(f"cannot read {error.filename}, line {error.lineno}: {error.msg}") from error
+        except Exception as error:
+            place = traceback.extract_tb(error.__traceback__)[-1]
+            raise TunerError(
+                f"cannot import {self.file}: {type(error).__name__}: {error} ({place.filename}, line {place.lineno})"
+            ) from error
+
+
+def is_objective_class(kind: ObjectiveKind) -> TypeIs[type[Objective]]:
+    """Whether `kind` is a subclass of Objective, and not a plain function."""
+    return inspect.isclass(kind)
+
+
+def find_objective(reference: str) -> ObjectiveSource:
+    """Return where the objective `reference` lies: an entry point's name, or `path/to/file.py:attribute`.
+
+    Raises TunerError if there is none.
+    """
+    path, colon, attribute = reference.rpartition(":")
+    if colon and path.endswith(".py"):
+        return _from_file(Path(path), attribute)
+    if reference.endswith(".py"):
+        raise UsageError(f"an objective in a file needs its name, got {reference!r}; say {reference}:NAME")
+    for source in installed_objectives():
+        if source.name == reference:
+            return source
+    names = ", ".join(source.name for source in installed_objectives()) or "none"
+    raise TunerError(f"no objective named {reference!r} is installed; there are: {names}; or give path/to/file.py:NAME")
+
+
+def installed_objectives() -> list[ObjectiveSource]:
+    """Return the objectives of all installed packages, by name, without importing them."""
+    found = []
+    for entry in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP):
+        spec = importlib.util.find_spec(entry.module)
+        if spec is not None and spec.origin is not None:
+            found.append(
+                ObjectiveSource(
+                    name=entry.name,
+                    study_name=entry.name,
+                    file=Path(spec.origin),
+                    module=entry.module,
+                    attribute=entry.attr,
+                )
+            )
+    return sorted(found, key=lambda source: source.name)
+
+
+def build_objective(kind: type[Objective], options: Mapping[str, JsonValue], seed: int) -> Objective:
+    """Return the objective with its options checked. Raises UsageError that names the option and lists all."""
+    known = {name: its for name, its in kind.model_fields.items() if name != "seed"}
+    for name in options:
+        if name not in known:
+            listed = ", ".join(known) or "none"
+            hint = "; the seed is set by --seed" if name == "seed" else ""
+            raise UsageError(f"--set: {kind.__name__} has no option {name!r}; it has: {listed}{hint}")
+    try:
+        return kind(seed=seed, **options)
+    except ValidationError as error:
+        raise UsageError(f"--set {first_problem(error)}") from error
+
+
+def _from_file(path: Path, attribute: str) -> ObjectiveSource:
+    if not path.is_file():
+        raise TunerError(f"no file {path}: give the path of the file that defines the objective {attribute!r}")
+    if not attribute.isidentifier():
+        raise UsageError(f"an objective's name needs to be a Python name, got {attribute!r} for {path}")
+    return ObjectiveSource(
+        name=f"{path.name}:{attribute}",
+        study_name=path.stem,
+        file=path.resolve(),
+        module=None,
+        attribute=attribute,
+    )
+
+
+def _import_file(path: Path) -> ModuleType:
+    name = f"tuner_objective_{path.stem}"
+    if name in sys.modules:
+        return sys.modules[name]
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # pydantic looks a class's annotations up in its module
+    sys.path.insert(0, str(path.parent))  # as Python does for a script: its neighbours can be imported
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
+
+
+def _is_objective(value: Any, module: str) -> bool:
+    from tuner.objective import Objective
+
+    if getattr(value, "__module__", None) != module:
+        return False
+    return inspect.isfunction(value) or (inspect.isclass(value) and issubclass(value, Objective))

@@ -1,0 +1,253 @@
+"""A slot: one process that claims trials and runs them, for the worker that started it.
+
+Started as `python -m tuner.slot`. The worker writes one line of JSON, a `SlotConfig`, to its standard input and
+keeps it open: when it closes - also because the worker was killed - the slot gives its trial back and exits.
+On its standard output the slot writes one line of JSON an event (`Event`).
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO, Any, Literal, TypeVar
+
+import optuna
+from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
+from pydantic import BaseModel, ConfigDict, ValidationError
+from sqlalchemy import Engine
+from sqlalchemy.exc import OperationalError
+
+from storage import claims, open_engine, open_storage
+from storage.errors import StorageError, UnreachableError
+from tuner.attempt import CheckedTrial, Interrupted, Outcome, TrialObjective, run_attempt
+from tuner.errors import TunerError
+from tuner.registry import build_objective, find_objective, is_objective_class
+from tuner.sampling import build_pruner, build_sampler
+from tuner.study import Study, check_code, open_study
+from tuner.training import choose_device
+
+T = TypeVar("T")
+
+POLL_S = 1.0
+"""How often a slot asks again while other workers' trials hold the rest of the budget."""
+OUTAGE_S = 600.0
+"""How long a slot waits for a database that went away."""
+
+
+class SlotConfig(BaseModel):
+    """What a worker tells its slot. `trials` is how many trials it may run, None for as many as there are."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    storage: str
+    study: str
+    worker: str
+    objective: str
+    data_dir: Path
+    device: str | None = None
+    trials: int | None = None
+    allow_code_change: bool = False
+
+
+class Event(BaseModel):
+    """Something that happened in a slot; the worker logs it."""
+
+    model_config = ConfigDict(frozen=True)
+
+    event: Literal["ready", "trial_started", "trial_ended", "trial_released", "database_away", "refused", "done"]
+    trial: int | None = None
+    attempt: int | None = None
+    token: str | None = None
+    trial_id: int | None = None
+    state: str | None = None
+    value: float | None = None
+    seconds: float | None = None
+    message: str | None = None
+
+
+class Slot:
+    """Claims trials of one study and runs them, one after the other."""
+
+    def __init__(self, config: SlotConfig, emit: Callable[[Event], None], stop: threading.Event) -> None:
+        self._config = config
+        self._emit = emit
+        self._stop = stop
+        self._engine: Engine = open_engine(config.storage, application_name=f"tuner {config.worker}")
+
+    def run(self) -> None:
+        """Run trials until the budget is used up, `config.trials` are done, or the slot is asked to stop.
+
+        Raises TunerError or StorageError if the study cannot be joined from here.
+        """
+        study = open_study(self._engine, self._config.study)
+        what = self._load(study)
+        optuna_study = optuna.load_study(
+            study_name=study.name,
+            storage=open_storage(self._config.storage),
+            sampler=build_sampler(study.spec.sampler, study.spec.seed, 0),
+            pruner=build_pruner(study.spec.pruner),
+        )
+        self._emit(Event(event="ready"))
+        ran = 0
+        reason = "the slot was asked to stop"
+        while not self._stop.is_set():
+            if ran == self._config.trials:
+                reason = f"this slot ran its {ran} trials"
+                break
+            claimed = self._retry(lambda: claims.claim(self._engine, study.study_id, study.budget, self._config.worker))
+            if isinstance(claimed, claims.NothingToClaim):
+                if claimed.final:
+                    reason = claimed.reason
+                    break
+                self._stop.wait(POLL_S)
+                continue
+            ran += self._run_claimed(study, optuna_study, what, claimed)
+        self._emit(Event(event="done", message=reason))
+
+    def _load(self, study: Study) -> TrialObjective:
+        source = find_objective(self._config.objective)
+        check_code(study, source, allow_code_change=self._config.allow_code_change)
+        kind = source.load()
+        objective = (
+            build_objective(kind, study.spec.objective.options, study.spec.seed) if is_objective_class(kind) else kind
+        )
+        device = choose_device(self._config.device)
+        return TrialObjective.load(study.spec, objective, self._config.data_dir, device)
+
+    def _run_claimed(self, study: Study, optuna_study: optuna.Study, what: TrialObjective, held: claims.Claim) -> bool:
+        """Run one claimed trial; return whether it ended (and was not given back)."""
+        told: dict[str, Any] = {"trial": held.number, "attempt": held.attempt}
+        self._emit(Event(event="trial_started", token=str(held.token), trial_id=held.trial_id, **told))
+        optuna_study.sampler = build_sampler(study.spec.sampler, study.spec.seed, held.number)
+        with Lease(self._engine, held) as lease:
+
+            def check() -> None:
+                if self._stop.is_set() or lease.lost.is_set():
+                    raise Interrupted
+
+            try:
+                trial = self._retry(lambda: CheckedTrial(optuna_study, held.trial_id, check))
+                outcome = run_attempt(what, trial)
+            except Interrupted:
+                self._release(study, held, counts=False)
+                return False
+            except (UnreachableError, OperationalError, StorageInternalError) as error:
+                self._emit(Event(event="database_away", message=_first_line(error), **told))
+                self._release(study, held, counts=False)
+                return False
+        try:
+            self._retry(lambda: _tell(optuna_study, trial, outcome))
+        except UpdateFinishedTrialError:
+            self._emit(Event(event="trial_released", message="the lease on it was lost", **told))
+            return False
+        self._retry(lambda: claims.end(self._engine, held))
+        seconds = outcome.attrs.get("seconds")
+        message = outcome.attrs.get("failure_message")
+        self._emit(
+            Event(
+                event="trial_ended",
+                state=outcome.state.name,
+                value=outcome.value,
+                seconds=seconds,
+                message=message,
+                **told,
+            )
+        )
+        return True
+
+    def _release(self, study: Study, held: claims.Claim, *, counts: bool) -> None:
+        attempts = study.budget.max_attempts
+        self._retry(lambda: claims.release(self._engine, study.study_id, held, counts=counts, max_attempts=attempts))
+        self._emit(Event(event="trial_released", trial=held.number, attempt=held.attempt))
+
+    def _retry(self, call: Callable[[], T]) -> T:
+        """Return `call()`, again while the database is away, with growing pauses, for OUTAGE_S seconds at most."""
+        pause_s, waited_s = 0.1, 0.0
+        while True:
+            try:
+                return call()
+            except (UnreachableError, OperationalError, StorageInternalError) as error:
+                if waited_s >= OUTAGE_S:
+                    raise
+                if waited_s == 0:
+                    self._emit(Event(event="database_away", message=_first_line(error)))
+            threading.Event().wait(pause_s)
+            waited_s += pause_s
+            pause_s = min(pause_s * 2, 5.0)
+
+
+class Lease:
+    """Renews a claim on a thread while its trial runs. `lost` is set once somebody else may hold the trial."""
+
+    def __init__(self, engine: Engine, held: claims.Claim) -> None:
+        self.lost = threading.Event()
+        self._engine = engine
+        self._held = held
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._renew, name=f"lease of trial {held.number}", daemon=True)
+
+    def __enter__(self) -> Lease:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self._thread.join()
+
+    def _renew(self) -> None:
+        while not self._ended.wait(claims.LEASE_S / 3):
+            try:
+                if not claims.renew(self._engine, self._held):
+                    self.lost.set()
+                    return
+            except (StorageError, OperationalError):
+                continue  # the database is away: the lease may outlast it; the next renewal tells
+
+
+def _tell(study: optuna.Study, trial: CheckedTrial, outcome: Outcome) -> None:
+    for name, value in outcome.attrs.items():
+        trial.set_user_attr(name, value)
+    study.tell(trial, outcome.value, outcome.state, skip_if_finished=True)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]
+
+
+def _stop_at_end_of(stream: IO[str], stop: threading.Event) -> None:
+    for _ in stream:
+        pass
+    stop.set()
+
+
+def main() -> None:
+    """Run a slot for the worker at the other end of the standard streams."""
+    # What an objective prints goes to stderr: stdout carries the events.
+    events = os.fdopen(os.dup(sys.stdout.fileno()), "w", buffering=1)
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the worker's to handle
+    warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+
+    def emit(event: Event) -> None:
+        events.write(event.model_dump_json(exclude_none=True) + "\n")
+
+    stop = threading.Event()
+    line = sys.stdin.readline()
+    if not line:
+        return
+    threading.Thread(target=_stop_at_end_of, args=(sys.stdin, stop), daemon=True).start()
+    try:
+        Slot(SlotConfig.model_validate_json(line), emit, stop).run()
+    except (TunerError, StorageError, ValidationError) as error:
+        emit(Event(event="refused", message=str(error)))
+        sys.exit(getattr(error, "exit_code", 1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,128 @@
+"""The spec: everything that defines a study, stored with it at its creation and never changed after."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Literal
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    JsonValue,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+)
+
+from tuner.errors import TunerError
+
+SamplerName = Literal["tpe", "random", "gp", "cmaes", "qmc", "grid"]
+PrunerName = Literal["median", "percentile", "hyperband", "asha", "none"]
+Direction = Literal["maximize", "minimize"]
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ObjectiveSpec(_Frozen):
+    """The objective: its name, the sha256 of its code and the options it was given."""
+
+    name: str
+    code_hash: str
+    options: dict[str, JsonValue] = {}
+
+
+class SamplerSpec(_Frozen):
+    """A sampler of Optuna by name; `settings` are keyword arguments of its class."""
+
+    name: SamplerName = "tpe"
+    settings: dict[str, JsonValue] = {}
+
+
+class PrunerSpec(_Frozen):
+    """A pruner of Optuna by name; `settings` are keyword arguments of its class."""
+
+    name: PrunerName = "median"
+    settings: dict[str, JsonValue] = {}
+
+
+class Budget(_Frozen):
+    """When a study is done.
+
+    `trials` counts those that completed or were pruned. Failed trials do not count, but more than
+    `max_failures` of them end the study. No trial starts later than `timeout_s` seconds after the study was
+    created, by the database's clock.
+    """
+
+    trials: PositiveInt
+    timeout_s: PositiveFloat | None = None
+    max_failures: NonNegativeInt = 10
+
+
+class Retry(_Frozen):
+    """A trial whose worker was lost or stopped runs again, `max_attempts` times in all."""
+
+    max_attempts: PositiveInt = 3
+
+
+class Spec(_Frozen):
+    """What every worker of a study needs to know, apart from where the objective's code and data lie."""
+
+    version: Literal[1] = 1
+    objective: ObjectiveSpec
+    metric: str
+    direction: Direction
+    sampler: SamplerSpec = SamplerSpec()
+    pruner: PrunerSpec = PrunerSpec()
+    budget: Budget
+    epochs: PositiveInt
+    seed: NonNegativeInt = Field(default=0, lt=2**63)
+    retry: Retry = Retry()
+
+
+def parse_spec(stored: object, study_name: str) -> Spec:
+    """Return the spec as the database holds it for `study_name`.
+
+    Raises TunerError if the study has none, being another program's, or one of a later version.
+    """
+    if stored is None:
+        raise TunerError(
+            f"study {study_name!r} has no spec: it was not created by tuner;"
+            " 'tuner create' makes one that workers can join"
+        )
+    try:
+        return Spec.model_validate(stored)
+    except ValidationError as error:
+        version = stored.get("version") if isinstance(stored, dict) else None
+        raise TunerError(
+            f"study {study_name!r} has a spec of version {version}, this tuner reads version 1:"
+            f" {first_problem(error)}; use the version of tuner that created it"
+        ) from error
+
+
+def differences(stored: Spec, wanted: Spec) -> list[str]:
+    """Return one line for each setting in which the study's spec and the wanted one differ."""
+    ours, theirs = dict(_leaves(wanted.model_dump())), dict(_leaves(stored.model_dump()))
+    return [
+        f"{name}: the study has {theirs.get(name, 'none')}, this command says {ours.get(name, 'none')}"
+        for name in sorted(ours.keys() | theirs.keys())
+        if ours.get(name) != theirs.get(name)
+    ]
+
+
+def first_problem(error: ValidationError) -> str:
+    """Return pydantic's first complaint as `name: what is wrong, got value`."""
+    problem = error.errors(include_url=False)[0]
+    place = ".".join(str(part) for part in problem["loc"])
+    return f"{place}: {problem['msg'].lower()}, got {problem['input']!r}"
+
+
+def _leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in tree.items():
+        if isinstance(value, dict) and value:
+            yield from _leaves(value, f"{prefix}{name}.")
+        elif value != {}:
+            yield prefix + name, value

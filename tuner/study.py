@@ -1,0 +1,153 @@
+"""Creating a study with its spec, and joining one that exists."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from sqlalchemy import Engine
+
+from storage import claims, studies
+from storage.errors import StudyExistsError
+from storage.studies import StudyRecord, TrialRecord
+from tuner.errors import TunerError, UsageError
+from tuner.registry import ObjectiveKind, ObjectiveSource, build_objective, is_objective_class
+from tuner.spec import Budget, Direction, ObjectiveSpec, Spec, differences, parse_spec
+
+if TYPE_CHECKING:
+    from pydantic import JsonValue
+
+    from tuner.objective import Objective
+
+
+@dataclass(frozen=True, kw_only=True)
+class Study:
+    """A study that tuner created: where it is in the database, and its spec."""
+
+    study_id: int
+    name: str
+    spec: Spec
+
+    @property
+    def budget(self) -> claims.Budget:
+        """The spec's budget as claims are decided by it."""
+        budget = self.spec.budget
+        return claims.Budget(
+            trials=budget.trials,
+            timeout_s=budget.timeout_s,
+            max_failures=budget.max_failures,
+            max_attempts=self.spec.retry.max_attempts,
+        )
+
+
+def open_study(engine: Engine, name: str) -> Study:
+    """Return the study of that name. Raises StudyNotFoundError, or TunerError if tuner did not create it."""
+    return _study(studies.find_study(engine, name))
+
+
+def create_study(engine: Engine, name: str, spec: Spec) -> Study:
+    """Create the study. Raises StudyExistsError if there is one of that name."""
+    attrs = {
+        "objective": spec.objective.name,
+        "metric": spec.metric,
+        "epochs": spec.epochs,
+        "seed": spec.seed,
+    }
+    try:
+        record = studies.create_study(engine, name, spec.direction, spec.model_dump(mode="json"), attrs)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    return _study(record)
+
+
+def create_or_join(engine: Engine, name: str, spec: Spec) -> tuple[Study, bool]:
+    """Return the study of that name and whether it was created now.
+
+    Raises TunerError that lists the differences if it exists with another spec.
+    """
+    try:
+        return create_study(engine, name, spec), True
+    except StudyExistsError:
+        study = open_study(engine, name)
+    found = differences(study.spec, spec)
+    if found:
+        raise TunerError(
+            f"study {name!r} exists with another spec ({'; '.join(found)});"
+            " give the same options to join it, or --study NAME for a study of its own"
+        )
+    return study, False
+
+
+def check_code(study: Study, source: ObjectiveSource, *, allow_code_change: bool) -> None:
+    """Raise TunerError, naming both, if the objective here is not the study's: another name or other code."""
+    wanted, found = study.spec.objective, source.code_hash()
+    if source.name != wanted.name:
+        raise TunerError(f"study {study.name!r} searches objective {wanted.name!r}, got {source.name!r}")
+    if found != wanted.code_hash and not allow_code_change:
+        raise TunerError(
+            f"study {study.name!r} was created with other code of {wanted.name!r}: it has {wanted.code_hash[:12]},"
+            f" {source.file} is {found[:12]}; install the same version, or pass --allow-code-change"
+        )
+
+
+def best_of(engine: Engine, study: Study) -> TrialRecord:
+    """Return the study's best trial. Raises TunerError if none is complete."""
+    best = studies.best_trial(engine, study.study_id, study.spec.direction)
+    if best is None:
+        raise TunerError(
+            f"study {study.name!r} has no complete trial yet; 'tuner status {study.name}' shows its trials"
+        )
+    return best
+
+
+def plan(
+    source: ObjectiveSource,
+    kind: ObjectiveKind,
+    *,
+    options: Mapping[str, JsonValue],
+    budget: Budget,
+    epochs: int | None,
+    sampler: str,
+    pruner: str,
+    direction: Direction | None,
+    seed: int,
+) -> tuple[Spec, Objective | None]:
+    """Return the checked spec of a study of `kind`, and the objective (None for a plain function).
+
+    A grid smaller than the budget's trials is the budget. Raises UsageError that names the option at fault.
+    """
+    from tuner.sampling import grid_size, pruner_spec, sampler_spec
+
+    objective = None
+    if is_objective_class(kind):
+        objective = build_objective(kind, options, seed)
+        if direction not in (None, kind.direction):
+            raise UsageError(f"--direction: {kind.__name__} says {kind.direction}, got {direction}")
+        metric, direction, epochs = kind.metric, kind.direction, epochs or kind.epochs
+    else:
+        if options:
+            raise UsageError(f"--set: the plain function {source.name} has no options, got {', '.join(options)}")
+        if epochs is not None:
+            raise UsageError(f"--epochs: the plain function {source.name} trains as long as it likes")
+        metric, direction, epochs = "value", direction or "minimize", 1
+    sampler_ = sampler_spec(sampler, objective)
+    spec = Spec(
+        objective=ObjectiveSpec(
+            name=source.name,
+            code_hash=source.code_hash(),
+            options={} if objective is None else objective.model_dump(mode="json"),
+        ),
+        metric=metric,
+        direction=direction,
+        sampler=sampler_,
+        pruner=pruner_spec(pruner, epochs),
+        budget=budget.model_copy(update={"trials": min(budget.trials, grid_size(sampler_) or budget.trials)}),
+        epochs=epochs,
+        seed=seed,
+    )
+    return spec, objective
+
+
+def _study(record: StudyRecord) -> Study:
+    return Study(study_id=record.study_id, name=record.name, spec=parse_spec(record.spec, record.name))
