@@ -109,7 +109,7 @@ def server_account(cluster: Path) -> Account:
     """
     if os.geteuid() != 0:
         return own_account()
-    if cluster.exists():
+    if (cluster / "PG_VERSION").exists():
         uid = cluster.stat().st_uid
         entry = next((entry for entry in pwd.getpwall() if entry.pw_uid == uid), None)
         wanted = f"the owner of {cluster}, uid {uid}"
@@ -121,8 +121,7 @@ def server_account(cluster: Path) -> Account:
         wanted = " or ".join(names)
     if entry is None or entry.pw_uid == 0:
         raise EmbeddedServerError(
-            f"as root, PostgreSQL must run as another user, and {wanted} is none; set TUNER_DB_USER to the "
-            "name of one"
+            f"as root, PostgreSQL must run as another user, and {wanted} is none; set TUNER_DB_USER to the name of one"
         )
     return Account(name=entry.pw_name, uid=entry.pw_uid, gid=entry.pw_gid, is_us=False)
 

@@ -10,13 +10,23 @@ import secrets
 import shlex
 import shutil
 import signal
-import stat
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 from urllib.parse import quote
 
+from storage._cluster import (
+    ADMIN_ROLE,
+    DATABASE,
+    READER_ROLE,
+    ROLE,
+    aside_of,
+    cluster_major,
+    create_cluster,
+    private_directory,
+    reason,
+)
 from storage._postmaster import Postmaster, exclusive, is_held, listener_pid, read_postmaster, wait_until
 from storage._programs import (
     Account,
@@ -31,11 +41,6 @@ from storage.errors import EmbeddedServerError
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-DATABASE: Final = "tuner"
-ADMIN_ROLE: Final = "tuner_admin"
-ROLE: Final = "tuner"
-READER_ROLE: Final = "tuner_reader"
-
 # Where root keeps clusters: a data directory is usually closed to the user that the server runs as.
 SHARED_DIRECTORY = Path("/var/lib/tuner")
 
@@ -43,35 +48,6 @@ _DEFAULT_PORT: Final = 5432  # without TCP it is but a part of the socket's name
 _SOCKET_PATH_MAX_BYTES: Final = 90  # the kernel's limit is 108 on Linux, 104 on macOS
 _FREE_BYTES_MIN: Final = 64 * 2**20
 _LOG_MAX_BYTES: Final = 16 * 2**20
-
-# Written into postgresql.conf when the cluster is made, for its owner to change.
-_SETTINGS: Final = {
-    # Neither limited to a container's 64 MB of /dev/shm nor removed when systemd ends the user's last session.
-    "dynamic_shared_memory_type": "mmap",
-    "huge_pages": "off",
-    "io_method": "sync",  # three processes fewer
-    "jit": "off",
-    "listen_addresses": "",
-    "log_checkpoints": "off",
-    "log_timezone": "UTC",
-    "max_connections": "100",
-    "max_parallel_workers_per_gather": "0",
-    "max_wal_size": "256MB",
-    "shared_buffers": "64MB",
-    "timezone": "UTC",
-}
-
-# Run on template1, so that a new database inherits what the reader may do; one statement a line.
-_ROLES_AND_DATABASE: Final = """\
-CREATE ROLE tuner LOGIN
-CREATE ROLE tuner_reader LOGIN
-ALTER ROLE tuner_reader SET default_transaction_read_only = on
-GRANT USAGE ON SCHEMA public TO tuner_reader
-ALTER DEFAULT PRIVILEGES FOR ROLE tuner GRANT SELECT ON TABLES TO tuner_reader
-CREATE DATABASE tuner OWNER tuner
-REVOKE ALL ON DATABASE tuner FROM PUBLIC
-GRANT CONNECT ON DATABASE tuner TO tuner_reader
-"""
 
 _ACCESS: Final = """\
 # Written by tuner at each start.
@@ -161,7 +137,7 @@ class EmbeddedServer:
         """Tell what runs, changing nothing."""
         with self._explained():
             server = self._running()
-            major = _cluster_major(self._cluster)
+            major = cluster_major(self._cluster)
             version = None if major is None else str(major)
             if server is None:
                 return EmbeddedStatus(running=False, directory=self._cluster, version=version)
@@ -195,14 +171,10 @@ class EmbeddedServer:
             if self._home != self._data_dir:
                 shutil.rmtree(self._home, ignore_errors=True)
             elif self._home.exists():
-                for directory in (self._cluster, self._aside, self._socket_directory()):
+                for directory in (self._cluster, aside_of(self._cluster), self._socket_directory()):
                     shutil.rmtree(directory, ignore_errors=True)
                 for file in self._home.glob("postgresql.*"):
                     file.unlink()
-
-    @property
-    def _aside(self) -> Path:
-        return self._home / "postgresql.new"
 
     def _running(self) -> Postmaster | None:
         server = read_postmaster(self._cluster)
@@ -240,13 +212,13 @@ class EmbeddedServer:
         self._require_free_space()
         account = server_account(self._cluster)
         programs = self._programs(account)
-        if _cluster_major(self._cluster) is None:
-            self._create_cluster(account, programs, lock)
+        if cluster_major(self._cluster) is None:
+            create_cluster(self._cluster, account, programs, lock, self._timeout_s)
         return self._start_postmaster(account, programs, address)
 
     def _programs(self, account: Account) -> Programs:
         bundled = bundled_programs()
-        major = _cluster_major(self._cluster)
+        major = cluster_major(self._cluster)
         fitting = [programs for programs in bundled if major in (None, programs.major)]
         if not fitting:
             ours = " and ".join(str(programs.major) for programs in bundled)
@@ -257,44 +229,9 @@ class EmbeddedServer:
             )
         return reachable_by(account, fitting[0], SHARED_DIRECTORY)
 
-    def _create_cluster(self, account: Account, programs: Programs, lock: int) -> None:
-        """Make the cluster aside, roles and database included, and rename it: it is whole or not there."""
-        if self._cluster.exists() and any(self._cluster.iterdir()):
-            raise EmbeddedServerError(f"{self._cluster} holds files but no PostgreSQL cluster; move it away")
-        if self._aside.exists():  # left by a process that was killed
-            shutil.rmtree(self._aside)
-        _private_directory(self._aside, account)
-        initdb: list[str | Path] = [
-            programs.path("initdb"),
-            f"--pgdata={self._aside}",
-            f"--username={ADMIN_ROLE}",
-            "--encoding=UTF8",
-            "--no-locale",
-            "--data-checksums",
-            "--auth-local=peer",
-            "--auth-host=scram-sha-256",
-            *(f"--set={name}={value}" for name, value in _SETTINGS.items()),
-        ]
-        postgres: list[str | Path] = [programs.path("postgres"), "--single", "-D", self._aside]
-        postgres += ["-c", "exit_on_error=on", "template1"]
-        for command, stdin in ((initdb, ""), (postgres, _ROLES_AND_DATABASE)):
-            # Inheriting the decision lock keeps it held should we be killed and leave the program running.
-            done = account.run(
-                command, cwd=self._home, timeout_s=2 * self._timeout_s, stdin=stdin, pass_fds=[lock]
-            )
-            if done.returncode != 0:
-                raise EmbeddedServerError(
-                    f"cannot create a database in {self._home}: {_reason(done.stderr)}; "
-                    "mend that and try again"
-                )
-        self._aside.rename(self._cluster)
-        _fsync_directory(self._home)
-
-    def _start_postmaster(
-        self, account: Account, programs: Programs, address: tuple[str, int] | None
-    ) -> Postmaster:
+    def _start_postmaster(self, account: Account, programs: Programs, address: tuple[str, int] | None) -> Postmaster:
         self._remove_leftovers()
-        sockets = _private_directory(self._socket_directory(), account)
+        sockets = private_directory(self._socket_directory(), account)
         host, port = address or ("", _DEFAULT_PORT)
         options = {
             "hba_file": self._readable_file("postgresql.hba", _ACCESS),
@@ -323,7 +260,7 @@ class EmbeddedServer:
                 log.seek(log_size)
                 said = log.read().decode(errors="replace")
             raise EmbeddedServerError(
-                f"PostgreSQL did not start in {self._cluster}: {_reason(said or done.stderr)}; "
+                f"PostgreSQL did not start in {self._cluster}: {reason(said or done.stderr)}; "
                 f"nothing stored is lost, mend that and try again (log: {self._log})"
             )
         return server
@@ -347,7 +284,7 @@ class EmbeddedServer:
             return
         SHARED_DIRECTORY.parent.mkdir(parents=True, exist_ok=True)
         for directory in (SHARED_DIRECTORY, self._home):
-            _private_directory(directory, own_account(), mode=0o755)
+            private_directory(directory, own_account(), mode=0o755)
 
     def _require_free_space(self) -> None:
         free = shutil.disk_usage(self._home).free
@@ -452,43 +389,3 @@ def _identity_map() -> str:
     us = own_account().name
     roles = (ADMIN_ROLE, ROLE, READER_ROLE)
     return "# Written by tuner at each start.\n" + "".join(f'tuner "{us}" {role}\n' for role in roles)
-
-
-def _cluster_major(cluster: Path) -> int | None:
-    try:
-        return int((cluster / "PG_VERSION").read_text())
-    except FileNotFoundError:
-        return None
-
-
-def _private_directory(path: Path, account: Account, mode: int = 0o700) -> Path:
-    """Have a directory of the account that nobody else may write; one already there is only checked."""
-    try:
-        path.mkdir(mode)
-    except FileExistsError:
-        found = path.lstat()
-        if not stat.S_ISDIR(found.st_mode) or found.st_uid != account.uid or found.st_mode & 0o777 & ~mode:
-            raise EmbeddedServerError(
-                f"{path} must be a directory of {account.name} with mode {mode:04o} at most; "
-                "remove it and try again"
-            ) from None
-    else:
-        path.chmod(mode)  # past the umask
-        if not account.is_us:
-            os.chown(path, account.uid, account.gid)
-    return path
-
-
-def _fsync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _reason(output: str) -> str:
-    """Pick the lines of a program's output that tell why it failed, on one line."""
-    lines = [line.strip() for line in output.splitlines() if line.strip()]
-    telling = [line for line in lines if re.search(r"FATAL|PANIC|ERROR|error:|could not", line)]
-    return "; ".join((telling or lines)[-3:]) or "no reason given"

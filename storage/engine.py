@@ -123,9 +123,7 @@ def _connection_error(error: BaseException, url: URL) -> StorageError:
             "or a password file), and the server's pg_hba.conf"
         )
     if _NO_DATABASE.search(reason):
-        return UnreachableError(
-            f"no such database at {shown}: {reason}; create it (createdb), or correct the name"
-        )
+        return UnreachableError(f"no such database at {shown}: {reason}; create it (createdb), or correct the name")
     return UnreachableError(
         f"cannot reach PostgreSQL at {shown}: {reason}; check that the server runs, and its host and port"
     )

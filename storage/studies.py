@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from sqlalchemy import Connection, Engine, Row, Select, and_, case, func, insert, select
+from sqlalchemy.dialects.postgresql import distinct_on
 from sqlalchemy.exc import IntegrityError
 
 from storage.errors import StudyExistsError, StudyNotFoundError
@@ -91,13 +92,12 @@ def create_study(
             study_id = conn.execute(insert(studies).values(study_name=name).returning(studies.c.study_id)).scalar_one()
             conn.execute(insert(study_directions).values(study_id=study_id, direction=direction.upper(), objective=0))
             conn.execute(insert(tuner_studies).values(study_id=study_id, spec=dict(spec)))
-            conn.execute(
-                insert(study_user_attributes),
-                [
-                    {"study_id": study_id, "key": key, "value_json": json.dumps(value)}
-                    for key, value in user_attrs.items()
-                ],
-            )
+            attributes = [
+                {"study_id": study_id, "key": key, "value_json": json.dumps(value)}
+                for key, value in user_attrs.items()
+            ]
+            if attributes:
+                conn.execute(insert(study_user_attributes), attributes)
     except IntegrityError as error:
         raise StudyExistsError(f"a study named {name!r} exists in {mask_url(engine.url)}") from error
     return find_study(engine, name)
@@ -298,7 +298,7 @@ def _latest_reports(conn: Connection, of: Select[Any]) -> dict[int, tuple[int, f
     table = trial_intermediate_values
     rows = conn.execute(
         select(table.c.trial_id, table.c.step, table.c.intermediate_value, table.c.intermediate_value_type)
-        .distinct(table.c.trial_id)
+        .ext(distinct_on(table.c.trial_id))
         .where(table.c.trial_id.in_(of))
         .order_by(table.c.trial_id, table.c.step.desc())
     )

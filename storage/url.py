@@ -116,9 +116,7 @@ def _read_password(path: Path) -> str:
             if not stat.S_ISREG(found.st_mode):
                 raise StorageError(f"the password file {path} must be a regular file")
             if found.st_uid not in {os.geteuid(), 0}:
-                raise StorageError(
-                    f"the password file {path} must belong to you or root, not to uid {found.st_uid}"
-                )
+                raise StorageError(f"the password file {path} must belong to you or root, not to uid {found.st_uid}")
             if found.st_mode & 0o077:
                 mode = stat.S_IMODE(found.st_mode)
                 raise StorageError(f"the password file {path} has mode {mode:04o}; run: chmod 600 {path}")
@@ -126,9 +124,7 @@ def _read_password(path: Path) -> str:
     except OSError as error:
         raise StorageError(f"cannot read the password file {path}: {error.strerror}") from error
     if len(content) > _PASSWORD_MAX_BYTES:
-        raise StorageError(
-            f"the password file {path} must hold one password, not {_PASSWORD_MAX_BYTES} bytes and more"
-        )
+        raise StorageError(f"the password file {path} must hold one password, not {_PASSWORD_MAX_BYTES} bytes and more")
     try:
         password = content.decode().removesuffix("\n").removesuffix("\r")
     except UnicodeDecodeError:

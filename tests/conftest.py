@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from command import Tuner
 from sqlalchemy import URL, create_engine, text
 
 from storage import EmbeddedServer, ensure_schema, open_engine, parse_url
@@ -63,7 +64,7 @@ def _a_database(server_url: str, maintenance_url: str, template: str = "template
     engine = create_engine(parse_url(maintenance_url), isolation_level="AUTOCOMMIT")
     with engine.connect() as conn:
         owner = f'OWNER "{owned.username}"' if owned.username else ""
-        conn.execute(text(f'CREATE DATABASE "{name}" TEMPLATE "{template}" {owner}'))  # noqa: S608
+        conn.execute(text(f'CREATE DATABASE "{name}" TEMPLATE "{template}" {owner}'))
     try:
         yield owned
     finally:
@@ -102,10 +103,12 @@ def start_python() -> Iterator[Callable[..., subprocess.Popen[str]]]:
     """Start Python processes that run some code; each in a session of its own, killed with the test."""
     started: list[subprocess.Popen[str]] = []
 
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+
     def start(code: str, *arguments: str, env: dict[str, str] | None = None) -> subprocess.Popen[str]:
         process = subprocess.Popen(
             [sys.executable, "-W", "error", "-c", code, *arguments],
-            env={**os.environ, "PYTHONPATH": str(ROOT), **(env or {})},
+            env={**os.environ, "PYTHONPATH": path, **(env or {})},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -120,3 +123,9 @@ def start_python() -> Iterator[Callable[..., subprocess.Popen[str]]]:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
+
+
+@pytest.fixture
+def tuner(database: str, tmp_path: Path) -> Tuner:
+    """The command line against a database of the test's own, with a data directory of its own."""
+    return Tuner({"TUNER_STORAGE": database, "TUNER_DATA_DIR": str(tmp_path / "data")}, tmp_path)

@@ -74,6 +74,8 @@ class CheckedTrial(optuna.Trial):
     """A trial that refuses what the database cannot hold, and that `check` can interrupt at each report."""
 
     def __init__(self, study: optuna.Study, trial_id: int, check: Callable[[], None]) -> None:
+        # Optuna's cache takes params only of trials that it has read.
+        study._storage.get_all_trials(study._study_id, deepcopy=False)
         super().__init__(study, trial_id)
         self._check = check
 
@@ -109,11 +111,11 @@ def run_attempt(what: TrialObjective, trial: CheckedTrial) -> Outcome:
     except training.DivergedError as error:
         outcome = _failed("nan", str(error))
     except (torch.cuda.OutOfMemoryError, MemoryError) as error:
-        outcome = _failed("oom", str(error))
-    except Exception as error:  # noqa: BLE001 - foreign code: whatever it raises fails its trial, not the worker
-        outcome = _failed("user_error", _with_line(error, what.objective))
+        outcome = _failed("oom", str(error) or "out of memory")
+    except (Exception, SystemExit) as error:  # noqa: BLE001 - foreign code: what it raises fails its trial alone
+        outcome = _failed("user_error", with_line(error, what.objective))
     always = {"seed": seed, "device": str(what.device), "seconds": round(time.perf_counter() - start, 3)}
-    return Outcome(state=outcome.state, value=outcome.value, attrs={**always, **outcome.attrs})
+    return Outcome(state=outcome.state, value=outcome.value, attrs={**outcome.attrs, **always})
 
 
 def load_data(objective: Objective, data_dir: Path) -> Data:
@@ -122,13 +124,26 @@ def load_data(objective: Objective, data_dir: Path) -> Data:
         return objective.load_data(data_dir)
     except Exception as error:
         name = type(objective).__name__
-        raise TunerError(f"{name}.load_data({str(data_dir)!r}) failed: {_with_line(error, objective)}") from error
+        raise TunerError(f"{name}.load_data({str(data_dir)!r}) failed: {with_line(error, objective)}") from error
 
 
 def best_epoch(history: list[training.Epoch], metric: str, direction: str) -> training.Epoch:
-    """Return the epoch with the best value of `metric`, the earliest of equals."""
+    """Return the epoch with the best value of `metric`, the earliest of equals. Raises InvalidReportError."""
+    if not history:
+        raise InvalidReportError("fit needs to return the epochs that ended, got none")
     sign = 1 if direction == "maximize" else -1
     return max(history, key=lambda epoch: (sign * epoch.metrics[metric], -epoch.number))
+
+
+def with_line(error: BaseException, objective: Objective | FunctionObjective) -> str:
+    """Describe the error with the last line of the objective's own file that it passed, if it passed any."""
+    try:
+        file = inspect.getfile(type(objective) if isinstance(objective, Objective) else objective)
+    except TypeError:
+        file = ""  # a callable object, such as a functools.partial
+    frames = traceback.extract_tb(error.__traceback__)
+    place = ([frame for frame in frames if frame.filename == file] or frames)[-1]
+    return f"{type(error).__name__}: {error} ({place.filename}, line {place.lineno})"
 
 
 def _run(what: TrialObjective, trial: CheckedTrial, seed: int) -> tuple[float, dict[str, Any]]:
@@ -150,6 +165,10 @@ def _train(what: TrialObjective, objective: Objective, trial: CheckedTrial, seed
             raise optuna.TrialPruned
 
     metrics = {name: its.to(what.device) for name, its in objective.build_metrics(what.data).items()}
+    if metric not in metrics:
+        raise InvalidReportError(
+            f"build_metrics needs to return {metric!r}, the study's metric, got: {', '.join(metrics) or 'none'}"
+        )
     history = objective.fit(
         model,
         what.data.train,
@@ -161,28 +180,21 @@ def _train(what: TrialObjective, objective: Objective, trial: CheckedTrial, seed
         on_epoch=on_epoch,
     )
     best = best_epoch(history, metric, what.spec.direction)
-    others = {name: value for name, value in best.metrics.items() if name != metric}
-    attrs = {"epoch": best.number, "epochs": len(history), "train_loss": best.train_loss, **others}
+    # JSON has no NaN, and neither have the readers of these.
+    others = {name: value for name, value in best.metrics.items() if name != metric and math.isfinite(value)}
+    attrs = {**others, "epoch": best.number, "epochs": len(history), "train_loss": best.train_loss}
     return _checked_value(best.metrics[metric]), attrs
 
 
 def _checked_value(value: object) -> float:
     if isinstance(value, torch.Tensor) and value.numel() == 1:
         value = value.item()
-    if isinstance(value, str) or not hasattr(value, "__float__"):
+    if isinstance(value, str | torch.Tensor) or not hasattr(value, "__float__"):
         raise InvalidReportError(f"an objective needs to return one number, got {value!r}")
     number = float(value)
     if not math.isfinite(number):
         raise training.DivergedError(f"the objective returned {number}")
     return number
-
-
-def _with_line(error: Exception, objective: Objective | FunctionObjective) -> str:
-    """Describe the error with the last line of the objective's own file that it passed, if it passed any."""
-    file = inspect.getfile(type(objective) if isinstance(objective, Objective) else objective)
-    frames = traceback.extract_tb(error.__traceback__)
-    place = ([frame for frame in frames if frame.filename == file] or frames)[-1]
-    return f"{type(error).__name__}: {error} ({place.filename}, line {place.lineno})"
 
 
 def _failed(kind: FailureClass, message: str) -> Outcome:

@@ -220,8 +220,6 @@ class Guard:
         # value is of no use as a token
         cookie = f"tuner_dashboard_{environ['SERVER_PORT']}"
         session = hmac.new(self._token.encode(), b"cookie", hashlib.sha256).hexdigest()
-        if any(_same(value, session) for value in _cookies(environ, cookie)):
-            return
         query = parse_qsl(environ.get("QUERY_STRING", ""), keep_blank_values=True)
         if any(name == "token" and _same(value, self._token) for name, value in query):
             rest = urlencode([(name, value) for name, value in query if name != "token"])
@@ -233,6 +231,8 @@ class Guard:
                 ("Set-Cookie", f"{cookie}={session}; Path=/; HttpOnly; SameSite=Strict"),
                 ("Cache-Control", "no-store"),
             )
+        if any(_same(value, session) for value in _cookies(environ, cookie)):
+            return
         raise _Refused(
             "401 Unauthorized",
             "this dashboard needs its token: open it with '?token=...' or send 'Authorization: Bearer ...'",

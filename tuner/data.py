@@ -32,7 +32,15 @@ class Split:
     targets: Tensor
 
     def __post_init__(self) -> None:
-        lengths = {len(tensor) for tensor in (*tensors(self.inputs), self.targets)}
+        inputs = tensors(self.inputs) if isinstance(self.inputs, tuple | dict) else (self.inputs,)
+        for tensor in (*inputs, self.targets):
+            if not isinstance(tensor, Tensor) or tensor.dim() == 0:
+                kind = "one number" if isinstance(tensor, Tensor) else type(tensor).__name__
+                raise DataError(
+                    "inputs need to be a tensor with a row for each example, or a tuple or dict of such, and targets"
+                    f" a tensor, got {kind}: use torch.as_tensor"
+                )
+        lengths = {len(tensor) for tensor in (*inputs, self.targets)}
         if len(lengths) != 1:
             raise DataError(f"inputs and targets need the same number of rows, got {sorted(lengths)}: check load_data")
 
@@ -66,11 +74,11 @@ class Data:
     def __post_init__(self) -> None:
         for name, split in self.splits():
             self._check(name, split)
-        shapes = {name: [tuple(tensor.shape[1:]) for tensor in tensors(split.inputs)] for name, split in self.splits()}
-        for name, shape in shapes.items():
-            if shape != shapes["train"]:
+        for name, split in self.splits():
+            if _layout(split) != _layout(self.train):
                 raise DataError(
-                    f"all splits need inputs of one shape, got {shapes['train']} in train and {shape} in {name}"
+                    "all splits need rows of the same shapes and types,"
+                    f" got {_layout(self.train)} in train and {_layout(split)} in {name}: check load_data"
                 )
 
     def splits(self) -> Iterator[tuple[str, Split]]:
@@ -97,10 +105,14 @@ class Data:
         n_classes = len(self.class_names)
         if n_classes:
             if split.targets.is_floating_point():
-                raise DataError(f"class labels need an integer type, got {split.targets.dtype} in {name}")
+                raise DataError(
+                    f"class labels need an integer type, got {split.targets.dtype} in the {name} split: use .long()"
+                )
             low, high = int(split.targets.min()), int(split.targets.max())
             if low < 0 or high >= n_classes:
-                raise DataError(f"labels need to be in 0..{n_classes - 1}, got {low}..{high} in the {name} split")
+                raise DataError(
+                    f"labels need to be in 0..{n_classes - 1}, got {low}..{high} in the {name} split: check class_names"
+                )
 
 
 def tensors(inputs: Inputs) -> tuple[Tensor, ...]:
@@ -121,15 +133,14 @@ def map_inputs(function: Callable[[Tensor], Tensor], inputs: Inputs) -> Inputs:
 
 def join(first: Split, second: Split) -> Split:
     """Return the rows of both, `first`'s first; used to retrain on train + valid."""
-    pairs = zip(tensors(first.inputs), tensors(second.inputs), strict=True)
-    joined = [torch.cat(pair) for pair in pairs]
     inputs: Inputs
-    if isinstance(first.inputs, Tensor):
-        inputs = joined[0]
-    elif isinstance(first.inputs, dict):
-        inputs = dict(zip(first.inputs, joined, strict=True))
+    if isinstance(first.inputs, dict):
+        assert isinstance(second.inputs, dict)
+        inputs = {name: torch.cat([tensor, second.inputs[name]]) for name, tensor in first.inputs.items()}
     else:
-        inputs = tuple(joined)
+        pairs = zip(tensors(first.inputs), tensors(second.inputs), strict=True)
+        joined = tuple(torch.cat(pair) for pair in pairs)
+        inputs = joined[0] if isinstance(first.inputs, Tensor) else joined
     return Split(inputs, torch.cat([first.targets, second.targets]))
 
 
@@ -150,13 +161,23 @@ def split_rows(
     from sklearn.model_selection import train_test_split
 
     labels = targets.numpy() if class_names else None
-    rest, test_rows = train_test_split(range(len(targets)), test_size=test, random_state=seed, stratify=labels)
+    state = seed % 2**32  # all that scikit-learn takes
+    rest, test_rows = train_test_split(range(len(targets)), test_size=test, random_state=state, stratify=labels)
     train_rows, valid_rows = train_test_split(
         rest,
         test_size=valid / (1 - test),
-        random_state=seed,
+        random_state=state,
         stratify=None if labels is None else labels[rest],
     )
     whole = Split(inputs, targets)
     train, valid_, test_ = (whole.rows(torch.tensor(rows)) for rows in (train_rows, valid_rows, test_rows))
     return Data(train, valid_, test_, class_names)
+
+
+def _layout(split: Split) -> dict[str, str]:
+    """Describe one row of each of the split's tensors, by name, or by place where they have none."""
+    inputs = split.inputs if isinstance(split.inputs, dict) else dict(enumerate(tensors(split.inputs)))
+    named = {**{f"input {name}": tensor for name, tensor in inputs.items()}, "targets": split.targets}
+    return {
+        name: f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape[1:])}" for name, tensor in named.items()
+    }

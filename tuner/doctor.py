@@ -81,9 +81,12 @@ def _torch() -> str:
 
 
 def _data_dir(data_dir: Path) -> str:
-    data_dir.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=data_dir):
-        free = shutil.disk_usage(data_dir).free
+    try:
+        data_dir.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=data_dir):
+            free = shutil.disk_usage(data_dir).free
+    except OSError as error:
+        raise CheckFailedError(f"cannot write to {data_dir}: {error.strerror}; choose another --data-dir") from error
     if free < MIN_FREE_BYTES:
         raise CheckFailedError(f"{data_dir} has {free >> 20} MB free, wanted {MIN_FREE_BYTES >> 20}: free some space")
     return f"{data_dir}, {free >> 30} GB free"

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import datetime as dt
 import importlib.metadata
+import io
 import os
 import platform
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from sqlalchemy import Engine
 from torch import nn
 from torchmetrics import Metric
@@ -23,11 +24,11 @@ from torchmetrics import Metric
 from storage import studies
 from storage.studies import TrialRecord
 from tuner import training
-from tuner.attempt import load_data
+from tuner.attempt import load_data, with_line
 from tuner.data import Data, Inputs, Split, join, tensors
 from tuner.errors import TunerError
 from tuner.log import Log
-from tuner.model import MANIFEST, PROGRAM, WEIGHTS, InputDescription, Manifest, sha256_of
+from tuner.model import MANIFEST, PROGRAM, WEIGHTS, InputDescription, Manifest, load_program, sha256_of
 from tuner.objective import Objective
 from tuner.registry import ObjectiveSource, build_objective, is_objective_class
 from tuner.seeds import derive_seed, seed_everything
@@ -75,7 +76,7 @@ def export_study(
     objective = _objective(study, source)
     check_output(output)
     data = load_data(objective, data_dir)
-    epochs = int(best.user_attrs["epoch"])
+    epochs = int(best.user_attrs.get("epoch", study.spec.epochs))  # a notebook's trial does not say
     seed = derive_seed(study.spec.seed, "export", best.number)
     log.event(
         "retraining",
@@ -150,10 +151,13 @@ def _retrain(
     objective: Objective, best: TrialRecord, data: Data, epochs: int, seed: int, device: torch.device
 ) -> nn.Module:
     seed_everything(seed)
-    model = objective.build_model(best.params).to(device)
-    train = join(data.train, data.valid).to(device)
-    metrics = {name: metric.to(device) for name, metric in objective.build_metrics(data).items()}
-    objective.fit(model, train, None, best.params, metrics=metrics, epochs=epochs, seed=seed)
+    try:
+        model = objective.build_model(best.params).to(device)
+        train = join(data.train, data.valid).to(device)
+        metrics = {name: metric.to(device) for name, metric in objective.build_metrics(data).items()}
+        objective.fit(model, train, None, best.params, metrics=metrics, epochs=epochs, seed=seed)
+    except Exception as error:
+        raise TunerError(f"retraining trial {best.number} failed: {with_line(error, objective)}") from error
     return model.eval()
 
 
@@ -184,21 +188,22 @@ def _test_once(
 
 
 def _write(model: nn.Module, example: Split, directory: Path) -> None:
-    save_file(
-        {name: tensor.detach().clone().contiguous() for name, tensor in model.state_dict().items()},
-        directory / WEIGHTS,
-    )
-    rows = example.rows(slice(0, max(2, min(len(example), 4)))).inputs
+    # Both are made in memory: on a full disk torch's own writer ends the process (torch 2.15, 2026-11).
+    weights = {name: tensor.detach().clone().contiguous() for name, tensor in model.state_dict().items()}
+    (directory / WEIGHTS).write_bytes(save(weights))
+    rows = example.rows(torch.arange(4) % len(example)).inputs  # one row alone would be taken for a fixed size
     args, kwargs = _arguments(rows)
     batch = torch.export.Dim("batch", min=1)
     shapes: Any = {0: batch}
     try:
         program = torch.export.export(model, args, kwargs, dynamic_shapes=_like(rows, shapes), strict=False)
-    except RuntimeError as error:
+    except Exception as error:
         reason = str(error).strip().partition("\n")[0]
-        raise TunerError(f"torch.export cannot export this model: {reason}") from error
+        raise TunerError(f"torch.export cannot export this model: {type(error).__name__}: {reason}") from error
     program.example_inputs = None  # they would be pickled
-    torch.export.save(program, directory / PROGRAM)
+    buffer = io.BytesIO()
+    torch.export.save(program, buffer)
+    (directory / PROGRAM).write_bytes(buffer.getbuffer())
 
 
 def _verify(model: nn.Module, rows: Split, directory: Path) -> None:
@@ -209,7 +214,8 @@ def _verify(model: nn.Module, rows: Split, directory: Path) -> None:
             raise TunerError(f"{WEIGHTS} does not give back the tensor {name!r}: the disk or its driver is at fault")
     inputs = rows.rows(slice(0, CHECKED_ROWS)).inputs
     wanted = training.predict(model, inputs)
-    found = training.call(torch.export.load(directory / PROGRAM).module(), inputs)
+    with torch.inference_mode():
+        found = training.call(load_program(directory / PROGRAM), inputs)
     try:
         torch.testing.assert_close(found, wanted)
     except AssertionError as error:
@@ -224,9 +230,9 @@ def _verify(model: nn.Module, rows: Split, directory: Path) -> None:
 def _aside(output: Path) -> Iterator[Path]:
     """Yield a new directory on the file system of `output`, removed afterwards.
 
-    An `output` that was not there before does not stay if the block fails.
+    An `output`, and parents of it, that were not there before do not stay if the block fails.
     """
-    existed = output.exists()
+    made = [place for place in (output, *output.parents) if not place.exists()]
     try:
         output.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=output, prefix=".tuner-") as directory:
@@ -236,8 +242,11 @@ def _aside(output: Path) -> Iterator[Path]:
             f"cannot write the model to {output}: {error.strerror or error}; free some space or choose another --output"
         ) from error
     finally:
-        if not existed and output.exists() and not (output / MANIFEST).exists():
-            shutil.rmtree(output)
+        if made and not (output / MANIFEST).exists():
+            shutil.rmtree(output, ignore_errors=True)
+            with suppress(OSError):  # somebody else uses this parent by now
+                for parent in made[1:]:
+                    parent.rmdir()
 
 
 def _publish(directory: Path, output: Path) -> None:

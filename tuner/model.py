@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import re
+import zipfile
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,6 +18,13 @@ from tuner.errors import TunerError
 WEIGHTS = "model.safetensors"
 PROGRAM = "model.pt2"
 MANIFEST = "manifest.json"
+# What torch 2.15 reads without unpickling; of its other kinds, some are pickles and some compiled code.
+_PLAIN_CONTENT = re.compile(
+    r"[^/]+/(models/model\.json|data/weights/(weight_\d+|model_weights_config\.json)"
+    r"|data/constants/(tensor_\d+|model_constants_config\.json)"
+    r"|archive_format|archive_version|byteorder|\.data/(version|serialization_id))"
+)
+_SAMPLE_INPUTS = re.compile(r"[^/]+/data/sample_inputs/model\.pt")
 
 
 class InputDescription(BaseModel):
@@ -89,8 +99,21 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> LoadedMo
                 f"{directory / name} needs the sha256 {expected[:12]} of its manifest, got {found[:12]}:"
                 " the export is damaged or incomplete; run 'tuner export' again"
             )
-    program = torch.export.load(directory / PROGRAM)
-    return LoadedModel(program.module(), manifest).to(device)
+    return LoadedModel(load_program(directory / PROGRAM), manifest).to(device)
+
+
+def load_program(path: Path) -> nn.Module:
+    """Return the exported program in a file. Raises TunerError if torch would have to unpickle a part of it."""
+    with zipfile.ZipFile(path) as archive:
+        for entry in archive.infolist():
+            plain = _PLAIN_CONTENT.fullmatch(entry.filename)
+            empty = _SAMPLE_INPUTS.fullmatch(entry.filename) and entry.file_size == 0
+            if not (plain or empty) or (entry.filename.endswith("_config.json") and _has_pickles(archive.read(entry))):
+                raise TunerError(
+                    f"{path} needs to hold plain tensors and a program, got {entry.filename}:"
+                    " loading it would unpickle, or run code that came with it"
+                )
+    return torch.export.load(path).module()
 
 
 def read_manifest(directory: Path) -> Manifest:
@@ -100,8 +123,11 @@ def read_manifest(directory: Path) -> Manifest:
         return Manifest.model_validate_json(path.read_bytes())
     except FileNotFoundError as error:
         raise TunerError(f"no model in {directory}: it has no {MANIFEST}; 'tuner export' writes one") from error
-    except (OSError, ValidationError) as error:
-        reason = str(error).partition("\n")[0]
+    except OSError as error:
+        raise TunerError(f"cannot read {path}: {error.strerror}; run 'tuner export' again") from error
+    except ValidationError as error:
+        problem = error.errors(include_url=False)[0]
+        reason = ": ".join([*map(str, problem["loc"]), problem["msg"].lower()])
         raise TunerError(f"cannot read {path}: {reason}; run 'tuner export' again") from error
 
 
@@ -112,3 +138,7 @@ def sha256_of(path: Path) -> str:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise TunerError(f"cannot read {path}: {error.strerror}; run 'tuner export' again") from error
+
+
+def _has_pickles(payload_config: bytes) -> bool:
+    return any(meta["use_pickle"] for meta in json.loads(payload_config)["config"].values())

@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 from torch.optim import AdamW, Optimizer
-from torchmetrics import Metric
-from torchmetrics.classification import MulticlassAccuracy
+from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler
 
 from tuner import training
-from tuner.data import Data, Split
+from tuner.data import Data, DataError, Split
 
 if TYPE_CHECKING:
     import optuna
+    from torchmetrics import Metric
 
 Params = Mapping[str, Any]
 
@@ -65,8 +65,19 @@ class Objective(BaseModel, ABC):
         """Return the optimizer. Default: AdamW, with the params `lr` and `weight_decay` where suggested."""
         return AdamW(model.parameters(), lr=params.get("lr", 1e-3), weight_decay=params.get("weight_decay", 0.01))
 
+    def build_scheduler(self, optimizer: Optimizer, epochs: int) -> LRScheduler | None:
+        """Return the schedule of the learning rate, stepped once an epoch, or None for a constant one.
+
+        Default: cosine annealing to 0 over the epochs (Loshchilov and Hutter 2017, equation 5, without restarts).
+        """
+        return CosineAnnealingLR(optimizer, epochs)
+
     def build_metrics(self, data: Data) -> dict[str, Metric]:
         """Return torchmetrics objects by name, `metric` among them. Default: the accuracy over all rows."""
+        if not data.class_names:
+            raise DataError("the default metric needs the names of the classes, got none: give Data class_names")
+        from torchmetrics.classification import MulticlassAccuracy  # 3 s, and plain functions need none of it
+
         return {"accuracy": MulticlassAccuracy(num_classes=len(data.class_names), average="micro")}
 
     def batch_size(self, params: Params) -> int:
@@ -90,11 +101,13 @@ class Objective(BaseModel, ABC):
         Model, data and metrics are on the trial's device. An own loop lets what `on_epoch` raises pass, and
         returns the epochs that ended; without `valid` (retraining) their metrics are empty.
         """
+        optimizer = self.build_optimizer(model, params)
         return training.fit(
             model,
             train,
             valid,
-            optimizer=self.build_optimizer(model, params),
+            optimizer=optimizer,
+            scheduler=self.build_scheduler(optimizer, epochs),
             loss=self.build_loss(params),
             metrics=metrics,
             epochs=epochs,

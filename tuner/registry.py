@@ -54,7 +54,10 @@ class ObjectiveSource:
 
     def summary(self) -> str:
         """Return the first line of the docstring of the objective, or else of its file, without importing it."""
-        tree = ast.parse(self.file.read_bytes())
+        try:
+            tree = ast.parse(self.file.read_bytes())
+        except SyntaxError as error:
+            return f"cannot be read: line {error.lineno}: {error.msg}"
         named = [node for node in tree.body if getattr(node, "name", None) == self.attribute]
         for node in (*named, tree):
             if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.Module) and (doc := ast.get_docstring(node)):
@@ -67,13 +70,9 @@ class ObjectiveSource:
         Raises TunerError, naming the file and the line, if it cannot be imported or is neither.
         """
         module = self._import()
-        found = getattr(module, self.attribute, None)
-        from tuner.objective import Objective
-
-        if inspect.isclass(found) and issubclass(found, Objective):
-            return found
-        if callable(found) and not inspect.isclass(found):
-            return found  # type: ignore[no-any-return]
+        found: Any = getattr(module, self.attribute, None)
+        if _is_objective_class(found) or (callable(found) and not inspect.isclass(found)):
+            return found  # type: ignore[no-any-return]  # checked by hand
         usable = [name for name, value in vars(module).items() if _is_objective(value, module.__name__)]
         raise TunerError(
             f"{self.file} needs to define {self.attribute!r}, an Objective or a function of a trial,"
@@ -120,7 +119,10 @@ def installed_objectives() -> list[ObjectiveSource]:
     """Return the objectives of all installed packages, by name, without importing them."""
     found = []
     for entry in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP):
-        spec = importlib.util.find_spec(entry.module)
+        try:
+            spec = importlib.util.find_spec(entry.module)
+        except ImportError:
+            continue  # what is left of a package that was removed
         if spec is not None and spec.origin is not None:
             found.append(
                 ObjectiveSource(
@@ -163,7 +165,7 @@ def _from_file(path: Path, attribute: str) -> ObjectiveSource:
 
 
 def _import_file(path: Path) -> ModuleType:
-    name = f"tuner_objective_{path.stem}"
+    name = f"tuner_objective_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
     if name in sys.modules:
         return sys.modules[name]
     spec = importlib.util.spec_from_file_location(name, path)
@@ -181,8 +183,12 @@ def _import_file(path: Path) -> ModuleType:
 
 
 def _is_objective(value: Any, module: str) -> bool:
-    from tuner.objective import Objective
-
     if getattr(value, "__module__", None) != module:
         return False
-    return inspect.isfunction(value) or (inspect.isclass(value) and issubclass(value, Objective))
+    return inspect.isfunction(value) or _is_objective_class(value)
+
+
+def _is_objective_class(value: Any) -> bool:
+    # Importing the base class imports torch; a file that did not import it has no subclass of it.
+    base = sys.modules.get("tuner.objective")
+    return base is not None and inspect.isclass(value) and issubclass(value, base.Objective)

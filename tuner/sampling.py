@@ -5,6 +5,9 @@ from __future__ import annotations
 import inspect
 import json
 import math
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
 import optuna
@@ -15,7 +18,7 @@ from optuna.distributions import (
     IntDistribution,
 )
 from optuna.pruners import BasePruner
-from optuna.samplers import BaseSampler, GridSampler
+from optuna.samplers import BaseSampler, GridSampler, QMCSampler, RandomSampler
 
 from tuner.errors import UsageError
 from tuner.seeds import derive_seed
@@ -35,12 +38,26 @@ class _Grid(GridSampler):
         """Do nothing: the budget ends a study (Optuna's own ends the process's optimize loop, which is not run)."""
 
 
+class _QMC(QMCSampler):
+    """Trial `number` takes the sequence's point of that number.
+
+    Optuna's own counts the points in the database, first reading and then writing: two workers take the same.
+    """
+
+    def __init__(self, *, number: int, qmc_type: str = "sobol", scramble: bool = False, **others: Any) -> None:
+        super().__init__(qmc_type=qmc_type, scramble=scramble, **others)
+        self._number = number
+
+    def _find_sample_id(self, *_: object) -> int:
+        return self._number
+
+
 _SAMPLERS: dict[str, type[BaseSampler]] = {
     "tpe": optuna.samplers.TPESampler,
-    "random": optuna.samplers.RandomSampler,
+    "random": RandomSampler,
     "gp": optuna.samplers.GPSampler,
     "cmaes": optuna.samplers.CmaEsSampler,
-    "qmc": optuna.samplers.QMCSampler,
+    "qmc": _QMC,
     "grid": _Grid,
 }
 _PRUNERS: dict[str, type[BasePruner]] = {
@@ -53,8 +70,8 @@ _PRUNERS: dict[str, type[BasePruner]] = {
 _PRUNER_DEFAULTS: dict[str, dict[str, Any]] = {"percentile": {"percentile": 25.0}}
 # Callables and samplers cannot be written into a spec; the seed is the study's.
 _NOT_SETTABLE = {
-    "self",
     "seed",
+    "number",
     "gamma",
     "weights",
     "constraints_func",
@@ -63,6 +80,8 @@ _NOT_SETTABLE = {
 }
 # QMC draws one sequence and grid shuffles its cells once for the whole study: every worker the same way.
 _ONE_SEQUENCE = {"qmc", "grid"}
+# These draw conditional params at random, and would log a line for each such param of each trial.
+_WARN_OF_CONDITIONAL_PARAMS = {"gp", "cmaes", "qmc"}
 
 
 def parse_choice(text: str) -> tuple[str, dict[str, JsonValue]]:
@@ -72,19 +91,22 @@ def parse_choice(text: str) -> tuple[str, dict[str, JsonValue]]:
         return name, {}
     if rest.startswith("{"):
         try:
-            settings = json.loads(rest)
-        except json.JSONDecodeError as error:
+            settings = json.loads(rest, parse_constant=str)
+        except ValueError as error:
             raise UsageError(f"settings of {name!r} need to be JSON, got {rest!r}: {error}") from error
         return name, settings
-    pairs = dict(pair.partition("=")[::2] for pair in rest.split(","))
-    return name, {key: parse_value(value) for key, value in pairs.items()}
+    pairs = [pair.partition("=") for pair in rest.split(",")]
+    for key, equals, _ in pairs:
+        if not key or not equals:
+            raise UsageError(f"settings of {name!r} need to be KEY=VALUE,KEY=VALUE or JSON, got {rest!r}")
+    return name, {key: parse_value(value) for key, _, value in pairs}
 
 
 def parse_value(text: str) -> JsonValue:
-    """Read a number, a boolean or any JSON as such, and everything else as the text it is."""
+    """Read a number, a boolean or any JSON as such, and everything else - NaN too - as the text it is."""
     try:
-        value: JsonValue = json.loads(text)
-    except json.JSONDecodeError:
+        value: JsonValue = json.loads(text, parse_constant=str)
+    except ValueError:
         return text
     return value
 
@@ -107,8 +129,10 @@ def sampler_spec(text: str, objective: Objective | None, points: int = 4) -> Sam
             )
         space: dict[str, JsonValue] = {key: _grid_values(value, points) for key, value in discover(objective).items()}
         settings = {**settings, "search_space": space}
+    if name == "grid":
+        _check_grid(settings["search_space"])
     spec = SamplerSpec.model_validate({"name": name, "settings": settings})
-    _build("--sampler", _SAMPLERS[name], name, {**settings, "seed": 0})
+    build_sampler(spec, 0, 0)
     return spec
 
 
@@ -130,13 +154,18 @@ def build_sampler(spec: SamplerSpec, study_seed: int, number: int) -> BaseSample
     number and the study's finished trials, whichever worker runs it.
     """
     path = () if spec.name in _ONE_SEQUENCE else (number,)
-    seed = derive_seed(study_seed, "sampler", *path)
-    return _build("sampler", _SAMPLERS[spec.name], spec.name, {**spec.settings, "seed": seed})
+    ours: dict[str, Any] = {"seed": derive_seed(study_seed, "sampler", *path)}
+    if spec.name in _WARN_OF_CONDITIONAL_PARAMS:
+        ours["warn_independent_sampling"] = False
+    if spec.name == "qmc":
+        independent = RandomSampler(derive_seed(study_seed, "sampler", number))
+        ours |= {"number": number, "independent_sampler": independent}
+    return _build("--sampler", _SAMPLERS[spec.name], spec.name, spec.settings, **ours)
 
 
 def build_pruner(spec: PrunerSpec) -> BasePruner:
     """Return the study's pruner; a worker builds it once, as pruners remember what they have read."""
-    return _build("--pruner", _PRUNERS[spec.name], spec.name, dict(spec.settings))
+    return _build("--pruner", _PRUNERS[spec.name], spec.name, spec.settings)
 
 
 def grid_size(spec: SamplerSpec) -> int | None:
@@ -151,32 +180,27 @@ def grid_size(spec: SamplerSpec) -> int | None:
 def discover(objective: Objective) -> dict[str, BaseDistribution]:
     """Return the params that the objective suggests, conditional ones included, by name.
 
-    Suggests with each discrete param at each of its values in turn, the others at their first: a param that is
-    asked for only under two conditions at once is not found.
+    Each discrete param is suggested at each of its values in turn, with the values that led to it: a param that
+    needs two values at once, of which neither leads to the other, is not found.
     """
-    found = _suggested(objective, {})
-    queue = list(found.items())
+    found: dict[str, BaseDistribution] = {}
+    queue: list[dict[str, Any]] = [{}]
     while queue:
-        name, distribution = queue.pop()
-        for value in _discrete_values(distribution):
-            for other, its in _suggested(objective, {name: value}).items():
-                if other not in found:
-                    found[other] = its
-                    queue.append((other, its))
+        fixed = queue.pop()
+        for name, distribution in _suggested(objective, fixed).items():
+            if name not in found:
+                found[name] = distribution
+                queue += [{**fixed, name: value} for value in _discrete_values(distribution)]
     return found
 
 
 def _suggested(objective: Objective, fixed: dict[str, Any]) -> dict[str, BaseDistribution]:
-    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
-    first = {**_first_values(objective), **fixed} if fixed else {}
-    study.enqueue_trial(first)
-    trial = study.ask()
-    objective.suggest(trial)
+    with _quiet():
+        study = optuna.create_study(sampler=RandomSampler(seed=0))
+        study.enqueue_trial(fixed)
+        trial = study.ask()
+        objective.suggest(trial)
     return dict(trial.distributions)
-
-
-def _first_values(objective: Objective) -> dict[str, Any]:
-    return {name: _discrete_values(its)[0] for name, its in _suggested(objective, {}).items() if _discrete_values(its)}
 
 
 def _discrete_values(distribution: BaseDistribution) -> list[Any]:
@@ -193,32 +217,52 @@ def _grid_values(distribution: BaseDistribution, points: int) -> list[Any]:
         return list(distribution.choices)
     assert isinstance(distribution, IntDistribution | FloatDistribution)
     low, high, step = distribution.low, distribution.high, distribution.step
-    if step is not None and not distribution.log and (high - low) / step < points:
-        return [low + step * index for index in range(int((high - low) / step) + 1)]
     shares = [index / max(points - 1, 1) for index in range(points)]
     if distribution.log:
-        values = [low * (high / low) ** share for share in shares]
-    else:
-        values = [low + (high - low) * share for share in shares]
-    if isinstance(distribution, IntDistribution):
-        steps = sorted({round((value - low) / distribution.step) for value in values})
-        return [distribution.low + index * distribution.step for index in steps]
-    return [min(max(value, low), high) for value in values]
+        values = {min(max(low * (high / low) ** share, low), high) for share in shares}
+        return sorted({round(value) for value in values} if isinstance(distribution, IntDistribution) else values)
+    if step is None:
+        return sorted({min(low + (high - low) * share, high) for share in shares})
+    last = round((high - low) / step)
+    indices = range(last + 1) if last < points else sorted({round(last * share) for share in shares})
+    return [min(low + step * index, high) for index in indices]
+
+
+def _check_grid(space: JsonValue) -> None:
+    if not isinstance(space, dict) or not space:
+        raise UsageError(f'--sampler grid needs a search_space such as {{"lr": [0.1, 0.01]}}, got {space!r}')
+    for name, values in space.items():
+        if not isinstance(values, list) or not values or any(isinstance(value, list | dict) for value in values):
+            raise UsageError(f"--sampler grid needs a list of values for {name!r}, got {values!r}")
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep Optuna from saying that a sampler is experimental, or that it made a study in memory."""
+    level = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            yield
+    finally:
+        optuna.logging.set_verbosity(level)
 
 
 def _as_points(value: object) -> int:
-    if not isinstance(value, int) or value < 1:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise UsageError(f"--sampler grid needs points to be a whole number above 0, got {value!r}")
     return value
 
 
-def _build(option: str, kind: type[T], name: str, settings: dict[str, Any]) -> T:
-    known = [key for key in inspect.signature(kind.__init__).parameters if key not in _NOT_SETTABLE]
+def _build(option: str, kind: type[T], name: str, settings: Mapping[str, Any], **ours: Any) -> T:
+    """Return `kind(**settings, **ours)`, once it is sure that people may make these settings."""
+    known = [key for key in inspect.signature(kind).parameters if key not in _NOT_SETTABLE]
     for key in settings:
-        if key not in known and key != "seed":
-            listed = ", ".join(known) or "none"
-            raise UsageError(f"{option} {name} has no setting {key!r}; it has: {listed}")
+        if key not in known:
+            raise UsageError(f"{option} {name} has no setting {key!r}; it has: {', '.join(known) or 'none'}")
     try:
-        return kind(**settings)
+        with _quiet():
+            return kind(**{**ours, **settings})
     except (TypeError, ValueError) as error:
         raise UsageError(f"{option} {name} does not take these settings: {error}") from error

@@ -106,10 +106,11 @@ def parse_spec(stored: object, study_name: str) -> Spec:
 def differences(stored: Spec, wanted: Spec) -> list[str]:
     """Return one line for each setting in which the study's spec and the wanted one differ."""
     ours, theirs = dict(_leaves(wanted.model_dump())), dict(_leaves(stored.model_dump()))
+    both = ours.keys() & theirs.keys()
     return [
         f"{name}: the study has {theirs.get(name, 'none')}, this command says {ours.get(name, 'none')}"
         for name in sorted(ours.keys() | theirs.keys())
-        if ours.get(name) != theirs.get(name)
+        if name not in both or ours[name] != theirs[name]
     ]
 
 

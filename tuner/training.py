@@ -5,15 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
-from torchmetrics import Metric
 
 from tuner.data import Inputs, Split
+
+if TYPE_CHECKING:
+    from torchmetrics import Metric
 
 Loss: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 
@@ -72,9 +74,10 @@ def fit(
     for number in range(1, epochs + 1):
         model.train()
         total = torch.zeros((), device=device)
-        for rows in torch.randperm(len(train), generator=generator, device=device).split(batch_size):
-            if len(rows) == 1 and len(train) > 1:
-                continue  # batch norm has no variance of one row; the next epoch shuffles anew
+        batches = torch.randperm(len(train), generator=generator, device=device).split(batch_size)
+        if len(batches) > 1 and len(batches[-1]) == 1 < batch_size:
+            batches = batches[:-1]  # batch norm has no variance of one row; the next epoch shuffles anew
+        for rows in batches:
             batch = train.rows(rows)
             batch_loss = loss(call(model, batch.inputs), batch.targets)
             batch_loss.backward()
@@ -83,7 +86,7 @@ def fit(
             total += batch_loss.detach() * len(rows)  # stays on the device; one .item() an epoch
         if scheduler is not None:
             scheduler.step()
-        train_loss = total.item() / len(train)
+        train_loss = total.item() / sum(map(len, batches))
         if not math.isfinite(train_loss):
             raise DivergedError(f"the training loss is {train_loss} in epoch {number}")
         values = {} if valid is None else evaluate(model, valid, metrics)

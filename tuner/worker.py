@@ -147,6 +147,7 @@ class Worker:
         self._held: dict[int, claims.Claim] = {}
         self._deaths: dict[int, int] = {}
         self._refusal: str | None = None
+        self._reason = ""
         self._signals = 0
         self._deadline: float | None = None
         self._started_at = time.monotonic()
@@ -173,6 +174,7 @@ class Worker:
             raise WorkerInterrupted
         if self._refusal is not None:
             raise TunerError(self._refusal)
+        self._log.event("done", f"nothing left to do: {self._reason}")
 
     def _share(self, number: int) -> int | None:
         if self._trials is None:
@@ -224,9 +226,13 @@ class Worker:
             self._refusal = event["message"]
             self._drain()
             return
+        if name == "done":
+            self._reason = event["message"]
+            return
         text = _describe(name, slot, event, self._study.spec.metric)
         if text is not None or self._log.format == "json":
-            self._log.event(name, event.pop("message", None) if text is None else text, slot=slot, **event)
+            message = event.pop("message", "")
+            self._log.event(name, text or message, slot=slot, **event)
 
     def _restarted(self, slot: int) -> bool:
         """Deal with the end of a slot's process; whether it was started again."""

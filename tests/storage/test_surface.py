@@ -24,7 +24,7 @@ def test_the_public_surface_is_what_all_says():
 
 
 def test_an_unknown_name_is_an_attribute_error():
-    with pytest.raises(AttributeError, match="open_stroage"):
+    with pytest.raises(AttributeError, match=r"open_stroage"):
         storage.open_stroage  # noqa: B018
 
 

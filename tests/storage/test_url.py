@@ -26,7 +26,11 @@ def test_a_password_may_hold_anything_when_percent_encoded():
 
 @pytest.mark.parametrize(
     "url",
-    ["postgresql://ann@%2Frun%2Fpg/tuner", "postgresql://ann@/tuner?host=/run/pg", "postgresql://ann@/tuner?host=%2Frun%2Fpg"],
+    [
+        "postgresql://ann@%2Frun%2Fpg/tuner",
+        "postgresql://ann@/tuner?host=/run/pg",
+        "postgresql://ann@/tuner?host=%2Frun%2Fpg",
+    ],
 )
 def test_a_socket_directory_may_be_the_host(url):
     parsed = parse_url(url)
@@ -37,7 +41,10 @@ def test_a_socket_directory_may_be_the_host(url):
 @pytest.mark.parametrize(
     ("url", "told"),
     [
-        ("sqlite:///study.db", "tuner stores studies in PostgreSQL only: postgresql://user@host/database; got 'sqlite'"),
+        (
+            "sqlite:///study.db",
+            "tuner stores studies in PostgreSQL only: postgresql://user@host/database; got 'sqlite'",
+        ),
         (f"mysql+pymysql://ann:{SECRET}@db/tuner", "got 'mysql+pymysql'"),
         ("postgresql+asyncpg://db/tuner", r"got 'postgresql+asyncpg'"),
         (f"ann:{SECRET}@db/tuner", "without '://'"),
@@ -63,7 +70,11 @@ def test_a_url_that_cannot_work_is_refused_with_advice(url, told):
     assert SECRET not in mask_url(url)
 
 
-@given(st.text() | st.text().map("postgresql://".__add__) | st.from_regex(r"postgresql://[a-z:@/\[\]%?&=]*", fullmatch=True))
+@given(
+    st.text()
+    | st.text().map("postgresql://".__add__)
+    | st.from_regex(r"postgresql://[a-z:@/\[\]%?&=]*", fullmatch=True)
+)
 def test_any_text_is_parsed_or_refused(text):
     mask_url(text)
     try:
@@ -73,7 +84,11 @@ def test_any_text_is_parsed_or_refused(text):
     assert parse_url(url.render_as_string(hide_password=False)) == url
 
 
-@given(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=4).filter(lambda s: "*" not in s))
+@given(
+    st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=4).filter(
+        lambda s: "*" not in s
+    )
+)
 def test_a_masked_url_never_shows_its_password(password):
     secret = f"<{password}>"
     url = parse_url("postgresql://ann@db/tuner").set(password=secret)
@@ -111,26 +126,26 @@ def test_a_password_file_that_others_may_read_is_refused(password_file, mode):
 @pytest.mark.skipif(os.geteuid() != 0, reason="gives a file away")
 def test_a_password_file_of_someone_else_is_refused(password_file):
     os.chown(password_file, 65534, 65534)
-    with pytest.raises(StorageError, match="must belong to you or root, not to uid 65534"):
+    with pytest.raises(StorageError, match=r"must belong to you or root, not to uid 65534"):
         with_password("postgresql://ann@db/tuner", password_file)
 
 
 @pytest.mark.parametrize("content", ["", "\n", f"{SECRET}\n{SECRET}\n", "\udcff" + SECRET, SECRET * 500])
 def test_a_file_that_holds_no_password_is_refused_unshown(password_file, content):
     password_file.write_bytes(content.encode(errors="surrogateescape"))
-    with pytest.raises(StorageError, match="must (hold|be UTF-8)") as caught:
+    with pytest.raises(StorageError, match=r"must (hold|be UTF-8)") as caught:
         with_password("postgresql://ann@db/tuner", password_file)
     assert SECRET not in "".join(traceback.format_exception(caught.value))
 
 
 def test_a_password_file_must_exist(tmp_path):
-    with pytest.raises(StorageError, match="No such file"):
+    with pytest.raises(StorageError, match=r"No such file"):
         with_password("postgresql://ann@db/tuner", tmp_path / "absent")
 
 
 def test_a_fifo_is_refused_without_waiting_for_its_writer(tmp_path):
     os.mkfifo(tmp_path / "fifo", 0o600)
-    with pytest.raises(StorageError, match="must be a regular file"):
+    with pytest.raises(StorageError, match=r"must be a regular file"):
         with_password("postgresql://ann@db/tuner", tmp_path / "fifo")
 
 

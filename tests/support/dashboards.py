@@ -50,7 +50,7 @@ class Answer:
     body: bytes
 
     def reason(self) -> str:
-        return json.loads(self.body)["reason"]
+        return str(json.loads(self.body)["reason"])
 
 
 @dataclass(frozen=True)

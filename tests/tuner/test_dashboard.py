@@ -361,6 +361,8 @@ def test_the_token_in_the_url_is_exchanged_for_a_cookie_and_goes_from_the_url(da
         assert {"HttpOnly", "SameSite=Strict", "Path=/"} == set(attributes)
         assert TOKEN not in cookie
         assert client.ask("/api/studies", headers={"Cookie": f"other=\xff; {cookie}; more=1"}).status == 200
+        again = client.ask(f"/dashboard?token={TOKEN}", headers={"Cookie": cookie})
+        assert (again.status, again.headers["Location"]) == (303, "/dashboard")
         # no redirect to another host
         assert client.ask(f"//evil.example/?token={TOKEN}").headers["Location"] is None
 

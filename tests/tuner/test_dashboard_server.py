@@ -196,9 +196,7 @@ def test_the_study_page_shows_its_name_and_learning_curves_and_asks_nobody_else(
         assert "token" not in page.evaluate("location.href")
 
         page.goto(f"{url}dashboard/studies/{study_id}")
-        page.wait_for(
-            "document.querySelectorAll('#graph-intermediate-values .scatterlayer .trace').length === 4"
-        )
+        page.wait_for("document.querySelectorAll('#graph-intermediate-values .scatterlayer .trace').length === 4")
         assert STUDY_NAME in page.text()
         assert page.evaluate("document.cookie") == ""
 

@@ -18,7 +18,7 @@ def dashboard(
     host: Annotated[
         str, typer.Option(help="Address to listen on; any but a loopback one needs a token.")
     ] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="Port to listen on; 0 takes a free one.")] = 8080,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.")] = 8080,
     allow_edit: Annotated[bool, typer.Option("--allow-edit", help="Allow the page to change studies.")] = False,
     allowed_host: Annotated[
         list[str] | None,

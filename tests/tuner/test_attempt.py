@@ -1,0 +1,300 @@
+import functools
+import math
+
+import optuna
+import pytest
+import torch
+from optuna.exceptions import StorageInternalError
+from optuna.trial import TrialState
+from torch import nn
+from torchmetrics import MeanMetric, Metric
+
+from storage.errors import UnreachableError
+from tuner.attempt import (
+    MAX_MESSAGE_CHARS,
+    MAX_STEP,
+    CheckedTrial,
+    Interrupted,
+    InvalidReportError,
+    TrialObjective,
+    best_epoch,
+    load_data,
+    run_attempt,
+)
+from tuner.data import Data, Split
+from tuner.errors import TunerError
+from tuner.objective import Objective
+from tuner.seeds import derive_seed
+from tuner.spec import Spec
+from tuner.training import DivergedError, Epoch
+
+
+def a_spec(*, epochs=3, metric="accuracy", direction="maximize"):
+    return Spec.model_validate(
+        {
+            "objective": {"name": "signs", "code_hash": "0"},
+            "metric": metric,
+            "direction": direction,
+            "budget": {"trials": 9},
+            "epochs": epochs,
+            "seed": 11,
+        }
+    )
+
+
+class Signs(Objective):
+    """Tell negative numbers from positive ones."""
+
+    def suggest(self, trial):
+        trial.suggest_float("lr", 0.01, 0.1)
+
+    def load_data(self, root):
+        splits = []
+        for seed in range(3):
+            numbers = torch.randn(40, 2, generator=torch.Generator().manual_seed(seed))
+            splits.append(Split(numbers, (numbers[:, 0] > 0).long()))
+        return Data(*splits, class_names=("negative", "positive"))
+
+    def build_model(self, params):
+        return nn.Linear(2, 2)
+
+
+@pytest.fixture
+def study():
+    return optuna.create_study(direction="maximize", pruner=optuna.pruners.NopPruner())
+
+
+def attempt(study, objective, *, check=lambda: None, **spec):
+    """Run the study's next trial and tell its end, as a slot does."""
+    what = TrialObjective.load(a_spec(**spec), objective, "data", torch.device("cpu"))
+    trial = CheckedTrial(study, study.ask()._trial_id, check)
+    outcome = run_attempt(what, trial)
+    study.tell(trial, outcome.value, outcome.state)
+    return outcome, study.trials[-1]
+
+
+def test_a_trial_reports_every_epoch_and_ends_with_its_best(study):
+    outcome, trial = attempt(study, Signs(), epochs=5)
+    values = trial.intermediate_values
+    assert sorted(values) == [1, 2, 3, 4, 5]
+    assert (trial.state, trial.value) == (TrialState.COMPLETE, max(values.values()))
+    assert outcome.attrs["epoch"] == min(step for step, value in values.items() if value == trial.value)
+    assert outcome.attrs["epochs"] == 5
+    assert (outcome.attrs["seed"], outcome.attrs["device"]) == (derive_seed(11, "trial", 0), "cpu")
+    assert outcome.attrs["train_loss"] > 0
+    assert outcome.attrs["seconds"] >= 0
+
+
+def test_a_trial_run_again_gives_the_same_values():
+    def run():
+        study = optuna.create_study(direction="maximize", sampler=optuna.samplers.RandomSampler(seed=0))
+        return [attempt(study, Signs())[1].intermediate_values for _ in range(2)]
+
+    first = run()
+    torch.rand(7)
+    assert run() == first
+    assert first[0] != first[1]
+
+
+class _PruneAt(optuna.pruners.BasePruner):
+    def __init__(self, step):
+        self.step = step
+
+    def prune(self, study, trial):
+        return trial.last_step >= self.step
+
+
+@pytest.mark.parametrize(("step", "state"), [(1, TrialState.PRUNED), (2, TrialState.PRUNED), (3, TrialState.COMPLETE)])
+def test_a_trial_is_pruned_after_a_report_but_not_after_its_last_epoch(study, step, state):
+    study.pruner = _PruneAt(step)
+    outcome, trial = attempt(study, Signs(), epochs=3)
+    assert (outcome.state, max(trial.intermediate_values)) == (state, step)
+
+
+def test_an_interrupted_attempt_raises_and_reports_no_more(study):
+    calls = []
+
+    def check():
+        calls.append(1)
+        if len(calls) == 2:
+            raise Interrupted
+
+    with pytest.raises(Interrupted):
+        attempt(study, Signs(), check=check)
+    assert study.trials[0].state == TrialState.RUNNING
+    assert sorted(study.trials[0].intermediate_values) == [1]
+
+
+@pytest.mark.parametrize("error", [UnreachableError("away"), StorageInternalError("away"), optuna.TrialPruned()])
+def test_a_plain_function_s_trial_is_not_failed_for_what_is_not_its_fault(study, error):
+    def objective(trial):
+        raise error
+
+    if isinstance(error, optuna.TrialPruned):
+        assert attempt(study, objective)[0].state == TrialState.PRUNED
+    else:
+        with pytest.raises(type(error)):
+            attempt(study, objective)
+
+
+class _Float:
+    def __float__(self):
+        return 2.5
+
+
+@pytest.mark.parametrize("value", [2.5, torch.tensor(2.5), torch.tensor([2.5]), torch.tensor([[2.5]]), _Float()])
+def test_a_plain_function_may_return_anything_that_is_one_number(study, value):
+    outcome, trial = attempt(study, lambda _: value)
+    assert (outcome.state, trial.value) == (TrialState.COMPLETE, 2.5)
+
+
+@pytest.mark.parametrize(
+    ("objective", "kind", "told"),
+    [
+        (lambda _: None, "user_error", "needs to return one number, got None"),
+        (lambda _: "0.5", "user_error", "needs to return one number, got '0.5'"),
+        (lambda _: (1.0, 2.0), "user_error", "got (1.0, 2.0)"),
+        (lambda _: torch.ones(2), "user_error", "got tensor([1., 1.])"),
+        (lambda _: 1 + 2j, "user_error", "got (1+2j)"),
+        (lambda _: math.nan, "nan", "the objective returned nan"),
+        (lambda _: torch.tensor(math.inf), "nan", "the objective returned inf"),
+        (lambda trial: trial.report(math.nan, 1), "nan", "the reported value is nan at step 1"),
+        (lambda trial: trial.report(-math.inf, 1), "nan", "the reported value is -inf at step 1"),
+        (lambda trial: trial.report(1.0, -1), "user_error", f"a step needs to be in 0..{MAX_STEP}, got -1"),
+        (lambda trial: trial.report(1.0, MAX_STEP + 1), "user_error", f"got {MAX_STEP + 1}"),
+        (lambda _: [][1], "user_error", "IndexError: list index out of range"),
+        (lambda _: bytearray(1 << 62), "oom", "out of memory"),
+        (lambda trial: trial.suggest_float("x", 2, 1), "user_error", "ValueError"),
+        (lambda _: exit(0), "user_error", "SystemExit: 0"),
+        (functools.partial(lambda a, trial: a / 0, 1), "user_error", "ZeroDivisionError: division by zero"),
+    ],
+)
+def test_an_objective_that_fails_is_recorded_with_its_class_and_message(study, objective, kind, told):
+    outcome, trial = attempt(study, objective)
+    assert (trial.state, outcome.value, outcome.attrs["failure"]) == (TrialState.FAIL, None, kind)
+    assert told in outcome.attrs["failure_message"]
+    assert outcome.attrs["seed"] == derive_seed(11, "trial", 0)
+
+
+def test_a_message_names_the_last_line_of_the_objective_s_own_file(study):
+    def objective(trial):
+        return trial.suggest_float("x", "a", "b")
+
+    message = attempt(study, objective)[0].attrs["failure_message"]
+    assert f"{__file__}, line {objective.__code__.co_firstlineno + 1})" in message
+
+
+def test_a_message_is_what_the_database_can_hold(study):
+    def objective(trial):
+        raise ValueError("\0" + "x" * 9999)
+
+    message = attempt(study, objective)[0].attrs["failure_message"]
+    assert len(message) == MAX_MESSAGE_CHARS
+    assert "\0" not in message
+
+
+class Diverging(Signs):
+    def build_loss(self, params):
+        return lambda outputs, targets: outputs.sum() * float("nan")
+
+
+class WithoutItsMetric(Signs):
+    def build_metrics(self, data):
+        return {"loss": MeanMetric()}
+
+
+class WithoutEpochs(Signs):
+    def fit(self, *args, **named):
+        return []
+
+
+class WithoutClasses(Signs):
+    def load_data(self, root):
+        data = super().load_data(root)
+        return Data(data.train, data.valid, data.test)
+
+
+@pytest.mark.parametrize(
+    ("objective", "kind", "told"),
+    [
+        (Diverging(), "nan", "the training loss is nan in epoch 1"),
+        (WithoutItsMetric(), "user_error", "build_metrics needs to return 'accuracy', the study's metric, got: loss"),
+        (WithoutEpochs(), "user_error", "fit needs to return the epochs that ended, got none"),
+        (WithoutClasses(), "user_error", "the default metric needs the names of the classes, got none"),
+    ],
+)
+def test_a_trial_that_cannot_be_trained_fails_with_its_reason(study, objective, kind, told):
+    outcome, _ = attempt(study, objective)
+    assert (outcome.state, outcome.attrs["failure"]) == (TrialState.FAIL, kind)
+    assert told in outcome.attrs["failure_message"]
+
+
+class _Constant(Metric):
+    def __init__(self, value):
+        super().__init__()
+        self.value = value
+
+    def update(self, outputs, targets):
+        pass
+
+    def compute(self):
+        return torch.tensor(self.value)
+
+
+class ManyMetrics(Signs):
+    def build_metrics(self, data):
+        # A name may be one that we record ourselves; NaN is not JSON.
+        others = {name: _Constant(7.0) for name in ("epoch", "seed", "recall")}
+        return {**super().build_metrics(data), **others, "broken": _Constant(math.nan)}
+
+
+@pytest.mark.filterwarnings("ignore:The ``compute`` method of metric:UserWarning")
+def test_other_metrics_are_recorded_beside_what_tuner_records(study):
+    attrs = attempt(study, ManyMetrics())[0].attrs
+    assert attrs["recall"] == 7.0
+    assert attrs["epoch"] in (1, 2, 3)
+    assert attrs["seed"] == derive_seed(11, "trial", 0)
+    assert "broken" not in attrs
+
+
+@pytest.mark.parametrize(
+    ("values", "direction", "number"),
+    [
+        ([0.1, 0.3, 0.2], "maximize", 2),
+        ([0.1, 0.3, 0.2], "minimize", 1),
+        ([0.3, 0.3, 0.3], "maximize", 1),
+        ([0.3, 0.1, 0.1], "minimize", 2),
+    ],
+)
+def test_the_best_epoch_is_the_earliest_of_the_best(values, direction, number):
+    history = [Epoch(number=n, train_loss=0, metrics={"m": value}) for n, value in enumerate(values, 1)]
+    assert best_epoch(history, "m", direction).number == number
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_train_and_valid_are_on_the_device_and_test_stays_behind():
+    what = TrialObjective.load(a_spec(), Signs(), "data", torch.device("cuda"))
+    devices = [split.targets.device.type for _, split in what.data.splits()]
+    assert devices == ["cuda", "cuda", "cpu"]
+
+
+def test_data_that_cannot_be_loaded_are_told_with_the_line(tmp_path):
+    class Broken(Signs):
+        def load_data(self, root):
+            return (root / "images.npy").read_bytes()
+
+    with pytest.raises(TunerError) as caught:
+        load_data(Broken(), tmp_path)
+    message = str(caught.value)
+    assert message.startswith(f"Broken.load_data('{tmp_path}') failed: FileNotFoundError: ")
+    assert f"{__file__}, line " in message
+
+
+def test_a_report_is_checked_before_it_is_written(study):
+    trial = CheckedTrial(study, study.ask()._trial_id, lambda: None)
+    with pytest.raises(InvalidReportError):
+        trial.report(1.0, -1)
+    with pytest.raises(DivergedError):
+        trial.report(math.nan, 1)
+    trial.report(1.0, 0)
+    assert study.trials[0].intermediate_values == {0: 1.0}

@@ -1,0 +1,172 @@
+import hashlib
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+from tuner.data import Data, DataError, Split, join, map_inputs, split_rows, tensors
+
+
+def a_split(rows=4, *, kind="tensor", first=0.0, targets=None):
+    one = torch.arange(rows * 3, dtype=torch.float32).reshape(rows, 3) + first
+    inputs = {"tensor": one, "tuple": (one, one[:, :1]), "dict": {"x": one, "y": one[:, :1]}}[kind]
+    return Split(inputs, torch.arange(rows) % 2 if targets is None else targets)
+
+
+def the_data(**changes):
+    splits = {name: a_split() for name in ("train", "valid", "test")}
+    return Data(**{**splits, "class_names": ("even", "odd"), **changes})
+
+
+KINDS = pytest.mark.parametrize("kind", ["tensor", "tuple", "dict"])
+
+
+@KINDS
+def test_rows_are_taken_from_every_tensor(kind):
+    split = a_split(5, kind=kind)
+    taken = split.rows(torch.tensor([3, 0]))
+    assert len(taken) == 2
+    assert taken.targets.tolist() == [1, 0]
+    for whole, part in zip(tensors(split.inputs), tensors(taken.inputs), strict=True):
+        assert torch.equal(part, whole[[3, 0]])
+    assert type(taken.inputs) is type(split.inputs)
+    assert len(split.rows(slice(1, 99))) == 4
+
+
+@KINDS
+def test_two_splits_are_joined_row_by_row(kind):
+    first, second = a_split(2, kind=kind), a_split(3, kind=kind, first=100.0)
+    joined = join(first, second)
+    assert len(joined) == 5
+    assert joined.targets.tolist() == [0, 1, 0, 1, 0]
+    for one, other, both in zip(*(tensors(split.inputs) for split in (first, second, joined)), strict=True):
+        assert torch.equal(both, torch.cat([one, other]))
+
+
+def test_inputs_with_names_are_joined_by_name_in_whatever_order_they_come():
+    x, y = torch.zeros(2, 3), torch.ones(2, 3)
+    joined = join(Split({"x": x, "y": y}, torch.zeros(2)), Split({"y": y, "x": x}, torch.zeros(2)))
+    assert torch.equal(joined.inputs["x"], torch.zeros(4, 3))
+    assert torch.equal(joined.inputs["y"], torch.ones(4, 3))
+
+
+@KINDS
+def test_tensors_that_are_on_the_device_already_are_shared(kind):
+    split = a_split(kind=kind)
+    moved = split.to(torch.device("cpu"))
+    for one, other in zip(tensors(split.inputs), tensors(moved.inputs), strict=True):
+        assert one.data_ptr() == other.data_ptr()
+
+
+@KINDS
+def test_a_function_is_mapped_over_every_input(kind):
+    split = a_split(kind=kind)
+    doubled = map_inputs(lambda tensor: tensor * 2, split.inputs)
+    assert [float(tensor.sum()) for tensor in tensors(doubled)] == [
+        2 * float(tensor.sum()) for tensor in tensors(split.inputs)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("make", "told"),
+    [
+        (lambda: Split(torch.zeros(3, 2), torch.zeros(2)), "the same number of rows, got [2, 3]: check load_data"),
+        (lambda: Split({"x": torch.zeros(3), "y": torch.zeros(4)}, torch.zeros(3)), "got [3, 4]"),
+        (lambda: Split(np.zeros((3, 2)), torch.zeros(3)), "got ndarray: use torch.as_tensor"),
+        (lambda: Split(torch.zeros(3), np.zeros(3)), "got ndarray: use torch.as_tensor"),
+        (lambda: Split([torch.zeros(3)], torch.zeros(3)), "got list: use torch.as_tensor"),
+        (lambda: Split((torch.zeros(3), [1, 2, 3]), torch.zeros(3)), "got list: use torch.as_tensor"),
+        (lambda: Split(torch.tensor(1.0), torch.zeros(1)), "got one number"),
+        (lambda: the_data(test=a_split(0)), "the test split needs at least one row, got none: check load_data"),
+        (lambda: the_data(valid=a_split(first=float("nan"))), "the valid split needs finite numbers"),
+        (lambda: the_data(train=a_split(first=float("inf"))), "the train split needs finite numbers"),
+        (
+            lambda: the_data(class_names=(), valid=a_split(2, targets=torch.tensor([0.0, float("nan")]))),
+            "the valid split needs finite numbers",
+        ),
+        (
+            lambda: the_data(test=a_split(2, targets=torch.tensor([0, 2]))),
+            "labels need to be in 0..1, got 0..2 in the test split: check class_names",
+        ),
+        (lambda: the_data(train=a_split(2, targets=torch.tensor([-1, 1]))), "got -1..1 in the train split"),
+        (
+            lambda: the_data(valid=a_split(2, targets=torch.tensor([0.0, 1.0]))),
+            "class labels need an integer type, got torch.float32 in the valid split: use .long()",
+        ),
+        (
+            lambda: the_data(valid=Split(torch.zeros(2, 4), torch.tensor([0, 1]))),
+            "rows of the same shapes and types, got {'input 0': 'float32 [3]', 'targets': 'int64 []'} in train and"
+            " {'input 0': 'float32 [4]', 'targets': 'int64 []'} in valid: check load_data",
+        ),
+        (lambda: the_data(test=Split(torch.zeros(2, 3).double(), torch.tensor([0, 1]))), "'float64 [3]'"),
+        (lambda: the_data(test=Split(torch.zeros(2, 3), torch.tensor([[0], [1]]))), "'targets': 'int64 [1]'"),
+        (lambda: the_data(valid=Split({"x": torch.zeros(2, 3)}, torch.tensor([0, 1]))), "'input x'"),
+    ],
+)
+def test_data_that_cannot_be_trained_on_is_refused_with_the_split_and_the_reason(make, told):
+    with pytest.raises(DataError) as caught:
+        make()
+    assert told in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_data_without_classes_takes_any_targets():
+    regression = a_split(targets=torch.rand(4, 2))
+    assert Data(regression, regression, regression).class_names == ()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.int64, torch.uint8, torch.bool])
+def test_a_fingerprint_follows_from_the_data_alone(dtype):
+    def data(value=1, targets=(0, 1, 0)):
+        split = Split(torch.ones(3, 2).mul(value).to(dtype), torch.tensor(targets))
+        return Data(split, split, split)
+
+    assert data().fingerprint() == data().fingerprint()
+    assert data().fingerprint() != data(value=0).fingerprint()
+    assert data().fingerprint() != data(targets=(0, 1, 1)).fingerprint()
+    assert len(data().fingerprint()) == hashlib.sha256().digest_size * 2
+
+
+def test_a_fingerprint_is_of_the_values_not_of_how_they_lie_in_memory():
+    values = torch.arange(12.0).reshape(3, 4)
+    strided = values.t().contiguous().t()
+    assert not strided.is_contiguous()
+    one, other = (Split(inputs, torch.zeros(3)) for inputs in (values, strided))
+    assert Data(one, one, one).fingerprint() == Data(other, other, other).fingerprint()
+
+
+def test_a_fingerprint_tells_rows_that_changed_their_split():
+    a, b = a_split(), a_split(first=1.0)
+    assert the_data(valid=a, test=b).fingerprint() != the_data(valid=b, test=a).fingerprint()
+
+
+ROWS = torch.arange(100, dtype=torch.float32).reshape(100, 1)
+LABELS = (torch.arange(100) < 20).long()
+
+
+def in_splits(data):
+    return [sorted(split.inputs.flatten().int().tolist()) for _, split in data.splits()]
+
+
+def test_every_row_is_in_one_split_with_its_target():
+    data = split_rows(ROWS, LABELS, class_names=("big", "small"))
+    assert [len(rows) for rows in in_splits(data)] == [60, 20, 20]
+    assert sorted(itertools.chain(*in_splits(data))) == list(range(100))
+    for _, split in data.splits():
+        assert torch.equal(split.targets, (split.inputs.flatten() < 20).long())
+
+
+@pytest.mark.parametrize(("valid", "test"), [(0.2, 0.2), (0.1, 0.4), (0.25, 0.05)])
+def test_every_split_has_its_share_of_each_class(valid, test):
+    data = split_rows(ROWS, LABELS, class_names=("big", "small"), valid=valid, test=test)
+    wanted = [20 * (1 - valid - test), 20 * valid, 20 * test]
+    assert [int(split.targets.sum()) for _, split in data.splits()] == pytest.approx(wanted)
+
+
+@pytest.mark.parametrize("seed", [0, 7, 2**32 + 7, 2**63 - 1])
+def test_the_splits_follow_from_the_seed(seed):
+    assert in_splits(split_rows(ROWS, LABELS, seed=seed)) == in_splits(split_rows(ROWS, LABELS, seed=seed))
+    assert in_splits(split_rows(ROWS, LABELS, seed=seed)) != in_splits(
+        split_rows(ROWS, LABELS, seed=seed - 1 if seed else 1)
+    )

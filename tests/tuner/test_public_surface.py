@@ -1,0 +1,29 @@
+import pytest
+
+import tuner
+
+
+def test_the_public_surface_is_what_all_says():
+    assert tuner.__all__ == ["Objective", "load_model"]
+    assert [getattr(tuner, name).__name__ for name in tuner.__all__] == tuner.__all__
+
+
+def test_an_unknown_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="has no attribute 'load_modle'"):
+        tuner.load_modle  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    ("statement", "absent"),
+    [
+        ("import tuner", ("torch", "optuna", "pydantic", "sqlalchemy")),
+        ("import tuner.cli.app", ("torch", "optuna")),
+        ("import tuner.study, tuner.registry, tuner.progress, tuner.doctor", ("torch", "optuna")),
+        ("import tuner.sampling", ("torch",)),
+        ("import tuner.training, tuner.data", ("optuna", "sqlalchemy", "psycopg2", "storage")),
+    ],
+)
+def test_importing_pulls_in_no_more_than_needed(start_python, statement, absent):
+    process = start_python(f"{statement}\nimport sys\nprint(*set({absent!r}) & sys.modules.keys())")
+    out, err = process.communicate(timeout=60)
+    assert (out.strip(), err) == ("", "")
