@@ -18,6 +18,7 @@ from storage.tables import (
     STUDY_NAME_MAX_LENGTH,
     studies,
     study_directions,
+    study_system_attributes,
     study_user_attributes,
     trial_intermediate_values,
     trial_params,
@@ -28,6 +29,8 @@ from storage.tables import (
     tuner_studies,
 )
 from storage.url import mask_url
+
+_METRIC_NAMES = "study:metric_names"  # where optuna.Study.set_metric_names keeps them
 
 State = Literal["RUNNING", "COMPLETE", "PRUNED", "FAIL", "WAITING"]
 
@@ -79,10 +82,11 @@ class TrialRecord:
 
 
 def create_study(
-    engine: Engine, name: str, direction: str, spec: Mapping[str, Any], user_attrs: Mapping[str, Any]
+    engine: Engine, name: str, direction: str, spec: Mapping[str, Any], user_attrs: Mapping[str, Any], metric: str
 ) -> StudyRecord:
     """Create a study with its spec, in one transaction: no worker ever sees the one without the other.
 
+    `metric` is what Optuna and its dashboard call the study's value.
     Raises StudyExistsError if there is a study of that name, ValueError if PostgreSQL cannot hold the name.
     """
     if not name or "\0" in name or len(name) > STUDY_NAME_MAX_LENGTH:
@@ -92,9 +96,13 @@ def create_study(
             study_id = conn.execute(insert(studies).values(study_name=name).returning(studies.c.study_id)).scalar_one()
             conn.execute(insert(study_directions).values(study_id=study_id, direction=direction.upper(), objective=0))
             conn.execute(insert(tuner_studies).values(study_id=study_id, spec=dict(spec)))
+            conn.execute(
+                insert(study_system_attributes).values(
+                    study_id=study_id, key=_METRIC_NAMES, value_json=json.dumps([metric])
+                )
+            )
             attributes = [
-                {"study_id": study_id, "key": key, "value_json": json.dumps(value)}
-                for key, value in user_attrs.items()
+                {"study_id": study_id, "key": key, "value_json": json.dumps(value)} for key, value in user_attrs.items()
             ]
             if attributes:
                 conn.execute(insert(study_user_attributes), attributes)

@@ -53,6 +53,14 @@ study_user_attributes = Table(
     Column("key", String(STUDY_NAME_MAX_LENGTH)),
     Column("value_json", Text),
 )
+study_system_attributes = Table(
+    "study_system_attributes",
+    optuna_metadata,
+    Column("study_system_attribute_id", Integer, primary_key=True),
+    Column("study_id", ForeignKey("studies.study_id")),
+    Column("key", String(STUDY_NAME_MAX_LENGTH)),
+    Column("value_json", Text),
+)
 trials = Table(
     "trials",
     optuna_metadata,

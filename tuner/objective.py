@@ -30,7 +30,7 @@ class Objective(BaseModel, ABC):
     as pydantic checks it. An instance is created once in a worker process and used for all of its trials.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     metric: ClassVar[str] = "accuracy"
     """The metric that the study optimizes: a key of what `build_metrics` returns."""

@@ -55,7 +55,7 @@ def create_study(engine: Engine, name: str, spec: Spec) -> Study:
         "seed": spec.seed,
     }
     try:
-        record = studies.create_study(engine, name, spec.direction, spec.model_dump(mode="json"), attrs)
+        record = studies.create_study(engine, name, spec.direction, spec.model_dump(mode="json"), attrs, spec.metric)
     except ValueError as error:
         raise UsageError(str(error)) from error
     return _study(record)

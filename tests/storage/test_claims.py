@@ -61,7 +61,7 @@ def engine(database: str) -> Iterator[Engine]:
 
 @pytest.fixture
 def study_id(engine: Engine) -> int:
-    return studies.create_study(engine, "s", "maximize", {"version": 1}, {}).study_id
+    return studies.create_study(engine, "s", "maximize", {"version": 1}, {}, "value").study_id
 
 
 def finish(engine: Engine, held: Claim, state: str = "COMPLETE") -> None:

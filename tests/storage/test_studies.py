@@ -41,18 +41,19 @@ def a_finished_trial(value: float, **params: float) -> optuna.trial.FrozenTrial:
 
 @pytest.mark.parametrize("direction", ["minimize", "maximize"])
 def test_a_created_study_is_read_back_by_us_and_by_optuna(engine: Engine, database: str, direction: str) -> None:
-    created = studies.create_study(engine, "née 'x'; --", direction, SPEC, {"metric": "accuracy"})
+    created = studies.create_study(engine, "née 'x'; --", direction, SPEC, {"metric": "accuracy"}, "accuracy")
     assert studies.find_study(engine, "née 'x'; --") == created
     assert (created.spec, created.direction) == (SPEC, direction)
     study = optuna.load_study(study_name="née 'x'; --", storage=open_storage(database))
     assert study.direction.name == direction.upper()
     assert study.user_attrs == {"metric": "accuracy"}
+    assert study.metric_names == ["accuracy"]
 
 
 def test_two_studies_cannot_have_one_name(engine: Engine) -> None:
-    studies.create_study(engine, "s", "minimize", SPEC, {})
+    studies.create_study(engine, "s", "minimize", SPEC, {}, "value")
     with pytest.raises(StudyExistsError, match="a study named 's' exists in postgresql://"):
-        studies.create_study(engine, "s", "minimize", SPEC, {})
+        studies.create_study(engine, "s", "minimize", SPEC, {}, "value")
     with engine.connect() as conn:
         assert conn.execute(text("select count(*) from tuner_studies")).scalar_one() == 1
 
@@ -60,7 +61,7 @@ def test_two_studies_cannot_have_one_name(engine: Engine) -> None:
 @pytest.mark.parametrize("name", ["", "a\0b", "x" * 513])
 def test_a_name_that_the_database_cannot_hold_is_refused_before_it(engine: Engine, name: str) -> None:
     with pytest.raises(ValueError, match="a study's name needs 1 to 512 characters"):
-        studies.create_study(engine, name, "minimize", SPEC, {})
+        studies.create_study(engine, name, "minimize", SPEC, {}, "value")
 
 
 def test_an_unknown_study_is_named_in_the_error(engine: Engine) -> None:
@@ -79,7 +80,7 @@ def test_a_study_of_stock_optuna_has_no_spec(engine: Engine, database: str) -> N
     "values", [[0.5, 2.0, -1.0], [1.0, 1.0], [math.inf, 3.0], [-math.inf, 3.0], [math.inf, -math.inf, 0.0]]
 )
 def test_the_best_trial_is_optunas(engine: Engine, database: str, direction: str, values: list[float]) -> None:
-    record = studies.create_study(engine, "s", direction, SPEC, {})
+    record = studies.create_study(engine, "s", direction, SPEC, {}, "value")
     study = optuna.load_study(study_name="s", storage=open_storage(database))
     study.add_trials([a_finished_trial(value, x=index) for index, value in enumerate(values)])
     study.add_trial(create_trial(state=TrialState.PRUNED, value=100.0))
@@ -91,14 +92,14 @@ def test_the_best_trial_is_optunas(engine: Engine, database: str, direction: str
 
 
 def test_a_study_without_a_complete_trial_has_no_best(engine: Engine, database: str) -> None:
-    record = studies.create_study(engine, "s", "minimize", SPEC, {})
+    record = studies.create_study(engine, "s", "minimize", SPEC, {}, "value")
     study = optuna.load_study(study_name="s", storage=open_storage(database))
     study.add_trial(create_trial(state=TrialState.PRUNED, value=1.0))
     assert studies.best_trial(engine, record.study_id, "minimize") is None
 
 
 def test_trials_are_read_as_optuna_reads_them(engine: Engine, database: str) -> None:
-    record = studies.create_study(engine, "s", "minimize", SPEC, {})
+    record = studies.create_study(engine, "s", "minimize", SPEC, {}, "value")
     study = optuna.load_study(study_name="s", storage=open_storage(database))
 
     def objective(trial: optuna.Trial) -> float:
@@ -154,7 +155,7 @@ def test_a_params_value_is_what_optuna_makes_of_it(distribution: BaseDistributio
 
 
 def test_exports_are_recorded_in_order_and_vanish_with_the_study(engine: Engine, database: str) -> None:
-    record = studies.create_study(engine, "s", "minimize", SPEC, {})
+    record = studies.create_study(engine, "s", "minimize", SPEC, {}, "value")
     studies.record_export(engine, record.study_id, 7, "a" * 64, {"accuracy": 0.5})
     studies.record_export(engine, record.study_id, 8, "b" * 64, {"accuracy": 0.6})
     assert studies.list_exports(engine, record.study_id) == [

@@ -97,7 +97,9 @@ def optuna_says_warnings_only(caplog):
     optuna.logging.enable_propagation()
     yield
     optuna.logging.disable_propagation()
-    assert caplog.messages == []
+    # The GP sampler says once a process that it is slower without greenlet, which is true.
+    said = [record.getMessage() for record in caplog.get_records("call") if "greenlet" not in record.getMessage()]
+    assert said == []
 
 
 @pytest.mark.parametrize("name", SAMPLERS)

@@ -1,0 +1,20 @@
+"""Each benchmark at its smallest size: it runs and prints its figures."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+def test_main_job_prints_seconds_and_accuracy() -> None:
+    arguments = ["--runs", "1", "--trials", "2", "--epochs", "1"]
+    done = subprocess.run(
+        [sys.executable, BENCHMARKS / "main_job.py", *arguments], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"seconds +\d+\.\d+ +\d+\.\d+ +\d+\.\d+", done.stdout)
+    assert re.search(r"test accuracy +0\.\d+", done.stdout)
