@@ -14,6 +14,7 @@ from storage.errors import StudyNotFoundError
 from storage.studies import StateCounts, states_of
 from storage.tables import (
     studies,
+    trial_intermediate_values,
     trial_user_attributes,
     trials,
     tuner_leases,
@@ -128,7 +129,11 @@ def _release_expired(conn: Connection, study_id: int, max_attempts: int) -> None
 
 
 def _give_back(conn: Connection, trial_ids: list[int], max_attempts: int) -> None:
-    """Set running trials to waiting, or to failed where all their attempts are used up."""
+    """Set running trials to waiting, or to failed where all their attempts are used up.
+
+    What a waiting trial had reported goes: the next attempt starts from its first step, and a pruner would take the
+    old values for its own.
+    """
     if not trial_ids:
         return
     lost = conn.execute(
@@ -143,6 +148,7 @@ def _give_back(conn: Connection, trial_ids: list[int], max_attempts: int) -> Non
     conn.execute(update(trials).where(trials.c.trial_id.in_(failed)).values(state="FAIL", datetime_complete=_utc_now()))
     waiting = [trial_id for trial_id in trial_ids if trial_id not in failed]
     conn.execute(update(trials).where(trials.c.trial_id.in_(waiting)).values(state="WAITING"))
+    conn.execute(delete(trial_intermediate_values).where(trial_intermediate_values.c.trial_id.in_(waiting)))
     conn.execute(
         update(tuner_leases)
         .where(tuner_leases.c.trial_id.in_(trial_ids))

@@ -9,7 +9,7 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, Protocol, TypeAlias, TypeVar
 
 import optuna
 import torch
@@ -26,6 +26,7 @@ from tuner.registry import FunctionObjective
 from tuner.seeds import derive_seed, seed_everything
 from tuner.spec import Spec
 
+T = TypeVar("T")
 FailureClass: TypeAlias = Literal["nan", "oom", "user_error"]
 
 MAX_MESSAGE_CHARS = 2000
@@ -70,14 +71,25 @@ class TrialObjective:
         return cls(spec=spec, objective=objective, device=device, data=resident)
 
 
-class CheckedTrial(optuna.Trial):
-    """A trial that refuses what the database cannot hold, and that `check` can interrupt at each report."""
+class Retry(Protocol):
+    """Calls again while the database is away."""
 
-    def __init__(self, study: optuna.Study, trial_id: int, check: Callable[[], None]) -> None:
+    def __call__(self, call: Callable[[], T], /) -> T:
+        """Return `call()`."""
+
+
+class CheckedTrial(optuna.Trial):
+    """A trial that refuses what the database cannot hold, and that `check` can interrupt at each report.
+
+    Reporting and pruning go through `retry`, so that a database that is away for a while costs no training.
+    """
+
+    def __init__(self, study: optuna.Study, trial_id: int, check: Callable[[], None], retry: Retry) -> None:
         # Optuna's cache takes params only of trials that it has read.
         study._storage.get_all_trials(study._study_id, deepcopy=False)
         super().__init__(study, trial_id)
         self._check = check
+        self._retry = retry
 
     def report(self, value: float, step: int) -> None:
         """Report as Optuna does.
@@ -89,7 +101,13 @@ class CheckedTrial(optuna.Trial):
             raise InvalidReportError(f"a step needs to be in 0..{MAX_STEP}, got {step}")
         if not math.isfinite(float(value)):
             raise training.DivergedError(f"the reported value is {value} at step {step}")
-        super().report(value, step)
+        report = super().report
+        self._retry(lambda: report(value, step))
+
+    def should_prune(self) -> bool:
+        """Whether the study's pruner would end the trial now."""
+        should_prune = super().should_prune
+        return self._retry(should_prune)
 
 
 def run_attempt(what: TrialObjective, trial: CheckedTrial) -> Outcome:

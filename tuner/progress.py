@@ -100,7 +100,8 @@ def _is_live(log: Log) -> bool:
 
 
 def _display(snapshot: Snapshot, text: str) -> Table:
-    grid = Table.grid(padding=(0, 1))
-    bar = ProgressBar(total=snapshot.trials, completed=snapshot.counts.done, width=30)
-    grid.add_row(bar, Text(text))
+    # Two lines: side by side they need more than 80 columns.
+    grid = Table.grid(expand=True)
+    grid.add_row(ProgressBar(total=snapshot.trials, completed=snapshot.counts.done))
+    grid.add_row(Text(text))
     return grid

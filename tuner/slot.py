@@ -131,7 +131,7 @@ class Slot:
                     raise Interrupted
 
             try:
-                trial = self._retry(lambda: CheckedTrial(optuna_study, held.trial_id, check))
+                trial = self._retry(lambda: CheckedTrial(optuna_study, held.trial_id, check, self._retry))
                 outcome = run_attempt(what, trial)
             except Interrupted:
                 self._release(study, held, counts=False)
@@ -166,17 +166,19 @@ class Slot:
         self._emit(Event(event="trial_released", trial=held.number, attempt=held.attempt))
 
     def _retry(self, call: Callable[[], T]) -> T:
-        """Return `call()`, again while the database is away, with growing pauses, for OUTAGE_S seconds at most."""
+        """Return `call()`, again while the database is away, with growing pauses, for OUTAGE_S seconds at most.
+
+        A slot that is asked to stop waits no longer.
+        """
         pause_s, waited_s = 0.1, 0.0
         while True:
             try:
                 return call()
             except (UnreachableError, OperationalError, StorageInternalError) as error:
-                if waited_s >= OUTAGE_S:
-                    raise
                 if waited_s == 0:
                     self._emit(Event(event="database_away", message=_first_line(error)))
-            threading.Event().wait(pause_s)
+                if waited_s >= OUTAGE_S or self._stop.wait(pause_s):
+                    raise
             waited_s += pause_s
             pause_s = min(pause_s * 2, 5.0)
 

@@ -281,7 +281,7 @@ class Worker:
 
     def _left_s(self, counts: studies.StateCounts) -> float | None:
         done_here = counts.done - self._done_at_start
-        if done_here <= 0:
+        if done_here <= 0 or counts.done >= self._study.spec.budget.trials:
             return None
         per_trial_s = (time.monotonic() - self._started_at) / done_here
         return per_trial_s * max(0, self._study.spec.budget.trials - counts.done)

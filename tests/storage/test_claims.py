@@ -179,12 +179,15 @@ def test_a_trial_whose_worker_was_killed_runs_again_with_its_number_and_params(
     holder.wait()
     study = optuna.load_study(study_name="s", storage=open_storage(database))
     first = study.trials[0]
-    x = optuna.Trial(study, first._trial_id).suggest_float("x", 0, 1)
+    trial = optuna.Trial(study, first._trial_id)
+    x = trial.suggest_float("x", 0, 1)
+    trial.report(0.5, step=7)
     expire(engine, Claim(trial_id=first._trial_id, number=0, attempt=1, token=uuid.uuid4()))
 
     again = claim(engine, study_id)
     assert (again.number, again.attempt) == (0, 2)
     assert optuna.Trial(study, again.trial_id).suggest_float("x", 0, 1) == x
+    assert study.trials[0].intermediate_values == {}
     assert study.get_trials(states=[TrialState.RUNNING])[0].number == 0
 
 

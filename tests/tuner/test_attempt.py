@@ -42,6 +42,10 @@ def a_spec(*, epochs=3, metric="accuracy", direction="maximize"):
     )
 
 
+def once(call):
+    return call()
+
+
 class Signs(Objective):
     """Tell negative numbers from positive ones."""
 
@@ -67,7 +71,7 @@ def study():
 def attempt(study, objective, *, check=lambda: None, **spec):
     """Run the study's next trial and tell its end, as a slot does."""
     what = TrialObjective.load(a_spec(**spec), objective, "data", torch.device("cpu"))
-    trial = CheckedTrial(study, study.ask()._trial_id, check)
+    trial = CheckedTrial(study, study.ask()._trial_id, check, once)
     outcome = run_attempt(what, trial)
     study.tell(trial, outcome.value, outcome.state)
     return outcome, study.trials[-1]
@@ -291,10 +295,24 @@ def test_data_that_cannot_be_loaded_are_told_with_the_line(tmp_path):
 
 
 def test_a_report_is_checked_before_it_is_written(study):
-    trial = CheckedTrial(study, study.ask()._trial_id, lambda: None)
+    trial = CheckedTrial(study, study.ask()._trial_id, lambda: None, once)
     with pytest.raises(InvalidReportError):
         trial.report(1.0, -1)
     with pytest.raises(DivergedError):
         trial.report(math.nan, 1)
     trial.report(1.0, 0)
+    assert study.trials[0].intermediate_values == {0: 1.0}
+
+
+def test_reporting_and_pruning_wait_for_a_database_that_is_away(study):
+    called = []
+
+    def retry(call):
+        called.append(call)
+        return call()
+
+    trial = CheckedTrial(study, study.ask()._trial_id, lambda: None, retry)
+    trial.report(1.0, 0)
+    assert trial.should_prune() is False
+    assert len(called) == 2
     assert study.trials[0].intermediate_values == {0: 1.0}

@@ -92,7 +92,7 @@ def test_the_server_answers_to_loopback_names_with_its_own_port(database: str) -
             assert client.ask("/api/studies", headers={"Host": host}).status == status, host
 
 
-ALL_ADDRESSES = {"host": "0.0.0.0", "token": TOKEN, "allowed_hosts": ["Tuner.example"]}  # noqa: S104
+ALL_ADDRESSES = {"host": "0.0.0.0", "token": TOKEN, "allowed_hosts": ["Tuner.example"]}
 
 
 def test_a_server_on_all_addresses_asks_for_its_token(database: str) -> None:
@@ -136,7 +136,7 @@ def test_a_port_in_use_is_named_with_the_way_out(no_studies: BaseStorage) -> Non
     assert caught.value.exit_code == 1
 
 
-@pytest.mark.parametrize("host", ["0.0.0.0", "::"])  # noqa: S104
+@pytest.mark.parametrize("host", ["0.0.0.0", "::"])
 def test_a_server_for_other_machines_needs_a_token(no_studies: BaseStorage, host: str) -> None:
     with pytest.raises(UsageError, match=r"needs a token.*TUNER_DASHBOARD_TOKEN"):
         serve(no_studies, host=host, port=0, on_ready=never)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -65,8 +66,16 @@ commands = {"export": export}
 
 
 def default_output(settings: Settings, study: Study) -> Path:
-    """Return where a study's model goes: its number makes the path, a name is not to be trusted with that."""
-    return settings.data_dir / "models" / f"study-{study.study_id}"
+    """Return where a study's model goes: numbers make the path, a name is not to be trusted with that.
+
+    Studies of the embedded server and of other servers may have the same number, and do not meet.
+    """
+    name = f"study-{study.study_id}"
+    if settings.storage is not None:
+        url = settings.storage_url()
+        server = f"{url.host} {url.port} {url.database} {dict(url.query).get('host')}"
+        name += f"-{hashlib.sha256(server.encode()).hexdigest()[:8]}"
+    return settings.data_dir / "models" / name
 
 
 def print_exported(
