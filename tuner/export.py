@@ -30,6 +30,7 @@ from tuner.errors import TunerError
 from tuner.log import Log
 from tuner.model import MANIFEST, PROGRAM, WEIGHTS, InputDescription, Manifest, load_program, sha256_of
 from tuner.objective import Objective
+from tuner.output import check_output
 from tuner.registry import ObjectiveSource, build_objective, is_objective_class
 from tuner.seeds import derive_seed, seed_everything
 from tuner.study import Study, best_of
@@ -120,22 +121,6 @@ def export_study(
         (directory / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n")
         _publish(directory, output)
     return Exported(directory=output, manifest=manifest)
-
-
-def check_output(output: Path) -> None:
-    """Raise TunerError unless a directory can be made and written at `output`; leaves nothing behind."""
-    place = output
-    while not place.exists():
-        place = place.parent
-    if not place.is_dir():
-        raise TunerError(
-            f"the output needs to be a directory, got {output}: {place} is a file; choose another --output"
-        )
-    try:
-        with tempfile.TemporaryDirectory(dir=place, prefix=".tuner-"):
-            pass
-    except OSError as error:
-        raise TunerError(f"cannot write to {place}: {error.strerror}; choose another --output") from error
 
 
 def _objective(study: Study, source: ObjectiveSource) -> Objective:

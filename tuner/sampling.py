@@ -111,15 +111,21 @@ def parse_value(text: str) -> JsonValue:
     return value
 
 
+def check_sampler_name(text: str) -> tuple[str, dict[str, JsonValue]]:
+    """Return name and settings of `--sampler TEXT`. Raises UsageError if there is no sampler of that name."""
+    name, settings = parse_choice(text)
+    if name not in _SAMPLERS:
+        raise UsageError(f"--sampler needs one of {', '.join(get_args(SamplerName))}, got {name!r}")
+    return name, settings
+
+
 def sampler_spec(text: str, objective: Objective | None, points: int = 4) -> SamplerSpec:
     """Return the checked spec of `--sampler TEXT`.
 
     The grid is written out in the spec, so that all workers search the same one: where the text gives no
     `search_space`, it is what the objective suggests, continuous ranges cut into `points` values.
     """
-    name, settings = parse_choice(text)
-    if name not in _SAMPLERS:
-        raise UsageError(f"--sampler needs one of {', '.join(get_args(SamplerName))}, got {name!r}")
+    name, settings = check_sampler_name(text)
     if name == "grid" and "search_space" not in settings:
         points = _as_points(settings.pop("points", points))
         if objective is None:

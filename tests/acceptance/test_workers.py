@@ -42,22 +42,8 @@ def raises(trial):
     trial.suggest_float("x", 0, 1)
     raise KeyError("no such column")
 
-def returns_none(trial):
-    return None
-
-def returns_text(trial):
-    return "0.5"
-
 def returns_nan(trial):
     return math.nan
-
-def reports_infinity(trial):
-    trial.report(math.inf, 1)
-    return 1.0
-
-def steps_too_far(trial):
-    trial.report(1.0, 2**31)
-    return 1.0
 
 def runs_out_of_memory(trial):
     raise torch.cuda.OutOfMemoryError("CUDA out of memory")
@@ -185,11 +171,7 @@ def test_a_worker_that_was_killed_leaves_no_slot_and_no_running_trial(
     ("function", "failure", "message"),
     [
         ("raises", "user_error", "KeyError: 'no such column' ("),
-        ("returns_none", "user_error", "an objective needs to return one number, got None"),
-        ("returns_text", "user_error", "an objective needs to return one number, got '0.5'"),
         ("returns_nan", "nan", "the objective returned nan"),
-        ("reports_infinity", "nan", "the reported value is inf at step 1"),
-        ("steps_too_far", "user_error", "a step needs to be in 0..2147483647, got 2147483648"),
         ("runs_out_of_memory", "oom", "CUDA out of memory"),
     ],
 )
@@ -206,7 +188,7 @@ def test_a_trial_that_fails_says_why_and_the_study_goes_on_until_max_failures(
     ((kind, (count, found)),) = status["failures"].items()
     assert (kind, count) == (failure, 2)
     assert message in found
-    if failure == "user_error" and function == "raises":
+    if failure == "user_error":
         assert "bad.py, line 6" in found
     assert message in tuner("status", "bad").stdout
 

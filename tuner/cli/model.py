@@ -38,6 +38,7 @@ def export(
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Retrain the best trial of STUDY on train + valid, evaluate it on test and write the model."""
+    from tuner.output import check_output
     from tuner.registry import find_objective
     from tuner.study import best_of, check_code, open_study
 
@@ -46,10 +47,10 @@ def export(
     best_of(engine, opened)  # before torch is imported for the rest
     source = find_objective(objective or opened.spec.objective.name)
     check_code(opened, source, allow_code_change=allow_code_change)
-    from tuner.export import check_output, export_study
-
     target = output or default_output(settings, opened)
     check_output(target)
+    from tuner.export import export_study
+
     exported = export_study(
         engine,
         opened,

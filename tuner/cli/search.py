@@ -84,28 +84,27 @@ def run(
     Goes on with the study if it exists with the same settings.
     """
     from storage import studies
-    from tuner.export import check_output, export_study
+    from tuner.output import check_output
     from tuner.registry import find_objective
-    from tuner.study import create_or_join
+    from tuner.study import create_or_join, plan
     from tuner.worker import Slots, Worker
 
     count = _workers(workers)
-    budget = _budget(trials, timeout, max_failures)
+    wanted = _checked(
+        budget=_budget(trials, timeout, max_failures),
+        epochs=epochs,
+        set_=set_,
+        sampler=sampler,
+        pruner=pruner,
+        direction=direction,
+        seed=seed,
+    )
     source = find_objective(objective)
     if export and output is not None:
         check_output(output)
     slots = Slots(count)  # they import torch while this process does
     try:
-        spec, model_class = _plan(
-            source,
-            budget,
-            epochs=epochs,
-            set_=set_,
-            sampler=sampler,
-            pruner=pruner,
-            direction=direction,
-            seed=seed,
-        )
+        spec, model_class = plan(source, source.load(), **wanted)
         engine = settings.open()
         joined, created = create_or_join(engine, study or source.study_name, spec)
         log = settings.log(worker=_worker_name(), study=joined.name)
@@ -122,6 +121,8 @@ def run(
         log.event("not_exported", f"not exported: {source.name} is a plain function and has no model")
     exported = None
     if export and model_class is not None:
+        from tuner.export import export_study
+
         exported = export_study(
             engine, joined, source, output=target, data_dir=settings.data_dir, device=device, log=log
         )
@@ -145,13 +146,10 @@ def create(
 ) -> None:
     """Create a study of OBJECTIVE for workers to join; running it again with the same settings does nothing."""
     from tuner.registry import find_objective
-    from tuner.study import create_or_join
+    from tuner.study import create_or_join, plan
 
-    budget = _budget(trials, timeout, max_failures)
-    source = find_objective(objective)
-    spec, _ = _plan(
-        source,
-        budget,
+    wanted = _checked(
+        budget=_budget(trials, timeout, max_failures),
         epochs=epochs,
         set_=set_,
         sampler=sampler,
@@ -159,6 +157,8 @@ def create(
         direction=direction,
         seed=seed,
     )
+    source = find_objective(objective)
+    spec, _ = plan(source, source.load(), **wanted)
     joined, created = create_or_join(settings.open(), study or source.study_name, spec)
     print(f"{'created' if created else 'exists:'} study {joined.name}: {_outline(joined)}")
 
@@ -202,9 +202,9 @@ def worker(
 commands = {"run": run, "create": create, "worker": worker}
 
 
-def _plan(source: ObjectiveSource, budget: Budget, *, set_: list[str] | None, **settings: Any) -> Any:
-    from tuner.sampling import pruner_spec
-    from tuner.study import plan
+def _checked(*, set_: list[str] | None, **settings: Any) -> dict[str, Any]:
+    """Return the arguments of `tuner.study.plan`, as far checked as can be before torch is imported."""
+    from tuner.sampling import check_sampler_name, pruner_spec
 
     if settings["epochs"] is not None:
         _positive("--epochs", settings["epochs"])
@@ -212,9 +212,9 @@ def _plan(source: ObjectiveSource, budget: Budget, *, set_: list[str] | None, **
         raise UsageError(f"--seed needs a whole number from 0 to 2^63 - 1, got {settings['seed']}")
     if settings["direction"] not in (None, "minimize", "maximize"):
         raise UsageError(f"--direction needs minimize or maximize, got {settings['direction']!r}")
-    options = _pairs(set_ or [])
-    pruner_spec(settings["pruner"], 1)  # before torch is imported for the rest
-    return plan(source, source.load(), options=options, budget=budget, **settings)
+    check_sampler_name(settings["sampler"])
+    pruner_spec(settings["pruner"], 1)
+    return {**settings, "options": _pairs(set_ or [])}
 
 
 def _pairs(texts: list[str]) -> dict[str, JsonValue]:
