@@ -62,7 +62,7 @@ def claim(engine: Engine, study_id: int, budget: Budget, worker: str) -> Claim |
     """
     with engine.begin() as conn:
         _lock(conn, study_id)
-        _release_expired(conn, study_id, budget.max_attempts)
+        _give_back(conn, _expired(conn, study_id), budget.max_attempts)
         counts = states_of(conn, study_id)
         closed = _closed(conn, study_id, budget, counts)
         if closed is not None:
@@ -75,6 +75,12 @@ def end_of_budget(engine: Engine, study_id: int, budget: Budget) -> str | None:
     with engine.connect() as conn:
         closed = _closed(conn, study_id, budget, states_of(conn, study_id))
     return closed.reason if closed is not None and closed.final else None
+
+
+def count_expired(engine: Engine, study_id: int) -> int:
+    """Return how many running trials have lost their worker: the next claim of anybody puts them back."""
+    with engine.connect() as conn:
+        return len(_expired(conn, study_id))
 
 
 def renew(engine: Engine, held: Claim) -> bool:
@@ -115,8 +121,8 @@ def _lock(conn: Connection, study_id: int) -> None:
         raise StudyNotFoundError(f"study {study_id} was deleted while it ran; nothing is left to do")
 
 
-def _release_expired(conn: Connection, study_id: int, max_attempts: int) -> None:
-    expired = conn.execute(
+def _expired(conn: Connection, study_id: int) -> list[int]:
+    rows = conn.execute(
         select(trials.c.trial_id)
         .join(tuner_leases, tuner_leases.c.trial_id == trials.c.trial_id)
         .where(
@@ -124,8 +130,8 @@ def _release_expired(conn: Connection, study_id: int, max_attempts: int) -> None
             trials.c.state == "RUNNING",
             tuner_leases.c.expires_at < func.now(),
         )
-    ).scalars()
-    _give_back(conn, list(expired), max_attempts)
+    )
+    return list(rows.scalars())
 
 
 def _give_back(conn: Connection, trial_ids: list[int], max_attempts: int) -> None:

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 from sqlalchemy import URL, CreateEnginePlugin, Engine, create_engine, event
 from sqlalchemy.dialects import plugins
-from sqlalchemy.exc import ArgumentError
+from sqlalchemy.exc import ArgumentError, OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
 from storage.errors import AuthenticationError, InvalidURLError, StorageError, UnreachableError
 from storage.url import mask_url, parse_url
@@ -75,6 +76,18 @@ def _server_options(url: URL, read_only: bool) -> str:
     return " ".join(filter(None, [*ours, *theirs, *last]))
 
 
+def is_outage(error: BaseException) -> bool:
+    """Whether the same call may succeed later: the server was away, or a conflict made it roll back.
+
+    Looks through errors that wrap another, as Optuna's do.
+    """
+    if isinstance(error, AuthenticationError):
+        return False
+    if isinstance(error, UnreachableError | OperationalError | PoolTimeoutError):
+        return True
+    return error.__cause__ is not None and is_outage(error.__cause__)
+
+
 class _ConnectionErrors(CreateEnginePlugin):
     """Maps the errors of connecting, on our engines and on those that Optuna makes from our options."""
 
@@ -86,9 +99,14 @@ class _ConnectionErrors(CreateEnginePlugin):
 
         def explain(context: ExceptionContext) -> StorageError | None:
             # A failed ping makes the pool connect again, and that attempt's error is the one to tell.
-            if context.connection is not None or context.is_pre_ping or context.sqlalchemy_exception is None:
+            if context.is_pre_ping or context.sqlalchemy_exception is None:
                 return None
-            return _connection_error(context.original_exception, url)
+            if context.connection is None:
+                return _connection_error(context.original_exception, url)
+            if context.is_disconnect:
+                reason = _one_line(context.original_exception)
+                return UnreachableError(f"lost the connection to {mask_url(url)}: {reason}; check that the server runs")
+            return None
 
         event.listen(engine, "handle_error", explain)
 

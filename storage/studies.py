@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from sqlalchemy import Connection, Engine, Row, Select, and_, case, func, insert, select
+from sqlalchemy import Connection, Engine, Row, Select, and_, case, delete, func, insert, select
 from sqlalchemy.dialects.postgresql import distinct_on
 from sqlalchemy.exc import IntegrityError
 
@@ -121,9 +121,21 @@ def find_study(engine: Engine, name: str) -> StudyRecord:
 
 
 def list_studies(engine: Engine) -> list[StudyRecord]:
-    """Return all studies of one direction, oldest first."""
+    """Return all studies, oldest first; `direction` is the first one of a study that has several."""
     with engine.connect() as conn:
         return [_study(row) for row in conn.execute(_select_studies().order_by(studies.c.study_id))]
+
+
+def delete_if_unused(engine: Engine, study_id: int) -> bool:
+    """Delete the study unless it has a trial; whether it was deleted."""
+    with engine.begin() as conn:
+        # The lock that creating a trial takes.
+        conn.execute(select(studies.c.study_id).where(studies.c.study_id == study_id).with_for_update())
+        if states_of(conn, study_id) != StateCounts():
+            return False
+        for table in (study_directions, study_user_attributes, study_system_attributes, studies):
+            conn.execute(delete(table).where(table.c.study_id == study_id))
+        return True
 
 
 def count_states(engine: Engine, study_id: int) -> StateCounts:

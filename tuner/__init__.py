@@ -1,7 +1,7 @@
 """tuner: hyperparameter search for PyTorch, from the first trial to the exported model.
 
 The command line is the main way in (`tuner --help`). From Python: `Objective` is the base class of what to
-search, `load_model` gives an exported model back.
+search, `load_model` gives an exported model back, `TunerError` is what both raise for what a user can mend.
 """
 
 from __future__ import annotations
@@ -9,10 +9,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from tuner.errors import TunerError
     from tuner.model import load_model
     from tuner.objective import Objective
 
-__all__ = ["Objective", "load_model"]
+__all__ = ["Objective", "TunerError", "load_model"]
 
 
 def __getattr__(name: str) -> Any:
@@ -25,4 +26,8 @@ def __getattr__(name: str) -> Any:
         from tuner.model import load_model
 
         return load_model
+    if name == "TunerError":
+        from tuner.errors import TunerError
+
+        return TunerError
     raise AttributeError(f"module 'tuner' has no attribute {name!r}")

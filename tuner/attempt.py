@@ -16,7 +16,9 @@ import torch
 from optuna.exceptions import StorageInternalError
 from optuna.trial import TrialState
 from sqlalchemy.exc import SQLAlchemyError
+from torch import nn
 
+from storage.engine import is_outage
 from storage.errors import StorageError
 from tuner import training
 from tuner.data import Data
@@ -126,8 +128,13 @@ def run_attempt(what: TrialObjective, trial: CheckedTrial) -> Outcome:
         outcome = Outcome(state=TrialState.COMPLETE, value=value, attrs=attrs)
     except optuna.TrialPruned:
         outcome = Outcome(state=TrialState.PRUNED)
-    except (Interrupted, StorageError, StorageInternalError, SQLAlchemyError):
+    except Interrupted:
         raise
+    except (StorageError, StorageInternalError, SQLAlchemyError) as error:
+        if is_outage(error):
+            raise
+        reason = error.__cause__ or error  # Optuna's own words say nothing of what the database refused
+        outcome = _failed("user_error", f"the database refused it: {_first_line(reason)}")
     except training.DivergedError as error:
         outcome = _failed("nan", str(error))
     except (torch.cuda.OutOfMemoryError, MemoryError) as error:
@@ -140,11 +147,14 @@ def run_attempt(what: TrialObjective, trial: CheckedTrial) -> Outcome:
 
 def load_data(objective: Objective, data_dir: Path) -> Data:
     """Return the objective's data. Raises TunerError that says what went wrong in its `load_data`."""
+    name = type(objective).__name__
     try:
-        return objective.load_data(data_dir)
-    except Exception as error:
-        name = type(objective).__name__
+        data = objective.load_data(data_dir)
+    except (Exception, SystemExit) as error:
         raise TunerError(f"{name}.load_data({str(data_dir)!r}) failed: {with_line(error, objective)}") from error
+    if not isinstance(data, Data):
+        raise TunerError(f"{name}.load_data needs to return tuner.data.Data, got {data!r}: check its return")
+    return data
 
 
 def best_epoch(history: list[training.Epoch], metric: str, direction: str) -> training.Epoch:
@@ -177,7 +187,10 @@ def _train(what: TrialObjective, objective: Objective, trial: CheckedTrial, seed
     metric = what.spec.metric
     objective.suggest(trial)
     params = trial.params
-    model = objective.build_model(params).to(what.device)
+    model = objective.build_model(params)
+    if not isinstance(model, nn.Module):
+        raise InvalidReportError(f"build_model needs to return a torch.nn.Module, got {model!r}")
+    model.to(what.device)
 
     def on_epoch(epoch: training.Epoch) -> None:
         trial.report(epoch.metrics[metric], epoch.number)
@@ -215,6 +228,10 @@ def _checked_value(value: object) -> float:
     if not math.isfinite(number):
         raise training.DivergedError(f"the objective returned {number}")
     return number
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0]
 
 
 def _failed(kind: FailureClass, message: str) -> Outcome:

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+EXIT_FAILED, EXIT_USAGE, EXIT_UNREACHABLE, EXIT_INTERRUPTED = 1, 2, 3, 130
+
 
 class TunerError(Exception):
     """The command failed; the message says what was wanted, what was found and what to do."""
 
-    exit_code: int = 1
+    exit_code: int = EXIT_FAILED
+
+    def __init__(self, message: str, exit_code: int | None = None) -> None:
+        super().__init__(message)
+        if exit_code is not None:
+            self.exit_code = exit_code
 
 
 class UsageError(TunerError):
     """The command was given something it cannot mean."""
 
-    exit_code = 2
+    exit_code = EXIT_USAGE
 
 
 class WorkerInterrupted(Exception):  # noqa: N818 - a request, like KeyboardInterrupt

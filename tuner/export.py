@@ -7,7 +7,6 @@ import importlib.metadata
 import io
 import os
 import platform
-import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -228,10 +227,9 @@ def _aside(output: Path) -> Iterator[Path]:
         ) from error
     finally:
         if made and not (output / MANIFEST).exists():
-            shutil.rmtree(output, ignore_errors=True)
-            with suppress(OSError):  # somebody else uses this parent by now
-                for parent in made[1:]:
-                    parent.rmdir()
+            with suppress(OSError):  # somebody else uses it by now
+                for place in made:
+                    place.rmdir()
 
 
 def _publish(directory: Path, output: Path) -> None:

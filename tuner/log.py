@@ -24,12 +24,6 @@ class Log:
         self.console = Console(stderr=True, highlight=False, soft_wrap=True)
         self._fields = fields
 
-    def bind(self, **fields: Any) -> Log:
-        """Return a log on the same stream with more fields in every line."""
-        bound = Log(self.format, **{**self._fields, **fields})
-        bound.console = self.console
-        return bound
-
     def event(self, event: str, message: str, **fields: Any) -> None:
         """Write one event: `message` for people, `event` and the fields for machines."""
         if self.format == "json":

@@ -99,7 +99,7 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> LoadedMo
                 f"{directory / name} needs the sha256 {expected[:12]} of its manifest, got {found[:12]}:"
                 " the export is damaged or incomplete; run 'tuner export' again"
             )
-    return LoadedModel(load_program(directory / PROGRAM), manifest).to(device)
+    return LoadedModel(load_program(directory / PROGRAM), manifest).to(device).requires_grad_(False)
 
 
 def load_program(path: Path) -> nn.Module:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -40,6 +41,16 @@ class Objective(BaseModel, ABC):
 
     seed: int = Field(default=0, exclude=True)
     """The study's seed (`--seed`), for splitting the data; each trial is seeded before it runs."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        # pydantic would make an option of it that nobody asks for, and Objective's own would stay in force.
+        for name, annotation in inspect.get_annotations(cls).items():
+            if hasattr(Objective, name) and "ClassVar" not in str(annotation):
+                raise TypeError(
+                    f"{cls.__name__}.{name} cannot be an option, as Objective has a {name!r} of its own:"
+                    " override a method as a method, and write a value without an annotation"
+                )
+        super().__init_subclass__(**kwargs)
 
     @abstractmethod
     def suggest(self, trial: optuna.Trial) -> None:

@@ -86,7 +86,7 @@ class ObjectiveSource:
             return _import_file(self.file)
         except SyntaxError as error:
             raise TunerError(f"cannot read {error.filename}, line {error.lineno}: {error.msg}") from error
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             place = traceback.extract_tb(error.__traceback__)[-1]
             raise TunerError(
                 f"cannot import {self.file}: {type(error).__name__}: {error} ({place.filename}, line {place.lineno})"
@@ -116,7 +116,7 @@ def find_objective(reference: str) -> ObjectiveSource:
 
 
 def installed_objectives() -> list[ObjectiveSource]:
-    """Return the objectives of all installed packages, by name, without importing them."""
+    """Return the objectives of all installed packages, by name, without importing their modules."""
     found = []
     for entry in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP):
         try:
@@ -138,6 +138,8 @@ def installed_objectives() -> list[ObjectiveSource]:
 
 def build_objective(kind: type[Objective], options: Mapping[str, JsonValue], seed: int) -> Objective:
     """Return the objective with its options checked. Raises UsageError that names the option and lists all."""
+    if missing := sorted(kind.__abstractmethods__):
+        raise TunerError(f"{kind.__name__} needs the methods {', '.join(missing)}, got none of these: write them")
     known = {name: its for name, its in kind.model_fields.items() if name != "seed"}
     for name in options:
         if name not in known:

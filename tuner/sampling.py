@@ -32,6 +32,14 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+_PLAIN_TYPES: dict[str, tuple[type, ...]] = {
+    "int": (int,),
+    "float": (float, int),
+    "bool": (bool,),
+    "str": (str,),
+    "None": (type(None),),
+}
+
 
 class _Grid(GridSampler):
     def after_trial(self, *_: object) -> None:
@@ -261,12 +269,23 @@ def _as_points(value: object) -> int:
     return value
 
 
+def _is_of_type(value: object, wanted: str) -> bool:
+    """Whether a setting is of one of the plain types that Optuna's annotation names; True where it names others."""
+    names = {name.strip() for name in wanted.split("|")}
+    if not names <= _PLAIN_TYPES.keys():
+        return True
+    return any(type(value) in _PLAIN_TYPES[name] for name in names)
+
+
 def _build(option: str, kind: type[T], name: str, settings: Mapping[str, Any], **ours: Any) -> T:
     """Return `kind(**settings, **ours)`, once it is sure that people may make these settings."""
     known = [key for key in inspect.signature(kind).parameters if key not in _NOT_SETTABLE]
     for key in settings:
         if key not in known:
             raise UsageError(f"{option} {name} has no setting {key!r}; it has: {', '.join(known) or 'none'}")
+        wanted = str(inspect.signature(kind).parameters[key].annotation)
+        if not _is_of_type(settings[key], wanted):
+            raise UsageError(f"{option} {name}: {key} needs to be {wanted}, got {settings[key]!r}")
     try:
         with _quiet():
             return kind(**{**ours, **settings})

@@ -13,19 +13,22 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any, Literal, TypeVar
 
 import optuna
 from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
+from optuna.trial import TrialState
 from pydantic import BaseModel, ConfigDict, ValidationError
 from sqlalchemy import Engine
-from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import SQLAlchemyError
 
 from storage import claims, open_engine, open_storage
+from storage.engine import is_outage
 from storage.errors import StorageError, UnreachableError
 from tuner.attempt import CheckedTrial, Interrupted, Outcome, TrialObjective, run_attempt
-from tuner.errors import TunerError
+from tuner.errors import EXIT_UNREACHABLE, TunerError
 from tuner.registry import build_objective, find_objective, is_objective_class
 from tuner.sampling import build_pruner, build_sampler
 from tuner.study import Study, check_code, open_study
@@ -68,6 +71,7 @@ class Event(BaseModel):
     value: float | None = None
     seconds: float | None = None
     message: str | None = None
+    exit_code: int | None = None
 
 
 class Slot:
@@ -77,6 +81,7 @@ class Slot:
         self._config = config
         self._emit = emit
         self._stop = stop
+        self._parent = os.getppid()
         self._engine: Engine = open_engine(config.storage, application_name=f"tuner {config.worker}")
 
     def run(self) -> None:
@@ -84,13 +89,15 @@ class Slot:
 
         Raises TunerError or StorageError if the study cannot be joined from here.
         """
-        study = open_study(self._engine, self._config.study)
+        study = self._retry(lambda: open_study(self._engine, self._config.study))
         what = self._load(study)
-        optuna_study = optuna.load_study(
-            study_name=study.name,
-            storage=open_storage(self._config.storage),
-            sampler=build_sampler(study.spec.sampler, study.spec.seed, 0),
-            pruner=build_pruner(study.spec.pruner),
+        optuna_study = self._retry(
+            lambda: optuna.load_study(
+                study_name=study.name,
+                storage=open_storage(self._config.storage),
+                sampler=build_sampler(study.spec.sampler, study.spec.seed, 0),
+                pruner=build_pruner(study.spec.pruner),
+            )
         )
         self._emit(Event(event="ready"))
         ran = 0
@@ -127,23 +134,32 @@ class Slot:
         with Lease(self._engine, held) as lease:
 
             def check() -> None:
-                if self._stop.is_set() or lease.lost.is_set():
+                if self._is_abandoned() or lease.lost.is_set():
                     raise Interrupted
 
             try:
                 trial = self._retry(lambda: CheckedTrial(optuna_study, held.trial_id, check, self._retry))
                 outcome = run_attempt(what, trial)
             except Interrupted:
-                self._release(study, held, counts=False)
+                self._release(study, held)
                 return False
-            except (UnreachableError, OperationalError, StorageInternalError) as error:
+            except (StorageError, SQLAlchemyError, StorageInternalError) as error:
+                if not is_outage(error):
+                    raise
                 self._emit(Event(event="database_away", message=_first_line(error), **told))
-                self._release(study, held, counts=False)
+                self._release(study, held)
                 return False
+        if outcome.state == TrialState.FAIL and self._is_abandoned():
+            self._release(study, held)  # what it failed by may be the worker's end: a print into a closed pipe
+            return False
+        # Not one transaction with the result: the storage that follows Optuna's will guard each write.
+        if not self._retry(lambda: claims.renew(self._engine, held)):
+            self._emit(Event(event="trial_released", message="the lease on it was lost", **told))
+            return False
         try:
             self._retry(lambda: _tell(optuna_study, trial, outcome))
-        except UpdateFinishedTrialError:
-            self._emit(Event(event="trial_released", message="the lease on it was lost", **told))
+        except (KeyError, UpdateFinishedTrialError) as error:
+            self._emit(Event(event="trial_released", message=f"it is not ours any more: {error}", **told))
             return False
         self._retry(lambda: claims.end(self._engine, held))
         seconds = outcome.attrs.get("seconds")
@@ -160,9 +176,14 @@ class Slot:
         )
         return True
 
-    def _release(self, study: Study, held: claims.Claim, *, counts: bool) -> None:
+    def _is_abandoned(self) -> bool:
+        """Whether the slot was asked to stop, or its worker is gone and could not ask any more."""
+        return self._stop.is_set() or os.getppid() != self._parent
+
+    def _release(self, study: Study, held: claims.Claim) -> None:
+        """Put the trial back, at no cost of its attempts."""
         attempts = study.budget.max_attempts
-        self._retry(lambda: claims.release(self._engine, study.study_id, held, counts=counts, max_attempts=attempts))
+        self._retry(lambda: claims.release(self._engine, study.study_id, held, counts=False, max_attempts=attempts))
         self._emit(Event(event="trial_released", trial=held.number, attempt=held.attempt))
 
     def _retry(self, call: Callable[[], T]) -> T:
@@ -174,7 +195,9 @@ class Slot:
         while True:
             try:
                 return call()
-            except (UnreachableError, OperationalError, StorageInternalError) as error:
+            except (StorageError, SQLAlchemyError, StorageInternalError) as error:
+                if not is_outage(error):
+                    raise
                 if waited_s == 0:
                     self._emit(Event(event="database_away", message=_first_line(error)))
                 if waited_s >= OUTAGE_S or self._stop.wait(pause_s):
@@ -207,7 +230,7 @@ class Lease:
                 if not claims.renew(self._engine, self._held):
                     self.lost.set()
                     return
-            except (StorageError, OperationalError):
+            except (StorageError, SQLAlchemyError):
                 continue  # the database is away: the lease may outlast it; the next renewal tells
 
 
@@ -217,14 +240,18 @@ def _tell(study: optuna.Study, trial: CheckedTrial, outcome: Outcome) -> None:
     study.tell(trial, outcome.value, outcome.state, skip_if_finished=True)
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0]
+def _first_line(error: BaseException) -> str:
+    return str(error.__cause__ or error).strip().partition("\n")[0]
 
 
 def _stop_at_end_of(stream: IO[str], stop: threading.Event) -> None:
     for _ in stream:
         pass
     stop.set()
+    # The worker may be gone, and with it the readers of what the objective prints.
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())
+    os.dup2(nowhere, sys.stderr.fileno())
 
 
 def main() -> None:
@@ -237,7 +264,8 @@ def main() -> None:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
 
     def emit(event: Event) -> None:
-        events.write(event.model_dump_json(exclude_none=True) + "\n")
+        with suppress(BrokenPipeError):  # the worker is gone; the end of stdin says so
+            events.write(event.model_dump_json(exclude_none=True) + "\n")
 
     stop = threading.Event()
     line = sys.stdin.readline()
@@ -247,8 +275,9 @@ def main() -> None:
     try:
         Slot(SlotConfig.model_validate_json(line), emit, stop).run()
     except (TunerError, StorageError, ValidationError) as error:
-        emit(Event(event="refused", message=str(error)))
-        sys.exit(getattr(error, "exit_code", 1))
+        code = EXIT_UNREACHABLE if isinstance(error, UnreachableError) else getattr(error, "exit_code", 1)
+        emit(Event(event="refused", message=str(error), exit_code=code))
+        sys.exit(code)
 
 
 if __name__ == "__main__":

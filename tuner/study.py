@@ -41,6 +41,9 @@ class Study:
         )
 
 
+OBJECTIVE_CODE_HASH = "objective.code_hash"
+
+
 def open_study(engine: Engine, name: str) -> Study:
     """Return the study of that name. Raises StudyNotFoundError, or TunerError if tuner did not create it."""
     return _study(studies.find_study(engine, name))
@@ -61,16 +64,25 @@ def create_study(engine: Engine, name: str, spec: Spec) -> Study:
     return _study(record)
 
 
-def create_or_join(engine: Engine, name: str, spec: Spec) -> tuple[Study, bool]:
+def create_or_join(engine: Engine, name: str, spec: Spec, *, allow_code_change: bool = False) -> tuple[Study, bool]:
     """Return the study of that name and whether it was created now.
 
-    Raises TunerError that lists the differences if it exists with another spec.
+    Raises TunerError that lists the differences if it exists with another spec; other code of the objective is
+    none with `allow_code_change`.
     """
     try:
         return create_study(engine, name, spec), True
     except StudyExistsError:
         study = open_study(engine, name)
     found = differences(study.spec, spec)
+    changed_code = f"{OBJECTIVE_CODE_HASH}: "
+    if allow_code_change:
+        found = [line for line in found if not line.startswith(changed_code)]
+    if len(found) == 1 and found[0].startswith(changed_code):
+        raise TunerError(
+            f"the code of the objective is not the one that study {name!r} was created with ({found[0]});"
+            " --study NAME starts a study with it, --allow-code-change goes on with this one"
+        )
     if found:
         raise TunerError(
             f"study {name!r} exists with another spec ({'; '.join(found)});"

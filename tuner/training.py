@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from tuner.data import Inputs, Split
+from tuner.errors import UsageError
 
 if TYPE_CHECKING:
     from torchmetrics import Metric
@@ -38,9 +39,16 @@ class Epoch:
 
 
 def choose_device(name: str | None = None) -> torch.device:
-    """Return the device `name`, or the best there is: cuda, then mps, then cpu."""
+    """Return the device `name`, or the best there is: cuda, then mps, then cpu.
+
+    Raises UsageError if there is no such device here.
+    """
     if name:
-        return torch.device(name)
+        try:
+            return torch.empty(0, device=name).device
+        except (RuntimeError, AssertionError) as error:
+            reason = str(error).partition("\n")[0]
+            raise UsageError(f"--device needs a device of this machine, got {name!r}: {reason}") from error
     if torch.cuda.is_available():
         return torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")

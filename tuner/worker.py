@@ -18,9 +18,11 @@ from types import FrameType
 from typing import IO, Any
 
 from sqlalchemy import Engine
+from sqlalchemy.exc import SQLAlchemyError
 
 from storage import claims, studies
-from storage.errors import UnreachableError
+from storage.engine import is_outage
+from storage.errors import StorageError
 from tuner.errors import TunerError, WorkerInterrupted
 from tuner.log import Log
 from tuner.progress import Progress, Snapshot
@@ -29,7 +31,12 @@ from tuner.study import Study
 DRAIN_S = 10.0
 """How long slots have to give their trials back once the worker is asked to stop."""
 MAX_DEATHS = 3
-"""A slot whose process dies this often in a row, no trial ended in between, is not started again."""
+"""A slot whose process dies this often in a row before it has a trial is not started again.
+
+One that dies with a trial is: the trial's attempts and the study's `max_failures` bound that.
+"""
+LAST_OUTPUT_S = 1.0
+"""How long the output of a slot that has ended is waited for, should somebody else hold its pipes open."""
 REFRESH_S = 0.5
 
 
@@ -76,8 +83,9 @@ class SlotProcess:
             self._process.stdin.close()
 
     def kill(self) -> None:
-        """End the process at once."""
-        self._process.kill()
+        """End the process at once, with all that it started."""
+        with suppress(ProcessLookupError, PermissionError):  # nobody is left; macOS says so by the second
+            os.killpg(self._process.pid, signal.SIGKILL)
 
     def exit_code(self) -> int:
         """Wait for the process, whose end was reported, and return its exit code."""
@@ -100,8 +108,9 @@ class SlotProcess:
 
     def _report_end(self, readers: list[threading.Thread]) -> None:
         self._process.wait()
+        self.kill()  # what an objective started and left behind, which would hold the pipes open
         for reader in readers:
-            reader.join()
+            reader.join(LAST_OUTPUT_S)
         self._inbox.put(_Message(kind="end", slot=self.number))
 
 
@@ -146,7 +155,8 @@ class Worker:
         self._trials = trials
         self._held: dict[int, claims.Claim] = {}
         self._deaths: dict[int, int] = {}
-        self._refusal: str | None = None
+        self._ended = dict.fromkeys(slots.processes, 0)
+        self._refusal: TunerError | None = None
         self._reason = ""
         self._signals = 0
         self._deadline: float | None = None
@@ -171,16 +181,19 @@ class Worker:
                         self._slots.processes[number].kill()
             self._show(progress, last=True)
         if self._signals:
+            self._log.event("stopped", "stopped; the same command goes on where the study is")
             raise WorkerInterrupted
         if self._refusal is not None:
-            raise TunerError(self._refusal)
+            raise self._refusal
+        self._raise_if_failed()
         self._log.event("done", f"nothing left to do: {self._reason}")
 
     def _share(self, number: int) -> int | None:
+        """Return how many of the worker's trials are left for this slot, None for as many as there are."""
         if self._trials is None:
             return None
         each, rest = divmod(self._trials, len(self._slots.processes))
-        return each + (number < rest)
+        return each + (number < rest) - self._ended[number]
 
     def _wait_and_handle(self, running: set[int]) -> None:
         try:
@@ -222,8 +235,9 @@ class Worker:
         if name in {"trial_ended", "trial_released"}:
             self._held.pop(slot, None)
             self._deaths.pop(slot, None)
+            self._ended[slot] += name == "trial_ended"
         if name == "refused" and self._refusal is None:
-            self._refusal = event["message"]
+            self._refusal = TunerError(event["message"], event["exit_code"])
             self._drain()
             return
         if name == "done":
@@ -242,10 +256,14 @@ class Worker:
             self._release(held)
         if code == 0 or self._signals or self._refusal is not None:
             return False
-        self._deaths[slot] = self._deaths.get(slot, 0) + 1
+        if held is None:
+            self._deaths[slot] = self._deaths.get(slot, 0) + 1
         how = f"signal {-code}" if code < 0 else f"exit code {code}"
-        if self._deaths[slot] >= MAX_DEATHS:
-            self._refusal = f"slot {slot} died {MAX_DEATHS} times in a row, last by {how}: see its output above"
+        if self._deaths.get(slot, 0) >= MAX_DEATHS:
+            self._refusal = TunerError(
+                f"slot {slot} died {MAX_DEATHS} times in a row before it had a trial, last by {how}:"
+                " see its output above"
+            )
             self._drain()
             return False
         self._log.event("slot_died", f"slot {slot} died ({how}); starting it again", slot=slot)
@@ -262,8 +280,10 @@ class Worker:
                 counts=not self._signals,
                 max_attempts=self._study.budget.max_attempts,
             )
-        except UnreachableError as error:
-            self._log.event("database_away", str(error))
+        except (StorageError, SQLAlchemyError) as error:
+            if not is_outage(error):
+                raise
+            self._log.event("database_away", str(error).partition("\n")[0])
 
     def _show(self, progress: Progress, *, last: bool = False) -> None:
         if not last and time.monotonic() - self._shown_at < REFRESH_S:
@@ -272,12 +292,26 @@ class Worker:
         try:
             counts = studies.count_states(self._engine, self._study.study_id)
             best = studies.best_trial(self._engine, self._study.study_id, self._study.spec.direction)
-        except UnreachableError:
+        except (StorageError, SQLAlchemyError) as error:
+            if not is_outage(error):
+                raise
             return  # shown again when the database is back
         progress.show(
             Snapshot(counts=counts, trials=self._study.spec.budget.trials, best=best, left_s=self._left_s(counts)),
             last=last,
         )
+
+    def _raise_if_failed(self) -> None:
+        """Raise TunerError if the study ended by its failures."""
+        failed = studies.count_states(self._engine, self._study.study_id).failed
+        allowed = self._study.spec.budget.max_failures
+        if failed > allowed:
+            failures = studies.count_failures(self._engine, self._study.study_id)
+            last = list(failures.values())[-1][1]
+            raise TunerError(
+                f"study {self._study.name!r} ended: {failed} trials failed, more than the {allowed} allowed;"
+                f" the last: {last}; 'tuner trials {self._study.name}' lists them"
+            )
 
     def _left_s(self, counts: studies.StateCounts) -> float | None:
         done_here = counts.done - self._done_at_start

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import socket
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -39,6 +40,8 @@ SYNTAX_ERROR = "def objective(trial:\n    return 1\n"
         (["run", "digits", "--set", "max_units=wide"], 2, "max_units: input should be a valid integer"),
         (["run", "digits", "--set", "max_units"], 2, "--set needs KEY=VALUE"),
         (["run", "digits", "--nope"], 2, "No such option: --nope"),
+        (["run", "digits", "--sampler", "gp:n_startup_trials=abc"], 2, "n_startup_trials needs to be int, got 'abc'"),
+        (["run", "digits", "--study", ""], 2, "a study's name needs 1 to 512 characters"),
         (["nope"], 2, "No such command 'nope'"),
         (["run"], 2, "Missing argument"),
         (["best", "digits", "--format", "yaml"], 2, "--format needs text, json, env or flags, got 'yaml'"),
@@ -145,3 +148,48 @@ def test_debug_shows_the_traceback(tuner: Tuner) -> None:
     assert done.code == 1
     assert "Traceback" in done.stderr
     assert "StudyNotFoundError" in done.stderr
+
+
+@pytest.mark.parametrize("code", ["import sys\nsys.exit()\n", "raise SystemExit(0)\n"])
+def test_a_file_that_exits_when_imported_is_an_error(tuner: Tuner, tmp_path: Path, code: str) -> None:
+    (tmp_path / "exits.py").write_text(code)
+    done = tuner("create", "exits.py:objective")
+    assert done.code == 1
+    assert "cannot import" in done.error()
+
+
+def test_an_objective_without_its_methods_is_told_which(tuner: Tuner, tmp_path: Path) -> None:
+    (tmp_path / "half.py").write_text("from tuner import Objective\nclass Half(Objective):\n    pass\n")
+    done = tuner("create", "half.py:Half")
+    assert done.code == 1
+    assert "Half needs the methods build_model, load_data, suggest" in done.error()
+
+
+def test_errors_are_json_where_logs_are(tuner: Tuner) -> None:
+    done = tuner("status", "nope", "--log-format", "json")
+    assert done.code == 1
+    line = json.loads(done.stderr)
+    assert (line["event"], line["exit_code"]) == ("failed", 1)
+    assert "no study named 'nope'" in line["message"]
+
+
+@pytest.mark.parametrize("command", [[], ["db"]])
+def test_tuner_alone_shows_its_help(tuner: Tuner, command: list[str]) -> None:
+    done = tuner(*command)
+    assert "Usage:" in done.stdout
+    assert done.stderr == ""
+
+
+def test_options_have_variables_and_the_command_line_wins(tuner: Tuner) -> None:
+    assert tuner("create", "digits", TUNER_CREATE_TRIALS="7", TUNER_CREATE_SET="max_units=99").code == 0
+    assert tuner("status", "digits", "--json").json()["budget"]["trials"] == 7
+    assert tuner("studies", TUNER_STUDIES_JSON="1", TUNER_VERSION="1.2.3").json()[0]["study"] == "digits"
+    assert tuner("best", "digits", TUNER_BEST_FORMAT="yaml").code == 2
+    elsewhere = tuner("--storage", tuner.environment["TUNER_STORAGE"], "studies", "--json", TUNER_STORAGE="sqlite://")
+    assert elsewhere.json()[0]["study"] == "digits"
+
+
+def test_names_from_the_database_cannot_drive_the_terminal(tuner: Tuner) -> None:
+    assert tuner("create", "digits", "--study", "a\x1b[2Jb\nc").code == 0
+    assert "a\\x1b[2Jb\\nc" in tuner("studies").stdout
+    assert tuner("status", "a\x1b[2Jb\nc").code == 0

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import optuna
 import pytest
-from command import wait_for
+from command import Tuner, wait_for
 from optuna.trial import TrialState
+from sqlalchemy import text
 
-from storage import open_storage
+from storage import EmbeddedServer, open_engine, open_storage
 
 if TYPE_CHECKING:
-    from command import Running, Tuner
+    from command import Running
 
 # Reports once a step, and goes on only as far as the file `gate` beside it says.
 GATED = """
@@ -36,7 +38,7 @@ def objective(trial):
 """
 
 MISBEHAVING = """
-import math, os, torch
+import math, os, subprocess, torch
 
 def raises(trial):
     trial.suggest_float("x", 0, 1)
@@ -48,12 +50,29 @@ def returns_nan(trial):
 def runs_out_of_memory(trial):
     raise torch.cuda.OutOfMemoryError("CUDA out of memory")
 
+def names_too_long(trial):
+    trial.set_user_attr("k" * 600, 1)
+    return 1.0
+
+def leaves_a_child_behind(trial):
+    subprocess.Popen(["sleep", "300"])
+    return 1.0
+
 def dies(trial):
     os._exit(9)
 
 def prints(trial):
     print("hello from the objective")
     return 1.0
+"""
+
+
+NO_RETURN = """
+from objectives.digits import Digits
+
+class Mine(Digits):
+    def load_data(self, root):
+        super().load_data(root)
 """
 
 
@@ -172,6 +191,7 @@ def test_a_worker_that_was_killed_leaves_no_slot_and_no_running_trial(
     [
         ("raises", "user_error", "KeyError: 'no such column' ("),
         ("returns_nan", "nan", "the objective returned nan"),
+        ("names_too_long", "user_error", "the database refused it: "),
         ("runs_out_of_memory", "oom", "CUDA out of memory"),
     ],
 )
@@ -181,28 +201,96 @@ def test_a_trial_that_fails_says_why_and_the_study_goes_on_until_max_failures(
     (tmp_path / "bad.py").write_text(MISBEHAVING)
     done = tuner("run", f"bad.py:{function}", "--trials", "5", "--max-failures", "1", "--workers", "1")
     assert done.code == 1
-    assert "study 'bad' has no complete trial yet" in done.error()
+    assert "study 'bad' ended: 2 trials failed, more than the 1 allowed; the last: " in done.error()
+    assert message in done.error()
     status = tuner("status", "bad", "--json").json()
     assert status["trials"]["failed"] == 2
     assert status["reason"] == "2 trials failed, more than the 1 allowed"
     ((kind, (count, found)),) = status["failures"].items()
     assert (kind, count) == (failure, 2)
     assert message in found
-    if failure == "user_error":
+    if function == "raises":
         assert "bad.py, line 6" in found
     assert message in tuner("status", "bad").stdout
 
 
-def test_a_trial_whose_process_dies_each_time_is_quarantined_and_the_worker_ends_with_a_reason(
-    tuner: Tuner, tmp_path: Path
-) -> None:
+def test_a_trial_whose_process_dies_each_time_is_quarantined(tuner: Tuner, tmp_path: Path) -> None:
     (tmp_path / "bad.py").write_text(MISBEHAVING)
-    done = tuner("run", "bad.py:dies", "--trials", "5", "--workers", "1")
+    done = tuner("run", "bad.py:dies", "--trials", "5", "--workers", "1", "--max-failures", "0")
     assert done.code == 1
-    assert "slot 0 died 3 times in a row, last by exit code 9" in done.error()
+    assert "its worker was lost in each of 3 attempts" in done.error()
     (trial,) = tuner("trials", "bad", "--json").json()
     assert trial["state"] == "FAIL"
     assert trial["user_attrs"]["failure"] == "lost"
+
+
+def test_a_child_that_an_objective_leaves_behind_does_not_hold_the_worker_up(tuner: Tuner, tmp_path: Path) -> None:
+    (tmp_path / "bad.py").write_text(MISBEHAVING)
+    start = time.monotonic()
+    assert tuner("run", "bad.py:leaves_a_child_behind", "--trials", "1", "--workers", "1").code == 0
+    assert time.monotonic() - start < 100  # and not the 300 s of the child
+
+
+def test_a_slot_that_lost_its_lease_writes_nothing(tuner: Tuner, database: str, study_file: Path) -> None:
+    study_file.write_text(GATED.replace("trial.report(x, step)", "pass"))  # nothing tells it until its end
+    assert tuner("create", f"{study_file}:objective", "--trials", "1").code == 0
+    arguments = ("worker", "gated", "--objective", f"{study_file}:objective", "--log-format", "json")
+    with tuner.start(*arguments) as running:
+        running_trial(running)
+        wait_for(lambda: bool(load(database, "gated").trials[0].params), "its param is drawn")
+        engine = open_engine(database)
+        with engine.begin() as conn:  # as after a minute in which the slot's process was stopped
+            taken = "update tuner_leases set token = gen_random_uuid(), expires_at = now() - interval '1 second'"
+            conn.execute(text(taken))
+        engine.dispose()
+        open_gate(study_file, 10)
+        done = running.finish()
+    assert done.code == 0, done.stderr
+    assert [event["message"] for event in running.events("trial_released")] != []
+    assert [event["attempt"] for event in running.events("trial_started")] == [1, 2]
+    assert [event["attempt"] for event in running.events("trial_ended")] == [2]
+
+
+def test_a_run_outlives_an_immediate_restart_of_the_database(tmp_path: Path, study_file: Path) -> None:
+    server = EmbeddedServer(tmp_path / "home")
+    tuner = Tuner({"TUNER_DATA_DIR": str(tmp_path / "home")}, tmp_path)
+    try:
+        url = server.start()
+        with tuner.start("run", f"{study_file}:objective", "--trials", "3", "--log-format", "json") as running:
+            wait_for(lambda: len(running.events("trial_started")) == 2, "two trials run")
+            wait_until_running(url, "gated", 2)
+            for _ in range(2):
+                pid = server.status().pid
+                assert pid is not None
+                os.kill(pid, signal.SIGQUIT)  # PostgreSQL's "immediate" shutdown
+                wait_for(lambda: not server.status().running, "the server is gone")
+                server.start()
+                wait_until_running(url, "gated", 2)
+            open_gate(study_file, 10)
+            done = running.finish()
+        assert done.code == 0, done.stderr
+        trials = load(url, "gated").trials
+        assert [(trial.number, trial.state) for trial in trials] == [(n, TrialState.COMPLETE) for n in range(3)]
+    finally:
+        server.destroy()
+
+
+def test_an_objective_that_could_not_load_is_corrected_and_run_again(tuner: Tuner, tmp_path: Path) -> None:
+    path = tmp_path / "mine.py"
+    path.write_text(NO_RETURN)
+    refused = tuner("run", "mine.py:Mine", "--trials", "1", "--epochs", "1", "--workers", "1", "--no-export")
+    assert refused.code == 1
+    assert "Mine.load_data needs to return tuner.data.Data, got None" in refused.error()
+    assert tuner("studies", "--json").json() == []
+    path.write_text(NO_RETURN.replace("        super().load", "        return super().load"))
+    done = tuner("run", "mine.py:Mine", "--trials", "1", "--epochs", "1", "--workers", "1", "--no-export")
+    assert done.code == 0, done.stderr
+
+
+def test_a_device_that_is_not_here_is_refused_in_one_line(tuner: Tuner) -> None:
+    done = tuner("run", "digits", "--device", "banana", "--no-export")
+    assert done.code == 2
+    assert "--device needs a device of this machine, got 'banana'" in done.error()
 
 
 def test_a_plain_function_runs_but_cannot_be_exported(tuner: Tuner, tmp_path: Path) -> None:

@@ -42,6 +42,12 @@ def a_spec(*, epochs=3, metric="accuracy", direction="maximize"):
     )
 
 
+def wrapped(error):
+    outer = StorageInternalError("Optuna's words")
+    outer.__cause__ = error
+    return outer
+
+
 def once(call):
     return call()
 
@@ -129,7 +135,7 @@ def test_an_interrupted_attempt_raises_and_reports_no_more(study):
     assert sorted(study.trials[0].intermediate_values) == [1]
 
 
-@pytest.mark.parametrize("error", [UnreachableError("away"), StorageInternalError("away"), optuna.TrialPruned()])
+@pytest.mark.parametrize("error", [UnreachableError("away"), wrapped(UnreachableError("away")), optuna.TrialPruned()])
 def test_a_plain_function_s_trial_is_not_failed_for_what_is_not_its_fault(study, error):
     def objective(trial):
         raise error

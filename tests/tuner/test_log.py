@@ -2,8 +2,6 @@ import datetime as dt
 import json
 from pathlib import Path
 
-import pytest
-
 from tuner.log import Log
 
 
@@ -18,7 +16,7 @@ def test_a_long_line_of_text_is_not_broken(capsys):
 
 
 def test_json_is_one_object_a_line_with_the_time_the_event_and_every_field(capsys):
-    log = Log("json", worker="w1").bind(study="digits")
+    log = Log("json", worker="w1", study="digits")
     log.event("trial_ended", "two\nlines", trial=3, output=Path("/m"))
     log.event("done", "the end")
     out, err = capsys.readouterr()
@@ -34,19 +32,3 @@ def test_json_is_one_object_a_line_with_the_time_the_event_and_every_field(capsy
         "message": "two\nlines",
     }
     assert (second["event"], second["study"]) == ("done", "digits")
-
-
-@pytest.mark.parametrize("log_format", ["text", "json"])
-def test_a_bound_log_writes_as_the_one_it_came_from(log_format):
-    log = Log(log_format, worker="w1")
-    bound = log.bind(slot=1)
-    assert (bound.format, bound.console) == (log.format, log.console)
-
-
-def test_the_fields_of_a_bound_log_stay_out_of_the_one_it_came_from(capsys):
-    log = Log("json", worker="w1")
-    log.bind(slot=1, worker="w2").event("ready", "ready")
-    log.event("ready", "ready")
-    bound, own = (json.loads(line) for line in capsys.readouterr().err.splitlines())
-    assert (bound["worker"], bound["slot"], own["worker"]) == ("w2", 1, "w1")
-    assert "slot" not in own

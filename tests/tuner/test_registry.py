@@ -175,3 +175,22 @@ def test_installed_objectives_are_listed_without_importing_them(start_python):
 
 def test_the_file_of_an_installed_objective_is_the_one_that_is_imported():
     assert Path(find_objective("digits").file).samefile(Path(__file__).parents[2] / "objectives" / "digits.py")
+
+
+@pytest.mark.parametrize(
+    "line", ["metric: str = 'rmse'", "direction: str = 'minimize'", "epochs: int = 3", "batch_size: int = 32"]
+)
+def test_an_option_that_would_hide_a_part_of_objective_is_refused_with_the_way_to_write_it(tmp_path, line):
+    path = tmp_path / f"hides_{line.partition(':')[0]}.py"
+    path.write_text(f"from tuner import Objective\nclass Mine(Objective):\n    {line}\n")
+    with pytest.raises(TunerError, match=r"cannot be an option, as Objective has a .* of its own"):
+        find_objective(f"{path}:Mine").load()
+
+
+def test_a_subclass_says_its_metric_direction_and_epochs_without_annotations(tmp_path):
+    path = tmp_path / "says.py"
+    body = "metric = 'rmse'\n    direction = 'minimize'\n    epochs = 3\n    hidden: int = 5\n"
+    path.write_text(f"from tuner import Objective\nclass Mine(Objective):\n    {body}")
+    mine = find_objective(f"{path}:Mine").load()
+    assert (mine.metric, mine.direction, mine.epochs) == ("rmse", "minimize", 3)
+    assert set(mine.model_fields) == {"seed", "hidden"}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
+from itertools import pairwise
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -12,10 +14,16 @@ from pydantic import ValidationError
 from storage.errors import InvalidURLError, StorageError, UnreachableError
 from tuner.cli import db, model, reading, search, service
 from tuner.cli.settings import DataDir, Debug, Format, PasswordFile, Settings, Storage
-from tuner.errors import TunerError, WorkerInterrupted
+from tuner.errors import (
+    EXIT_FAILED,
+    EXIT_INTERRUPTED,
+    EXIT_UNREACHABLE,
+    EXIT_USAGE,
+    TunerError,
+    WorkerInterrupted,
+)
+from tuner.log import Log
 from tuner.spec import first_problem
-
-EXIT_FAILED, EXIT_USAGE, EXIT_UNREACHABLE, EXIT_INTERRUPTED = 1, 2, 3, 130
 
 # Typer shows its errors in a box of several lines; these are the classes to catch them by.
 _UsageError: type[Exception] = typer.BadParameter.__mro__[1]
@@ -25,7 +33,7 @@ app = typer.Typer(
     help="Hyperparameter search for PyTorch: search, watch, fetch the best params, export the model.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    context_settings={"auto_envvar_prefix": "TUNER", "help_option_names": ["-h", "--help"]},
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 for commands in (search.commands, reading.commands, model.commands, service.commands):
     for name, function in commands.items():
@@ -48,19 +56,25 @@ def _global(
     storage_password_file: PasswordFile = None,
     data_dir: DataDir = None,
     log_format: Format = None,
-    debug: Debug = None,
+    debug: Debug = None,  # noqa: ARG001 - `main` looks for it
     version: Annotated[  # noqa: ARG001 - acts by its callback
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
-    context.obj = Settings.of(storage, storage_password_file, data_dir, log_format, debug)
+    environ = os.environ
+    context.obj = Settings.of(
+        storage or environ.get("TUNER_STORAGE"),
+        storage_password_file or _path(environ.get("TUNER_STORAGE_PASSWORD_FILE")),
+        data_dir or _path(environ.get("TUNER_DATA_DIR")),
+        log_format or environ.get("TUNER_LOG_FORMAT") or None,
+    )
 
 
 def main() -> None:
     """Run the command that the command line names and exit with its code."""
-    debug = "--debug" in sys.argv or os.environ.get("TUNER_DEBUG", "").lower() in {"1", "true", "yes"}
     try:
         code = app(standalone_mode=False)
+        sys.stdout.flush()
     except _UsageError as error:
         code = _fail(_usage_text(error), EXIT_USAGE)
     except (KeyboardInterrupt, WorkerInterrupted, typer.Abort):
@@ -69,15 +83,23 @@ def main() -> None:
         # The reader of our output went away, as in `tuner trials digits | head`.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = EXIT_FAILED
-    except (TunerError, StorageError, ValidationError) as error:
-        if debug:
+    except (TunerError, StorageError, ValidationError, OSError) as error:
+        if _is_debugging():
             raise
         code = _fail(first_problem(error) if isinstance(error, ValidationError) else str(error), _code_of(error))
     except Exception as error:
-        if debug:
+        if _is_debugging():
             raise
         code = _fail(f"this is a bug in tuner: {type(error).__name__}: {error}; --debug shows where", EXIT_FAILED)
     sys.exit(code or 0)
+
+
+def _is_debugging() -> bool:
+    return "--debug" in sys.argv or os.environ.get("TUNER_DEBUG", "").lower() in {"1", "true", "yes"}
+
+
+def _path(text: str | None) -> Path | None:
+    return Path(text) if text else None
 
 
 def _code_of(error: Exception) -> int:
@@ -92,12 +114,15 @@ def _usage_text(error: Exception) -> str:
     context = getattr(error, "ctx", None)
     command = context.command_path if context is not None else "tuner"
     text = str(error.format_message()) if hasattr(error, "format_message") else str(error)
-    if "Usage:" in text:  # `tuner` alone: its help is the message
-        return text
-    return f"{text.rstrip('.')}; '{command} --help' shows how"
+    return f"{text.rstrip('.')}; '{command} --help' shows how" if text else ""
 
 
 def _fail(message: str, code: int) -> int:
-    text = " ".join(message.split("\n")) if "Usage:" not in message else message
-    print(text if "Usage:" in message else f"tuner: {text}", file=sys.stderr)
+    """Say why the command failed, in one line; `tuner` alone has shown its help instead."""
+    wants_json = "--log-format=json" in sys.argv or os.environ.get("TUNER_LOG_FORMAT") == "json"
+    wants_json |= ("--log-format", "json") in pairwise(sys.argv)
+    if message and wants_json:
+        Log("json").event("failed", " ".join(message.split()), exit_code=code)
+    elif message:
+        print(f"tuner: {' '.join(message.split())}", file=sys.stderr)
     return code

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from dataclasses import asdict
 from typing import Annotated
@@ -10,10 +11,11 @@ import typer
 
 from tuner.cli.settings import Settings, command
 
+_command = functools.partial(command, group="db_")
 app = typer.Typer(help="Start, stop and look at the embedded PostgreSQL.", no_args_is_help=True)
 
 
-@command
+@_command
 def start(
     settings: Settings,
     listen: Annotated[
@@ -27,7 +29,7 @@ def start(
     print(EmbeddedServer(settings.data_dir).start(listen))
 
 
-@command
+@_command
 def stop(settings: Settings) -> None:
     """Stop the embedded server; running workers wait for it to come back."""
     from storage import EmbeddedServer
@@ -36,7 +38,7 @@ def stop(settings: Settings) -> None:
     print("stopped")
 
 
-@command
+@_command
 def status(settings: Settings, as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
     """Show whether the embedded server runs, and where; starts nothing."""
     from storage import EmbeddedServer
@@ -49,7 +51,7 @@ def status(settings: Settings, as_json: Annotated[bool, typer.Option("--json", h
         print(f"{name.replace('_', ' '):<18}{'-' if value is None else value}")
 
 
-@command
+@_command
 def url(settings: Settings) -> None:
     """Print the URL of the embedded server, for any Optuna client of this user; starts it if need be."""
     from storage import EmbeddedServer

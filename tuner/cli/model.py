@@ -24,13 +24,13 @@ def export(
     study: Annotated[str, typer.Argument(metavar="STUDY", help="Name of the study.")],
     output: Annotated[
         Path | None,
-        typer.Option(help="Directory for the model [default: models/study-ID in the data directory]."),
+        typer.Option(help="Directory for the model (default: models/study-ID in the data directory)."),
     ] = None,
     objective: Annotated[
         str | None,
         typer.Option(metavar="path/to/file.py:NAME", help="The study's objective, where it is not an installed one."),
     ] = None,
-    device: Annotated[str | None, typer.Option(help="cuda, mps or cpu [default: the best there is].")] = None,
+    device: Annotated[str | None, typer.Option(help="cuda, mps or cpu (default: the best there is).")] = None,
     allow_code_change: Annotated[
         bool,
         typer.Option("--allow-code-change", help="Go on although the objective's code is not the study's."),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shlex
 from dataclasses import asdict
@@ -36,7 +37,8 @@ def status(settings: Settings, study: StudyName, as_json: AsJson = False) -> Non
     best = studies.best_trial(engine, opened.study_id, spec.direction)
     failures = studies.count_failures(engine, opened.study_id)
     end = claims.end_of_budget(engine, opened.study_id, opened.budget)
-    state = "finished" if end is not None else "running" if counts.running else "idle"
+    lost = claims.count_expired(engine, opened.study_id)
+    state = "finished" if end is not None else "running" if counts.running > lost else "idle"
     if as_json:
         fields = {
             "study": opened.name,
@@ -47,22 +49,23 @@ def status(settings: Settings, study: StudyName, as_json: AsJson = False) -> Non
             "direction": spec.direction,
             "budget": spec.budget.model_dump(mode="json"),
             "trials": asdict(counts),
+            "lost": lost,
             "best": None if best is None else _best_fields(opened, best),
             "failures": failures,
         }
-        print(json.dumps(fields))
+        print_json(fields)
         return
     rows = [
         ("study", f"{opened.name}: {spec.objective.name}, {spec.direction} {spec.metric}"),
         ("state", state if end is None else f"{state}: {end}"),
-        ("trials", _counts_text(counts, spec.budget.trials)),
+        ("trials", _counts_text(counts, spec.budget.trials, lost)),
         ("best", "none yet" if best is None else f"{number_text(best.value)} (trial {best.number})"),
     ]
     if best is not None:
         rows.append(("params", params_text(best.params)))
     rows += [("failures", f"{count} {kind}: {message}") for kind, (count, message) in failures.items()]
     for name, text in rows:
-        print(f"{name:<10}{text}")
+        print(f"{name:<10}{printable(text)}")
 
 
 @command
@@ -89,7 +92,7 @@ def studies(settings: Settings, as_json: AsJson = False) -> None:
             }
         )
     if as_json:
-        print(json.dumps(rows))
+        print_json(rows)
         return
     _print_table(
         ["study", "objective", "done", "running", "failed", "best", "created"],
@@ -119,7 +122,7 @@ def trials(settings: Settings, study: StudyName, as_json: AsJson = False) -> Non
     opened = open_study(engine, study)
     found = studies.list_trials(engine, opened.study_id)
     if as_json:
-        print(json.dumps([_trial_fields(trial) for trial in found]))
+        print_json([_trial_fields(trial) for trial in found])
         return
     _print_table(
         ["number", "state", "value", "step", "seconds", "params"],
@@ -157,12 +160,12 @@ def best(
     fields = best_fields(engine, open_study(engine, study))
     params: dict[str, Any] = fields["params"]
     if as_json or format_ == "json":
-        print(json.dumps(fields))
+        print_json(fields)
     elif format_ == "env":
         for name, value in params.items():
             print(f"{_variable(name)}={shlex.quote(_plain(value))}")
     elif format_ == "flags":
-        print(" ".join(f"--{name} {shlex.quote(_plain(value))}" for name, value in params.items()))
+        print(" ".join(f"{shlex.quote('--' + name)} {shlex.quote(_plain(value))}" for name, value in params.items()))
     else:
         epoch = "" if fields["epoch"] is None else f", epoch {fields['epoch']}"
         print(f"{fields['metric']} {number_text(fields['value'])} (trial {fields['number']}{epoch})")
@@ -177,7 +180,7 @@ def objectives(settings: Settings, as_json: AsJson = False) -> None:  # noqa: AR
 
     found = [{"name": source.name, "summary": source.summary()} for source in installed_objectives()]
     if as_json:
-        print(json.dumps(found))
+        print_json(found)
         return
     _print_table(["objective", "summary"], [list(row.values()) for row in found], empty="no objectives are installed")
 
@@ -200,6 +203,24 @@ def number_text(value: float | None) -> str:
 def params_text(params: dict[str, Any]) -> str:
     """Return params in one line, for people."""
     return " ".join(f"{name}={number_text(v) if isinstance(v, float) else v}" for name, v in params.items()) or "-"
+
+
+def printable(text: str) -> str:
+    """Return text of the database without characters that would move the cursor or forge a line."""
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+
+
+def print_json(value: Any) -> None:
+    """Print one line of JSON, in which a number that is not finite is null, as JSON has no such numbers."""
+    print(json.dumps(_finite(value), allow_nan=False))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _best_fields(study: Study, best: TrialRecord) -> dict[str, Any]:
@@ -230,10 +251,11 @@ def _trial_fields(trial: TrialRecord) -> dict[str, Any]:
     }
 
 
-def _counts_text(counts: StateCounts, budget: int) -> str:
+def _counts_text(counts: StateCounts, budget: int, lost: int) -> str:
+    again = f" ({lost} of them lost their worker and will run again)" if lost else ""
     return (
         f"{counts.done}/{budget} done ({counts.complete} complete, {counts.pruned} pruned),"
-        f" {counts.running} running, {counts.waiting} waiting, {counts.failed} failed"
+        f" {counts.running} running{again}, {counts.waiting} waiting, {counts.failed} failed"
     )
 
 
@@ -253,7 +275,7 @@ def _print_table(names: list[str], rows: list[list[Any]], *, empty: str) -> None
     if not rows:
         print(empty)
         return
-    texts = [names, *([str(cell) for cell in row] for row in rows)]
+    texts = [names, *([printable(str(cell)) for cell in row] for row in rows)]
     widths = [max(len(row[column]) for row in texts) for column in range(len(names) - 1)]
     for row in texts:
         print("  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[-1]]).rstrip())

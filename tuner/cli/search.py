@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import socket
@@ -13,7 +14,7 @@ from pydantic import JsonValue
 
 from tuner.cli.model import default_output, print_exported
 from tuner.cli.settings import Settings, command
-from tuner.errors import UsageError
+from tuner.errors import TunerError, UsageError
 from tuner.spec import Budget
 
 if TYPE_CHECKING:
@@ -25,14 +26,14 @@ _UNITS_S = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
 ObjectiveName = Annotated[
     str, typer.Argument(metavar="OBJECTIVE", help="Name of an installed objective, or path/to/file.py:NAME.")
 ]
-StudyName = Annotated[str | None, typer.Option("--study", help="Name of the study [default: the objective's].")]
+StudyName = Annotated[str | None, typer.Option("--study", help="Name of the study (default: the objective's).")]
 Trials = Annotated[int, typer.Option(help="Trials that have to complete or be pruned.")]
 Timeout = Annotated[
     str | None,
     typer.Option(metavar="TIME", help="Start no trial later than this after the study's creation: 90s, 15m, 2h."),
 ]
 MaxFailures = Annotated[int, typer.Option(help="Failed trials that do not end the study.")]
-Epochs = Annotated[int | None, typer.Option(help="Epochs of a trial [default: the objective's].")]
+Epochs = Annotated[int | None, typer.Option(help="Epochs of a trial (default: the objective's).")]
 Sets = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Set an option of the objective; may be repeated."),
@@ -49,11 +50,11 @@ Pruner = Annotated[
     ),
 ]
 Direction = Annotated[
-    str | None, typer.Option(metavar="minimize|maximize", help="For a plain function [default: minimize].")
+    str | None, typer.Option(metavar="minimize|maximize", help="For a plain function (default: minimize).")
 ]
 Seed = Annotated[int, typer.Option(help="Everything random in the study follows from it.")]
-Workers = Annotated[int | None, typer.Option(help="Local worker processes [default: half the cores, 2 to 8].")]
-Device = Annotated[str | None, typer.Option(help="cuda, cuda:1, mps or cpu [default: the best there is].")]
+Workers = Annotated[int | None, typer.Option(help="Local worker processes (default: half the cores, 2 to 8).")]
+Device = Annotated[str | None, typer.Option(help="cuda, cuda:1, mps or cpu (default: the best there is).")]
 AllowCodeChange = Annotated[
     bool, typer.Option("--allow-code-change", help="Go on although the objective's code is not the study's.")
 ]
@@ -77,6 +78,7 @@ def run(
     device: Device = None,
     export: Annotated[bool, typer.Option("--export/--no-export", help="Retrain and export the best trial.")] = True,
     output: Annotated[Path | None, typer.Option(help="Directory for the model.")] = None,
+    allow_code_change: AllowCodeChange = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Search OBJECTIVE with local workers, then retrain and export the best trial.
@@ -106,15 +108,28 @@ def run(
     try:
         spec, model_class = plan(source, source.load(), **wanted)
         engine = settings.open()
-        joined, created = create_or_join(engine, study or source.study_name, spec)
+        joined, created = create_or_join(
+            engine,
+            source.study_name if study is None else study,
+            spec,
+            allow_code_change=allow_code_change,
+        )
         log = settings.log(worker=_worker_name(), study=joined.name)
         log.event("study", f"{'created' if created else 'joined'} study {joined.name}: {_outline(joined)}")
         target = output or default_output(settings, joined)
         if export and model_class is not None:
             check_output(target)
         if studies.count_states(engine, joined.study_id).done < spec.budget.trials:
-            config = _slot_config(settings, joined, source, objective, device=device)
-            Worker(engine, joined, slots, config, log).run()
+            config = _slot_config(
+                settings, joined, source, objective, device=device, allow_code_change=allow_code_change
+            )
+            try:
+                Worker(engine, joined, slots, config, log).run()
+            except TunerError:
+                # An objective that cannot even load is about to be corrected: its spec must not be in the way.
+                if created and studies.delete_if_unused(engine, joined.study_id):
+                    log.event("study_deleted", f"study {joined.name} had no trials and was deleted again")
+                raise
     finally:
         slots.close()
     if export and model_class is None:
@@ -143,6 +158,7 @@ def create(
     pruner: Pruner = "median",
     direction: Direction = None,
     seed: Seed = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the study as JSON.")] = False,
 ) -> None:
     """Create a study of OBJECTIVE for workers to join; running it again with the same settings does nothing."""
     from tuner.registry import find_objective
@@ -159,7 +175,10 @@ def create(
     )
     source = find_objective(objective)
     spec, _ = plan(source, source.load(), **wanted)
-    joined, created = create_or_join(settings.open(), study or source.study_name, spec)
+    joined, created = create_or_join(settings.open(), source.study_name if study is None else study, spec)
+    if as_json:
+        print(json.dumps({"study": joined.name, "created": created, "spec": joined.spec.model_dump(mode="json")}))
+        return
     print(f"{'created' if created else 'exists:'} study {joined.name}: {_outline(joined)}")
 
 
@@ -167,7 +186,7 @@ def create(
 def worker(
     settings: Settings,
     study: Annotated[str, typer.Argument(metavar="STUDY", help="Name of the study to join.")],
-    trials: Annotated[int | None, typer.Option(help="Trials to run here [default: all that are left].")] = None,
+    trials: Annotated[int | None, typer.Option(help="Trials to run here (default: all that are left).")] = None,
     slots: Annotated[int, typer.Option(help="Trials to run at the same time.")] = 1,
     objective: Annotated[
         str | None,

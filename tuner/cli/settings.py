@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 import os
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.models import OptionInfo
 
 from tuner.errors import UsageError
 from tuner.log import Log, LogFormat
@@ -42,7 +45,7 @@ DataDir = Annotated[
     Path | None,
     typer.Option(
         help="Directory for data sets, exported models and the embedded database (TUNER_DATA_DIR)"
-        " [default: ~/.local/share/tuner]",
+        " (default: ~/.local/share/tuner)",
         show_envvar=False,
         rich_help_panel=_PANEL,
     ),
@@ -51,7 +54,7 @@ Format = Annotated[
     str | None,
     typer.Option(
         metavar="text|json",
-        help="How to log to stderr (TUNER_LOG_FORMAT) [default: text]",
+        help="How to log to stderr (TUNER_LOG_FORMAT) (default: text)",
         show_envvar=False,
         rich_help_panel=_PANEL,
     ),
@@ -77,7 +80,6 @@ class Settings:
     storage_password_file: Path | None = None
     given_data_dir: Path | None = None
     given_log_format: LogFormat | None = None
-    debug: bool | None = None
 
     @classmethod
     def of(
@@ -86,7 +88,6 @@ class Settings:
         storage_password_file: Path | None,
         data_dir: Path | None,
         log_format: str | None,
-        debug: bool | None,
     ) -> Settings:
         """Check what was given. Raises UsageError."""
         formats: dict[str | None, LogFormat | None] = {None: None, "text": "text", "json": "json"}
@@ -97,7 +98,6 @@ class Settings:
             storage_password_file=storage_password_file,
             given_data_dir=data_dir,
             given_log_format=formats[log_format],
-            debug=debug,
         )
 
     def over(self, other: Settings) -> Settings:
@@ -143,15 +143,24 @@ class Settings:
         if self.storage is not None and "TUNER_STORAGE" not in os.environ:
             from storage import mask_url
 
-            parts.append(f" --storage '{mask_url(self.storage)}'")
+            parts.append(f" --storage {shlex.quote(mask_url(self.storage))}")
         if self.given_data_dir is not None and "TUNER_DATA_DIR" not in os.environ:
-            parts.append(f" --data-dir {self.given_data_dir}")
+            parts.append(f" --data-dir {shlex.quote(str(self.given_data_dir))}")
         return "".join(parts)
 
 
-def command(function: Callable[..., None]) -> Callable[..., None]:
-    """Give a command the options of every command: its first parameter becomes the `Settings` they make."""
-    own = list(inspect.signature(function, eval_str=True).parameters.values())[1:]
+def command(function: Callable[..., None], group: str = "") -> Callable[..., None]:
+    """Give a command the options of every command: its first parameter becomes the `Settings` they make.
+
+    Each of its own options gets a variable: `--max-failures` of `run` is TUNER_RUN_MAX_FAILURES.
+    """
+    prefix = f"TUNER_{group}{function.__name__}".upper()
+    own = [
+        parameter.replace(
+            kind=inspect.Parameter.KEYWORD_ONLY, annotation=_with_variable(parameter.annotation, prefix, name)
+        )
+        for name, parameter in list(inspect.signature(function, eval_str=True).parameters.items())[1:]
+    ]
     shared = [
         inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
         for name, annotation in _OPTIONS.items()
@@ -161,12 +170,25 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(function)
     def run(**given: Any) -> None:
         outer: Settings = given.pop("context").obj
-        settings = Settings.of(**{name: given.pop(name) for name in _OPTIONS}).over(outer)
+        given.pop("debug")  # `main` has looked for it, as it has to before there are any settings
+        settings = Settings.of(**{name: given.pop(name) for name in _OPTIONS if name in given}).over(outer)
         function(settings, **given)
 
-    own = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in own]
     parameters = [context, *own, *shared]
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     del run.__wrapped__  # its annotations would be read instead
     return run
+
+
+def _with_variable(annotation: Any, prefix: str, name: str) -> Any:
+    """Return the annotation of an option with its environment variable; those of arguments stay as they are."""
+    kind, info = annotation.__origin__, annotation.__metadata__[0]
+    if not isinstance(info, OptionInfo):
+        return annotation
+    # Typer keeps the first name given to an annotated option as its default.
+    given = [text for text in (info.default, *(info.param_decls or ())) if isinstance(text, str)]
+    flag = next((text for text in given if text.startswith("--")), name)
+    info = copy.copy(info)
+    info.envvar = f"{prefix}_{flag.partition('/')[0].strip('-').replace('-', '_').upper()}"
+    return Annotated[kind, info]
