@@ -31,6 +31,7 @@ _UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 app = typer.Typer(
     name="tuner",
     help="Hyperparameter search for PyTorch: search, watch, fetch the best params, export the model.",
+    epilog="Each option of a command has a variable: --max-failures of run is TUNER_RUN_MAX_FAILURES.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},

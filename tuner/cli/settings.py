@@ -190,5 +190,6 @@ def _with_variable(annotation: Any, prefix: str, name: str) -> Any:
     given = [text for text in (info.default, *(info.param_decls or ())) if isinstance(text, str)]
     flag = next((text for text in given if text.startswith("--")), name)
     info = copy.copy(info)
+    info.show_envvar = False  # one rule tells them all; shown with each, they squeeze the help
     info.envvar = f"{prefix}_{flag.partition('/')[0].strip('-').replace('-', '_').upper()}"
     return Annotated[kind, info]
