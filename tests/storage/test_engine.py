@@ -5,10 +5,10 @@ import traceback
 
 import pytest
 from sqlalchemy import text
-from sqlalchemy.exc import IntegrityError, InternalError, OperationalError
+from sqlalchemy.exc import DataError, IntegrityError, InternalError
 
 from storage import AuthenticationError, InvalidURLError, UnreachableError, open_engine, parse_url
-from storage.engine import CONNECTIONS_PER_PROCESS
+from storage.engine import CONNECTIONS_PER_PROCESS, is_outage
 
 SECRET = "s3cr3tWord"
 
@@ -118,15 +118,27 @@ def test_a_connection_that_died_while_idle_is_replaced_unnoticed(server_url, eng
 
 
 def test_errors_of_statements_stay_sqlalchemys(database, engine_of):
-    with engine_of(database).connect() as conn:
-        with pytest.raises(IntegrityError):
-            conn.execute(text("INSERT INTO studies (study_name) VALUES (NULL)"))
-        conn.rollback()
+    with engine_of(database).connect() as conn, pytest.raises(IntegrityError):
+        conn.execute(text("INSERT INTO studies (study_name) VALUES (NULL)"))
+
+
+def test_a_connection_that_dies_in_a_statement_is_unreachable_and_another_is_made(database, engine_of):
+    engine = engine_of(database)
+    with engine.connect() as conn:
         pid = conn.scalar(text("SELECT pg_backend_pid()"))
         with engine_of(database).connect() as other:
             other.execute(text("SELECT pg_terminate_backend(:pid, 5000)"), {"pid": pid})
-        with pytest.raises(OperationalError):
+        with pytest.raises(UnreachableError, match=r"lost the connection to .*; check that the server runs") as caught:
             conn.execute(text("SELECT 1"))
+    assert is_outage(caught.value)
+    with engine.connect() as conn:
+        assert conn.scalar(text("SELECT 1")) == 1
+
+
+def test_what_the_database_refuses_is_no_outage(database, engine_of):
+    with engine_of(database).connect() as conn, pytest.raises(DataError) as caught:
+        conn.execute(text("SELECT CAST('x' AS integer)"))
+    assert not is_outage(caught.value)
 
 
 def _closed_port():
