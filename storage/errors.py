@@ -33,3 +33,11 @@ class StudyExistsError(StorageError):
 
 class EmbeddedServerError(StorageError):
     """The embedded PostgreSQL could not be created, started, joined or stopped."""
+
+
+class LeaseLostError(StorageError):
+    """The lease on a trial is no longer ours: whoever holds the trial now is the one to write to it."""
+
+
+class InvalidWriteError(ValueError):
+    """What was to be written is nothing that the tables can hold; nothing was sent to the database."""

@@ -7,7 +7,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypeVarTuple
 
 from sqlalchemy import Connection, Engine, Row, Select, and_, case, delete, func, insert, select
 from sqlalchemy.dialects.postgresql import distinct_on
@@ -31,6 +31,8 @@ from storage.tables import (
 from storage.url import mask_url
 
 _METRIC_NAMES = "study:metric_names"  # where optuna.Study.set_metric_names keeps them
+
+Ts = TypeVarTuple("Ts")
 
 State = Literal["RUNNING", "COMPLETE", "PRUNED", "FAIL", "WAITING"]
 
@@ -173,21 +175,28 @@ def list_trials(engine: Engine, study_id: int) -> list[TrialRecord]:
 
 def best_trial(engine: Engine, study_id: int, direction: str) -> TrialRecord | None:
     """Return the complete trial with the best value, the earliest of equals; None while there is none."""
-    # NaN cannot be a trial's value; an infinite one has no `value` but a `value_type`, which sorts around it.
-    rank = case((trial_values.c.value_type == "INF_NEG", -1), (trial_values.c.value_type == "INF_POS", 1), else_=0)
-    order = [rank, trial_values.c.value] if direction == "minimize" else [rank.desc(), trial_values.c.value.desc()]
-    query = (
-        _select_trials()
-        .where(trials.c.study_id == study_id, trials.c.state == "COMPLETE", trial_values.c.trial_id.is_not(None))
-        .order_by(*order, trials.c.number)
-        .limit(1)
-    )
+    query = best_first(_select_trials(), study_id, direction).limit(1)
     with engine.connect() as conn:
         row = conn.execute(query).one_or_none()
         if row is None:
             return None
         this = select(trials.c.trial_id).where(trials.c.trial_id == row.trial_id)
         return _trial(row, _params(conn, this), _user_attrs(conn, this), _latest_reports(conn, this))
+
+
+def best_first(query: Select[*Ts], study_id: int, direction: str) -> Select[*Ts]:
+    """Narrow a query of trials, joined with the values of their first objective, to the complete ones, best first."""
+    value, kind = trial_values.c.value, trial_values.c.value_type
+    # An infinite value is NULL, with a type that sorts around the finite ones. NaN, which other writers may have
+    # left, would sort above all of them.
+    rank = case((kind == "INF_NEG", -1), (kind == "INF_POS", 1), else_=0)
+    order = [rank, value] if direction == "minimize" else [rank.desc(), value.desc()]
+    return query.where(
+        trials.c.study_id == study_id,
+        trials.c.state == "COMPLETE",
+        trial_values.c.trial_id.is_not(None),
+        value.is_distinct_from(math.nan),
+    ).order_by(*order, trials.c.number)
 
 
 def count_failures(engine: Engine, study_id: int) -> dict[str, tuple[int, str]]:

@@ -1,0 +1,321 @@
+"""Optuna's storage contract on PostgreSQL: a statement a write, set-based reads, finished trials read once."""
+
+from __future__ import annotations
+
+import json
+import threading
+import uuid
+from collections.abc import Callable, Container, Sequence
+from typing import TYPE_CHECKING, Any, Final
+
+from optuna.distributions import BaseDistribution, check_distribution_compatibility, distribution_to_json
+from optuna.storages._heartbeat import BaseHeartbeat
+from optuna.study._study_direction import StudyDirection
+from optuna.trial import FrozenTrial, TrialState
+from sqlalchemy import URL, Connection, Engine, Insert, Table, Update, func, literal, select, text
+from sqlalchemy.dialects.postgresql import insert as upsert
+
+from storage import guarded
+from storage.engine import open_engine
+from storage.errors import InvalidWriteError, StorageError
+from storage.frozen import copied, load_trials
+from storage.new_trials import create_trial, first_distribution
+from storage.optuna_studies import StudyStorage, directions_of, lock_study, no_study
+from storage.sessions import Retry, Sessions
+from storage.studies import best_first
+from storage.study_cache import StudyCache
+from storage.tables import (
+    studies,
+    trial_heartbeats,
+    trial_params,
+    trial_system_attributes,
+    trial_user_attributes,
+    trial_values,
+    trials,
+    tuner_leases,
+)
+from storage.url import parse_url
+from storage.values import checked_name, checked_step
+
+if TYPE_CHECKING:
+    import optuna
+
+    from storage.claims import Claim
+
+HEARTBEAT_INTERVAL_S: Final = 10
+GRACE_PERIOD_S: Final = 60
+
+
+class PostgresStorage(StudyStorage, BaseHeartbeat):
+    """Optuna's studies and trials in Optuna's own tables; stock clients may work on the same studies meanwhile.
+
+    Thread safe, on at most two connections. A write is committed when its call returns. Finished trials are read
+    once and kept, and handed out uncopied unless a copy is asked for; with `cache` off every call reads anew.
+    `retry` is given the calls that may be done twice.
+    Raises what Optuna's contract names, InvalidWriteError for what the tables cannot hold, LeaseLostError,
+    UnreachableError and other StorageErrors for what the database did not do.
+    """
+
+    def __init__(
+        self,
+        url: str | URL,
+        *,
+        read_only: bool = False,
+        application_name: str = "tuner",
+        cache: bool = True,
+        retry: Retry | None = None,
+    ) -> None:
+        self._url = parse_url(url)
+        self._read_only = read_only
+        self._application_name = application_name
+        self._is_cached = cache
+        self._leases: dict[int, uuid.UUID] = {}
+        self._connect(retry)
+
+    def __getstate__(self) -> dict[str, Any]:
+        kept = ("_url", "_read_only", "_application_name", "_is_cached", "_leases")
+        return {name: self.__dict__[name] for name in kept}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._connect(None)
+
+    def _connect(self, retry: Retry | None) -> None:
+        self.engine: Engine = open_engine(self._url, read_only=self._read_only, application_name=self._application_name)
+        self._sessions = Sessions(self.engine, retry)
+        self._lock = threading.Lock()
+        self._caches: dict[int, StudyCache] = {}
+        self._study_of: dict[int, int] = {}  # by trial id, of trials written to
+        self._n_objectives: dict[int, int] = {}  # by study id
+        self._distributions: dict[tuple[int, str], BaseDistribution] = {}  # by study id and param
+
+    def hold(self, claim: Claim) -> None:
+        """From now on write to the claimed trial only while its lease is ours, else raise LeaseLostError."""
+        self._leases[claim.trial_id] = claim.token
+
+    def let_go(self, claim: Claim) -> None:
+        """From now on write to the trial as any Optuna client does."""
+        self._leases.pop(claim.trial_id, None)
+
+    def delete_study(self, study_id: int) -> None:
+        super().delete_study(study_id)
+        with self._lock:
+            self._caches.pop(study_id, None)
+
+    # Writing
+
+    def create_new_trial(self, study_id: int, template_trial: FrozenTrial | None = None) -> int:
+        def work(conn: Connection) -> int:
+            lock_study(conn, study_id)
+            return create_trial(conn, study_id, template_trial)
+
+        trial_id = self._sessions.transaction(work)
+        self._study_of[trial_id] = study_id
+        return trial_id
+
+    def set_trial_param(
+        self, trial_id: int, param_name: str, param_value_internal: float, distribution: BaseDistribution
+    ) -> None:
+        checked_name(param_name, "a param's name")
+        token = self._leases.get(trial_id)
+        statement = guarded.param(
+            trial_id, token, param_name, float(param_value_internal), distribution_to_json(distribution)
+        )
+
+        def work(conn: Connection) -> None:
+            self._check_distribution(conn, trial_id, token, param_name, distribution)
+            if conn.execute(statement).rowcount == 0:
+                # Ours to write to means that the param was there already.
+                guarded.check_writable(trial_id, guarded.standing(conn, trial_id), token)
+
+        self._sessions.statement(work)
+
+    def _check_distribution(
+        self, conn: Connection, trial_id: int, token: uuid.UUID | None, name: str, distribution: BaseDistribution
+    ) -> None:
+        """Raise ValueError if the study has had the param with another kind of distribution.
+
+        Without a query, unless the param is new to this storage object or differs from before.
+        """
+        study_id = self._study_of.get(trial_id)
+        known = None if study_id is None else self._distributions.get((study_id, name))
+        if known == distribution:
+            return
+        now = guarded.standing(conn, trial_id)
+        guarded.check_writable(trial_id, now, token)
+        if known is None:
+            known = first_distribution(conn, now.study_id, name) or distribution
+        check_distribution_compatibility(known, distribution)
+        self._study_of[trial_id] = now.study_id
+        self._distributions[now.study_id, name] = known
+
+    def set_trial_state_values(self, trial_id: int, state: TrialState, values: Sequence[float] | None = None) -> bool:
+        token = self._leases.get(trial_id)
+        starts = state == TrialState.RUNNING
+        statement = guarded.start(trial_id, token) if starts else guarded.set_state(trial_id, token, state, values)
+
+        def work(conn: Connection) -> bool:
+            if values is not None:
+                self._check_n_values(conn, trial_id, len(values))
+            if conn.execute(statement).rowcount > 0:
+                return True
+            now = guarded.standing(conn, trial_id)
+            if token is not None and now.token == token and state.is_finished() and now.state == state:
+                return True  # it was done before, and the answer was lost
+            guarded.check_writable(trial_id, now, token)
+            return False
+
+        return self._sessions.statement(work)
+
+    def _check_n_values(self, conn: Connection, trial_id: int, n_values: int) -> None:
+        study_id = self._study_of.get(trial_id)
+        if study_id is None:
+            study_id = self._study_of[trial_id] = guarded.standing(conn, trial_id).study_id
+        wanted = self._n_objectives.get(study_id)
+        if wanted is None:
+            wanted = self._n_objectives[study_id] = len(directions_of(conn, study_id))
+        if n_values != wanted:
+            raise InvalidWriteError(f"a trial of study id {study_id} has {wanted} values, got {n_values}")
+
+    def set_trial_intermediate_value(self, trial_id: int, step: int, intermediate_value: float) -> None:
+        token = self._leases.get(trial_id)
+        self._write(trial_id, token, guarded.report(trial_id, token, checked_step(step), intermediate_value))
+
+    def set_trial_user_attr(self, trial_id: int, key: str, value: Any) -> None:
+        self._set_trial_attr(trial_user_attributes, trial_id, key, value)
+
+    def set_trial_system_attr(self, trial_id: int, key: str, value: Any) -> None:
+        self._set_trial_attr(trial_system_attributes, trial_id, key, value)
+
+    def _set_trial_attr(self, table: Table, trial_id: int, key: str, value: Any) -> None:
+        token = self._leases.get(trial_id)
+        checked_name(key, "an attribute's key")
+        self._write(trial_id, token, guarded.attribute(table, trial_id, token, key, json.dumps(value)))
+
+    def _write(self, trial_id: int, token: uuid.UUID | None, statement: Insert | Update) -> None:
+        def work(conn: Connection) -> None:
+            if conn.execute(statement).rowcount == 0:
+                guarded.check_writable(trial_id, guarded.standing(conn, trial_id), token)
+                raise StorageError(f"trial id {trial_id} could not be written to for no known reason; try again")
+
+        self._sessions.statement(work)
+
+    # Reading
+
+    def get_trial_id_from_study_id_trial_number(self, study_id: int, trial_number: int) -> int:
+        query = select(trials.c.trial_id).where(trials.c.study_id == study_id, trials.c.number == trial_number)
+        trial_id: int | None = self._sessions.statement(lambda conn: conn.execute(query).scalar())
+        if trial_id is None:
+            raise KeyError(f"study id {study_id} has no trial of number {trial_number}")
+        return trial_id
+
+    def get_trial_number_from_id(self, trial_id: int) -> int:
+        query = select(trials.c.number).where(trials.c.trial_id == trial_id)
+        number: int | None = self._sessions.statement(lambda conn: conn.execute(query).scalar())
+        if number is None:
+            raise _no_trial(trial_id)
+        return number
+
+    def get_trial_param(self, trial_id: int, param_name: str) -> float:
+        query = select(trial_params.c.param_value).where(
+            trial_params.c.trial_id == trial_id, trial_params.c.param_name == param_name
+        )
+        internal: float | None = self._sessions.statement(lambda conn: conn.execute(query).scalar())
+        if internal is None:
+            raise KeyError(f"no trial of id {trial_id} has a param {param_name!r}")
+        return internal
+
+    def get_trial_user_attrs(self, trial_id: int) -> dict[str, Any]:
+        return self._attrs(trial_user_attributes, trials.c.trial_id, trial_id)
+
+    def get_trial_system_attrs(self, trial_id: int) -> dict[str, Any]:
+        return self._attrs(trial_system_attributes, trials.c.trial_id, trial_id)
+
+    def get_trial(self, trial_id: int) -> FrozenTrial:
+        found = self._sessions.snapshot(lambda conn: load_trials(conn, [trial_id]))
+        if not found:
+            raise _no_trial(trial_id)
+        return found[0]
+
+    def get_all_trials(
+        self, study_id: int, deepcopy: bool = True, states: Container[TrialState] | None = None
+    ) -> list[FrozenTrial]:
+        found = self._cache_of(study_id).trials(states)
+        return [copied(trial) for trial in found] if deepcopy else found
+
+    def get_n_trials(self, study_id: int, state: tuple[TrialState, ...] | TrialState | None = None) -> int:
+        query = (
+            select(studies.c.study_id, trials.c.state, func.count(trials.c.trial_id).label("n"))
+            .outerjoin(trials, trials.c.study_id == studies.c.study_id)
+            .where(studies.c.study_id == study_id)
+            .group_by(studies.c.study_id, trials.c.state)
+        )
+        rows = self._sessions.statement(lambda conn: conn.execute(query).all())
+        if not rows:
+            raise no_study(study_id)
+        states = (state,) if isinstance(state, TrialState) else state
+        return sum(
+            row.n for row in rows if row.state is not None and (states is None or TrialState[row.state] in states)
+        )
+
+    def get_best_trial(self, study_id: int) -> FrozenTrial:
+        def work(conn: Connection) -> FrozenTrial:
+            directions = directions_of(conn, study_id)
+            if not directions:
+                raise no_study(study_id)
+            if len(directions) > 1:
+                raise RuntimeError(f"study id {study_id} has {len(directions)} objectives, and so no best trial")
+            first_value = (trial_values.c.trial_id == trials.c.trial_id) & (trial_values.c.objective == 0)
+            query = select(trials.c.trial_id).join(trial_values, first_value)
+            direction = "maximize" if directions[0] == StudyDirection.MAXIMIZE else "minimize"
+            best = conn.execute(best_first(query, study_id, direction).limit(1)).scalar()
+            if best is None:
+                raise ValueError(f"study id {study_id} has no complete trial")
+            return load_trials(conn, [best])[0]
+
+        return self._sessions.snapshot(work)
+
+    def _cache_of(self, study_id: int) -> StudyCache:
+        if not self._is_cached:
+            return StudyCache(self._sessions, study_id)
+        with self._lock:
+            return self._caches.setdefault(study_id, StudyCache(self._sessions, study_id))
+
+    # Heartbeats, for those who run trials by study.optimize; trials of ours have leases instead
+
+    def record_heartbeat(self, trial_id: int) -> None:
+        alive = upsert(trial_heartbeats).from_select(
+            ["trial_id", "heartbeat"],
+            select(trials.c.trial_id, guarded.utc_now()).where(trials.c.trial_id == trial_id),
+        )
+        statement = alive.on_conflict_do_update(
+            index_elements=["trial_id"], set_={"heartbeat": alive.excluded.heartbeat}
+        )
+        self._sessions.statement(lambda conn: conn.execute(statement))
+
+    def _get_stale_trial_ids(self, study_id: int) -> list[int]:
+        age = guarded.utc_now() - trial_heartbeats.c.heartbeat
+        query = (
+            select(trials.c.trial_id)
+            .join(trial_heartbeats, trial_heartbeats.c.trial_id == trials.c.trial_id)
+            .where(
+                trials.c.study_id == study_id,
+                trials.c.state == "RUNNING",
+                age > text(f"interval '{GRACE_PERIOD_S} seconds'"),
+                ~select(literal(1))
+                .where(tuner_leases.c.trial_id == trials.c.trial_id, tuner_leases.c.token.is_not(None))
+                .exists(),
+            )
+            .order_by(trials.c.trial_id)
+        )
+        return self._sessions.statement(lambda conn: list(conn.execute(query).scalars()))
+
+    def get_heartbeat_interval(self) -> int:
+        return HEARTBEAT_INTERVAL_S
+
+    def get_heartbeat_stale_trial_callback(self) -> Callable[[optuna.Study, FrozenTrial], None] | None:
+        return None
+
+
+def _no_trial(trial_id: int) -> KeyError:
+    return KeyError(f"no trial has the id {trial_id}")
