@@ -15,6 +15,8 @@ if TYPE_CHECKING:
         AuthenticationError,
         EmbeddedServerError,
         InvalidURLError,
+        InvalidWriteError,
+        LeaseLostError,
         SchemaVersionError,
         StorageError,
         StudyExistsError,
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
         UnreachableError,
     )
     from storage.optuna_storage import open_storage
+    from storage.postgres import PostgresStorage
     from storage.schema import ensure_schema
     from storage.url import mask_url, parse_url
 
@@ -30,6 +33,9 @@ __all__ = [
     "EmbeddedServer",
     "EmbeddedServerError",
     "InvalidURLError",
+    "InvalidWriteError",
+    "LeaseLostError",
+    "PostgresStorage",
     "SchemaVersionError",
     "StorageError",
     "StudyExistsError",
@@ -44,6 +50,7 @@ __all__ = [
 
 _MODULES = {
     "EmbeddedServer": "storage.embedded",
+    "PostgresStorage": "storage.postgres",
     "ensure_schema": "storage.schema",
     "mask_url": "storage.url",
     "open_engine": "storage.engine",

@@ -9,17 +9,16 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeAlias, TypeVar
+from typing import Any, Literal, TypeAlias
 
 import optuna
 import torch
-from optuna.exceptions import StorageInternalError
 from optuna.trial import TrialState
 from sqlalchemy.exc import SQLAlchemyError
 from torch import nn
 
 from storage.engine import is_outage
-from storage.errors import StorageError
+from storage.errors import LeaseLostError, StorageError
 from tuner import training
 from tuner.data import Data
 from tuner.errors import TunerError
@@ -28,7 +27,6 @@ from tuner.registry import FunctionObjective
 from tuner.seeds import derive_seed, seed_everything
 from tuner.spec import Spec
 
-T = TypeVar("T")
 FailureClass: TypeAlias = Literal["nan", "oom", "user_error"]
 
 MAX_MESSAGE_CHARS = 2000
@@ -75,25 +73,12 @@ class TrialObjective:
         return cls(spec=spec, objective=objective, device=device, data=resident)
 
 
-class Retry(Protocol):
-    """Calls again while the database is away."""
-
-    def __call__(self, call: Callable[[], T], /) -> T:
-        """Return `call()`."""
-
-
 class CheckedTrial(optuna.Trial):
-    """A trial that refuses what the database cannot hold, and that `check` can interrupt at each report.
+    """A trial that refuses what the database cannot hold, and that `check` can interrupt at each report."""
 
-    Reporting and pruning go through `retry`, so that a database that is away for a while costs no training.
-    """
-
-    def __init__(self, study: optuna.Study, trial_id: int, check: Callable[[], None], retry: Retry) -> None:
-        # Optuna's cache takes params only of trials that it has read.
-        study._storage.get_all_trials(study._study_id, deepcopy=False)
+    def __init__(self, study: optuna.Study, trial_id: int, check: Callable[[], None]) -> None:
         super().__init__(study, trial_id)
         self._check = check
-        self._retry = retry
 
     def report(self, value: float, step: int) -> None:
         """Report as Optuna does.
@@ -105,13 +90,7 @@ class CheckedTrial(optuna.Trial):
             raise InvalidReportError(f"a step needs to be in 0..{MAX_STEP}, got {step}")
         if not math.isfinite(float(value)):
             raise training.DivergedError(f"the reported value is {value} at step {step}")
-        report = super().report
-        self._retry(lambda: report(value, step))
-
-    def should_prune(self) -> bool:
-        """Whether the study's pruner would end the trial now."""
-        should_prune = super().should_prune
-        return self._retry(should_prune)
+        super().report(value, step)
 
 
 def run_attempt(what: TrialObjective, trial: CheckedTrial) -> Outcome:
@@ -128,13 +107,12 @@ def run_attempt(what: TrialObjective, trial: CheckedTrial) -> Outcome:
         outcome = Outcome(state=TrialState.COMPLETE, value=value, attrs=attrs)
     except optuna.TrialPruned:
         outcome = Outcome(state=TrialState.PRUNED)
-    except Interrupted:
+    except (Interrupted, LeaseLostError):
         raise
-    except (StorageError, StorageInternalError, SQLAlchemyError) as error:
+    except (StorageError, SQLAlchemyError) as error:
         if is_outage(error):
             raise
-        reason = error.__cause__ or error  # Optuna's own words say nothing of what the database refused
-        outcome = _failed("user_error", f"the database refused it: {_first_line(reason)}")
+        outcome = _failed("user_error", f"the database refused it: {_first_line(error)}")
     except training.DivergedError as error:
         outcome = _failed("nan", str(error))
     except (torch.cuda.OutOfMemoryError, MemoryError) as error:

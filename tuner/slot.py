@@ -18,15 +18,16 @@ from pathlib import Path
 from typing import IO, Any, Literal, TypeVar
 
 import optuna
-from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
+from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import TrialState
 from pydantic import BaseModel, ConfigDict, ValidationError
 from sqlalchemy import Engine
 from sqlalchemy.exc import SQLAlchemyError
 
-from storage import claims, open_engine, open_storage
+from storage import claims
 from storage.engine import is_outage
-from storage.errors import StorageError, UnreachableError
+from storage.errors import LeaseLostError, StorageError, UnreachableError
+from storage.postgres import PostgresStorage
 from tuner.attempt import CheckedTrial, Interrupted, Outcome, TrialObjective, run_attempt
 from tuner.errors import EXIT_UNREACHABLE, TunerError
 from tuner.registry import build_objective, find_objective, is_objective_class
@@ -82,7 +83,8 @@ class Slot:
         self._emit = emit
         self._stop = stop
         self._parent = os.getppid()
-        self._engine: Engine = open_engine(config.storage, application_name=f"tuner {config.worker}")
+        self._storage = PostgresStorage(config.storage, application_name=f"tuner {config.worker}", retry=self._retry)
+        self._engine: Engine = self._storage.engine
 
     def run(self) -> None:
         """Run trials until the budget is used up, `config.trials` are done, or the slot is asked to stop.
@@ -94,7 +96,7 @@ class Slot:
         optuna_study = self._retry(
             lambda: optuna.load_study(
                 study_name=study.name,
-                storage=open_storage(self._config.storage),
+                storage=self._storage,
                 sampler=build_sampler(study.spec.sampler, study.spec.seed, 0),
                 pruner=build_pruner(study.spec.pruner),
             )
@@ -127,7 +129,18 @@ class Slot:
         return TrialObjective.load(study.spec, objective, self._config.data_dir, device)
 
     def _run_claimed(self, study: Study, optuna_study: optuna.Study, what: TrialObjective, held: claims.Claim) -> bool:
-        """Run one claimed trial; return whether it ended (and was not given back)."""
+        """Run one claimed trial; return whether it ended (and was not given back or lost)."""
+        self._storage.hold(held)
+        try:
+            return self._run_held(study, optuna_study, what, held)
+        except (KeyError, LeaseLostError, UpdateFinishedTrialError) as error:  # KeyError: the study was deleted
+            message = _first_line(error)
+            self._emit(Event(event="trial_released", trial=held.number, attempt=held.attempt, message=message))
+            return False
+        finally:
+            self._storage.let_go(held)
+
+    def _run_held(self, study: Study, optuna_study: optuna.Study, what: TrialObjective, held: claims.Claim) -> bool:
         told: dict[str, Any] = {"trial": held.number, "attempt": held.attempt}
         self._emit(Event(event="trial_started", token=str(held.token), trial_id=held.trial_id, **told))
         optuna_study.sampler = build_sampler(study.spec.sampler, study.spec.seed, held.number)
@@ -138,13 +151,13 @@ class Slot:
                     raise Interrupted
 
             try:
-                trial = self._retry(lambda: CheckedTrial(optuna_study, held.trial_id, check, self._retry))
+                trial = CheckedTrial(optuna_study, held.trial_id, check)
                 outcome = run_attempt(what, trial)
             except Interrupted:
                 self._release(study, held)
                 return False
-            except (StorageError, SQLAlchemyError, StorageInternalError) as error:
-                if not is_outage(error):
+            except (StorageError, SQLAlchemyError) as error:
+                if isinstance(error, LeaseLostError) or not is_outage(error):
                     raise
                 self._emit(Event(event="database_away", message=_first_line(error), **told))
                 self._release(study, held)
@@ -152,15 +165,7 @@ class Slot:
         if outcome.state == TrialState.FAIL and self._is_abandoned():
             self._release(study, held)  # what it failed by may be the worker's end: a print into a closed pipe
             return False
-        # Not one transaction with the result: the storage that follows Optuna's will guard each write.
-        if not self._retry(lambda: claims.renew(self._engine, held)):
-            self._emit(Event(event="trial_released", message="the lease on it was lost", **told))
-            return False
-        try:
-            self._retry(lambda: _tell(optuna_study, trial, outcome))
-        except (KeyError, UpdateFinishedTrialError) as error:
-            self._emit(Event(event="trial_released", message=f"it is not ours any more: {error}", **told))
-            return False
+        _tell(optuna_study, trial, outcome)
         self._retry(lambda: claims.end(self._engine, held))
         seconds = outcome.attrs.get("seconds")
         message = outcome.attrs.get("failure_message")
@@ -195,7 +200,7 @@ class Slot:
         while True:
             try:
                 return call()
-            except (StorageError, SQLAlchemyError, StorageInternalError) as error:
+            except (StorageError, SQLAlchemyError) as error:
                 if not is_outage(error):
                     raise
                 if waited_s == 0:

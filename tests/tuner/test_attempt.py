@@ -4,12 +4,11 @@ import math
 import optuna
 import pytest
 import torch
-from optuna.exceptions import StorageInternalError
 from optuna.trial import TrialState
 from torch import nn
 from torchmetrics import MeanMetric, Metric
 
-from storage.errors import UnreachableError
+from storage.errors import LeaseLostError, UnreachableError
 from tuner.attempt import (
     MAX_MESSAGE_CHARS,
     MAX_STEP,
@@ -42,16 +41,6 @@ def a_spec(*, epochs=3, metric="accuracy", direction="maximize"):
     )
 
 
-def wrapped(error):
-    outer = StorageInternalError("Optuna's words")
-    outer.__cause__ = error
-    return outer
-
-
-def once(call):
-    return call()
-
-
 class Signs(Objective):
     """Tell negative numbers from positive ones."""
 
@@ -77,7 +66,7 @@ def study():
 def attempt(study, objective, *, check=lambda: None, **spec):
     """Run the study's next trial and tell its end, as a slot does."""
     what = TrialObjective.load(a_spec(**spec), objective, "data", torch.device("cpu"))
-    trial = CheckedTrial(study, study.ask()._trial_id, check, once)
+    trial = CheckedTrial(study, study.ask()._trial_id, check)
     outcome = run_attempt(what, trial)
     study.tell(trial, outcome.value, outcome.state)
     return outcome, study.trials[-1]
@@ -135,7 +124,7 @@ def test_an_interrupted_attempt_raises_and_reports_no_more(study):
     assert sorted(study.trials[0].intermediate_values) == [1]
 
 
-@pytest.mark.parametrize("error", [UnreachableError("away"), wrapped(UnreachableError("away")), optuna.TrialPruned()])
+@pytest.mark.parametrize("error", [UnreachableError("away"), LeaseLostError("lost"), optuna.TrialPruned()])
 def test_a_plain_function_s_trial_is_not_failed_for_what_is_not_its_fault(study, error):
     def objective(trial):
         raise error
@@ -301,24 +290,10 @@ def test_data_that_cannot_be_loaded_are_told_with_the_line(tmp_path):
 
 
 def test_a_report_is_checked_before_it_is_written(study):
-    trial = CheckedTrial(study, study.ask()._trial_id, lambda: None, once)
+    trial = CheckedTrial(study, study.ask()._trial_id, lambda: None)
     with pytest.raises(InvalidReportError):
         trial.report(1.0, -1)
     with pytest.raises(DivergedError):
         trial.report(math.nan, 1)
     trial.report(1.0, 0)
-    assert study.trials[0].intermediate_values == {0: 1.0}
-
-
-def test_reporting_and_pruning_wait_for_a_database_that_is_away(study):
-    called = []
-
-    def retry(call):
-        called.append(call)
-        return call()
-
-    trial = CheckedTrial(study, study.ask()._trial_id, lambda: None, retry)
-    trial.report(1.0, 0)
-    assert trial.should_prune() is False
-    assert len(called) == 2
     assert study.trials[0].intermediate_values == {0: 1.0}

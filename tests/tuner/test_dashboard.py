@@ -16,11 +16,10 @@ import pytest
 import sqlalchemy
 from dashboards import STUDY_NAME, TOKEN, Client, a_study
 from optuna.artifacts import FileSystemArtifactStore, upload_artifact
-from optuna.exceptions import StorageInternalError
 from optuna.trial import TrialState, create_trial
 from optuna_dashboard import wsgi
 
-from storage import open_engine, open_storage
+from storage import StorageError, open_engine, open_storage
 from tuner.dashboard import Guard
 
 if TYPE_CHECKING:
@@ -226,7 +225,7 @@ def test_a_read_only_dashboard_refuses_every_change(database: str) -> None:
 
 def test_a_read_only_connection_refuses_what_would_slip_past_the_guard(database: str) -> None:
     study_id = a_study(database)
-    with pytest.raises(StorageInternalError):
+    with pytest.raises(StorageError, match="read-only"):
         open_storage(database, read_only=True).delete_study(study_id)
 
 
