@@ -92,6 +92,13 @@ def database(server_url: str, maintenance_url: str, migrated_template: str) -> I
 
 
 @pytest.fixture
+def another_database(server_url: str, maintenance_url: str, migrated_template: str) -> Iterator[str]:
+    """The URL of a database like `database`, for a test that needs two."""
+    with _a_database(server_url, maintenance_url, migrated_template) as url:
+        yield url.render_as_string(hide_password=False)
+
+
+@pytest.fixture
 def empty_database(server_url: str, maintenance_url: str) -> Iterator[str]:
     """The URL of a database without tables, dropped after the test."""
     with _a_database(server_url, maintenance_url) as url:
