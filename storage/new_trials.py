@@ -12,7 +12,7 @@ from optuna.distributions import (
     json_to_distribution,
 )
 from optuna.trial import FrozenTrial
-from sqlalchemy import Connection, Select, func, insert, literal, select
+from sqlalchemy import Connection, func, insert, select
 
 from storage.guarded import utc_now
 from storage.tables import (
@@ -50,20 +50,21 @@ def create_trial(conn: Connection, study_id: int, template: FrozenTrial | None) 
     return trial_id
 
 
-def first_distribution(conn: Connection, study_id: int, param_name: str) -> BaseDistribution | None:
-    """Return a distribution that the study has had for a param; None if it is new."""
-    row = conn.execute(some_distribution(study_id, param_name)).one_or_none()
-    return None if row is None else json_to_distribution(row.distribution_json)
-
-
-def some_distribution(study_id: int, param_name: str) -> Select[tuple[str | None]]:
-    """Select the distribution of one of the study's params of that name."""
-    return (
-        select(trial_params.c.distribution_json)
-        .join(trials, trials.c.trial_id == trial_params.c.trial_id)
-        .where(trials.c.study_id == study_id, trial_params.c.param_name == literal(param_name))
-        .limit(1)
+def known_distribution(conn: Connection, study_id: int, param_name: str) -> BaseDistribution | None:
+    """Return the distribution that the study's latest trial with such a param has for it; None if it is new."""
+    # From the latest trial back, an index probe each: the planner would rather read all params of all studies.
+    in_trial = select(trial_params.c.distribution_json).where(
+        trial_params.c.trial_id == trials.c.trial_id, trial_params.c.param_name == param_name
     )
+    latest_first = (
+        select(in_trial.scalar_subquery().label("found"))
+        .where(trials.c.study_id == study_id)
+        .order_by(trials.c.number.desc())
+        .subquery()
+    )
+    query = select(latest_first.c.found).where(latest_first.c.found.is_not(None)).limit(1)
+    found: str | None = conn.execute(query).scalar()
+    return None if found is None else json_to_distribution(found)
 
 
 def _state_of(template: FrozenTrial) -> tuple[str, Any, Any]:
@@ -79,7 +80,7 @@ def _fill(conn: Connection, study_id: int, trial_id: int, template: FrozenTrial)
     params: list[dict[str, Any]] = []
     for name, external in template.params.items():
         distribution = template.distributions[name]
-        known = first_distribution(conn, study_id, checked_name(name, "a param's name"))
+        known = known_distribution(conn, study_id, checked_name(name, "a param's name"))
         if known is not None:
             check_distribution_compatibility(known, distribution)
         params.append(

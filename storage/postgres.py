@@ -19,7 +19,7 @@ from storage import guarded
 from storage.engine import open_engine
 from storage.errors import InvalidWriteError, StorageError
 from storage.frozen import copied, load_trials
-from storage.new_trials import create_trial, first_distribution
+from storage.new_trials import create_trial, known_distribution
 from storage.optuna_studies import StudyStorage, directions_of, lock_study, no_study
 from storage.sessions import Retry, Sessions
 from storage.studies import best_first
@@ -144,7 +144,7 @@ class PostgresStorage(StudyStorage, BaseHeartbeat):
         now = guarded.standing(conn, trial_id)
         guarded.check_writable(trial_id, now, token)
         if known is None:
-            known = first_distribution(conn, now.study_id, name) or distribution
+            known = known_distribution(conn, now.study_id, name) or distribution
         check_distribution_compatibility(known, distribution)
         self._study_of[trial_id] = now.study_id
         self._distributions[now.study_id, name] = known

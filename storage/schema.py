@@ -53,6 +53,13 @@ _MIGRATIONS: Final[tuple[tuple[str, ...], ...]] = (
         "CREATE INDEX ix_tuner_exports_study_id ON tuner_exports (study_id)",
         "CREATE UNIQUE INDEX ux_trials_study_id_number ON trials (study_id, number)",
     ),
+    # Who looks for waiting trials or those whose worker is gone need not read a study's history.
+    (
+        """
+        CREATE INDEX ix_tuner_trials_unfinished ON trials (study_id, number)
+        WHERE state IN ('RUNNING', 'WAITING')
+        """,
+    ),
 )
 SCHEMA_VERSION: Final = len(_MIGRATIONS)
 

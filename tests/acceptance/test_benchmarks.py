@@ -18,3 +18,13 @@ def test_main_job_prints_seconds_and_accuracy() -> None:
     assert done.returncode == 0, done.stderr
     assert re.search(r"seconds +\d+\.\d+ +\d+\.\d+ +\d+\.\d+", done.stdout)
     assert re.search(r"test accuracy +0\.\d+", done.stdout)
+
+
+def test_storage_scale_prints_both_sides_and_their_ratio(database: str) -> None:
+    arguments = ["--storage", database, "--sizes", "30", "--repeats", "2", "--firsts", "1"]
+    done = subprocess.run(
+        [sys.executable, BENCHMARKS / "storage_scale.py", *arguments], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    for what in ("first read", "report", "should_prune", "tell"):
+        assert re.search(rf"{what}( +\d+\.\d+){{7}}", done.stdout), what

@@ -1,0 +1,96 @@
+"""Plans of the frequent statements on a study of some thousand trials: what they read does not grow with it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from filling import fill
+from optuna.distributions import FloatDistribution
+from optuna.study import StudyDirection
+from optuna.trial import TrialState
+from sqlalchemy import event, text
+
+from storage import PostgresStorage, claims
+from storage.claims import Budget
+
+N_TRIALS = 3000
+# More than what a trial has, and less than any part of a study's history.
+FEW_ROWS = 200
+
+
+@pytest.fixture
+def storage(database: str) -> Iterator[PostgresStorage]:
+    storage = PostgresStorage(database)
+    for name in ("other", "s"):  # the plans must not depend on the study being the only one
+        fill(storage.engine, storage.create_new_study([StudyDirection.MINIMIZE], name), N_TRIALS)
+    yield storage
+    storage.engine.dispose()
+
+
+def plans_of(storage: PostgresStorage, call: Any) -> list[dict[str, Any]]:
+    """Return the plan, with the rows that were really read, of each statement of a call, run twice."""
+    sent: list[tuple[str, Any]] = []
+
+    def remember(conn, cursor, statement, parameters, context, executemany):
+        sent.append((statement, parameters))
+
+    event.listen(storage.engine, "before_cursor_execute", remember)
+    try:
+        call()
+    finally:
+        event.remove(storage.engine, "before_cursor_execute", remember)
+    plans = []
+    with storage.engine.connect() as conn:
+        for statement, parameters in sent:
+            explain = f"EXPLAIN (ANALYZE, FORMAT JSON) {statement}"
+            found = conn.exec_driver_sql(explain, parameters).scalar_one()
+            plans.append(found[0]["Plan"])
+        conn.rollback()
+    return plans
+
+
+def nodes(plan: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    yield plan
+    for child in plan.get("Plans", []):
+        yield from nodes(child)
+
+
+def check_reads_few_rows(plans: list[dict[str, Any]]) -> None:
+    assert plans
+    for plan in plans:
+        for node in nodes(plan):
+            read = node["Actual Rows"] + node.get("Rows Removed by Filter", 0)
+            assert read * node["Actual Loops"] <= FEW_ROWS, node
+
+
+CALLS = {
+    "report": lambda storage, trial: storage.set_trial_intermediate_value(trial, 1, 0.5),
+    "param": lambda storage, trial: storage.set_trial_param(trial, "x1", 0.5, FloatDistribution(0, 1)),
+    "attribute": lambda storage, trial: storage.set_trial_user_attr(trial, "key", 1),
+    "finish": lambda storage, trial: storage.set_trial_state_values(trial, TrialState.COMPLETE, [1.0]),
+    "get": lambda storage, trial: storage.get_trial(trial),
+    "number": lambda storage, trial: storage.get_trial_number_from_id(trial),
+    "create": lambda storage, trial: storage.create_new_trial(2),
+    "refresh": lambda storage, trial: storage.get_all_trials(2, deepcopy=False),
+    "stale": lambda storage, trial: storage._get_stale_trial_ids(2),
+}
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=list(CALLS))
+def test_a_frequent_call_reads_few_rows_whatever_the_size_of_the_study(storage, call):
+    held = claims.claim(storage.engine, 2, Budget(trials=10**6, timeout_s=None, max_failures=9, max_attempts=3), "test")
+    storage.hold(held)
+    storage.record_heartbeat(held.trial_id)
+    storage.get_all_trials(2, deepcopy=False)
+    plans = plans_of(storage, lambda: call(storage, held.trial_id))
+    check_reads_few_rows(plans)
+
+
+def test_the_check_finds_a_plan_that_reads_a_whole_study(storage):
+    plans = plans_of(storage, lambda: PostgresStorage.get_n_trials(storage, 2))
+    with pytest.raises(AssertionError):
+        check_reads_few_rows(plans)
+    with storage.engine.connect() as conn:
+        assert conn.scalar(text("select count(*) from trials")) == 2 * N_TRIALS
