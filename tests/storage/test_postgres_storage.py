@@ -249,6 +249,14 @@ def test_what_the_tables_cannot_hold_is_refused(storage, study_id, write):
     assert len(storage.get_all_studies()) == 1
 
 
+def test_a_param_set_again_stays_as_in_stock_optuna(storage, study_id, stock):
+    for each in (storage, stock):
+        trial_id = each.create_new_trial(study_id)
+        for value in (0.25, 0.75):
+            each.set_trial_param(trial_id, "x", value, X)
+        assert each.get_trial_param(trial_id, "x") == 0.25
+
+
 def test_nan_that_another_client_left_is_never_best(storage, study_id, stock):
     for value in (1.0, math.nan, 2.0):
         stock.set_trial_state_values(stock.create_new_trial(study_id), TrialState.COMPLETE, [value])
