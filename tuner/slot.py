@@ -19,6 +19,7 @@ from typing import IO, Any, Literal, TypeVar
 
 import optuna
 from optuna.exceptions import UpdateFinishedTrialError
+from optuna.pruners import BasePruner, PercentilePruner
 from optuna.trial import TrialState
 from pydantic import BaseModel, ConfigDict, ValidationError
 from sqlalchemy import Engine
@@ -28,10 +29,12 @@ from storage import claims
 from storage.engine import is_outage
 from storage.errors import LeaseLostError, StorageError, UnreachableError
 from storage.postgres import PostgresStorage
+from storage.pruning import IndexedPercentilePruner
 from tuner.attempt import CheckedTrial, Interrupted, Outcome, TrialObjective, run_attempt
 from tuner.errors import EXIT_UNREACHABLE, TunerError
 from tuner.registry import build_objective, find_objective, is_objective_class
 from tuner.sampling import build_pruner, build_sampler
+from tuner.spec import PrunerSpec
 from tuner.study import Study, check_code, open_study
 from tuner.training import choose_device
 
@@ -98,7 +101,7 @@ class Slot:
                 study_name=study.name,
                 storage=self._storage,
                 sampler=build_sampler(study.spec.sampler, study.spec.seed, 0),
-                pruner=build_pruner(study.spec.pruner),
+                pruner=pruner_on(self._engine, study.study_id, study.spec.pruner),
             )
         )
         self._emit(Event(event="ready"))
@@ -237,6 +240,15 @@ class Lease:
                     return
             except (StorageError, SQLAlchemyError):
                 continue  # the database is away: the lease may outlast it; the next renewal tells
+
+
+def pruner_on(engine: Engine, study_id: int, spec: PrunerSpec) -> BasePruner:
+    """Return the study's pruner; for `median` and `percentile` one that decides the same, and reads less."""
+    pruner = build_pruner(spec)  # refuses settings that Optuna's does not have
+    if not isinstance(pruner, PercentilePruner):
+        return pruner
+    settings: dict[str, Any] = {"percentile": 50.0, **spec.settings}
+    return IndexedPercentilePruner(engine, study_id, **settings)
 
 
 def _tell(study: optuna.Study, trial: CheckedTrial, outcome: Outcome) -> None:

@@ -28,3 +28,14 @@ def test_storage_scale_prints_both_sides_and_their_ratio(database: str) -> None:
     assert (done.returncode, done.stderr) == (0, "")
     for what in ("first read", "report", "should_prune", "tell"):
         assert re.search(rf"{what}( +\d+\.\d+){{7}}", done.stdout), what
+
+
+def test_prune_scale_prints_both_sides_and_their_ratio() -> None:
+    arguments = ["--sizes", "50", "--steps", "3", "--trials", "1"]
+    done = subprocess.run(
+        [sys.executable, BENCHMARKS / "prune_scale.py", *arguments], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    for side in ("stock", "indexed"):
+        assert re.search(rf" 50 {side} +(\d+\.\d+ \( *\d+\.\d+ \.\. +\d+\.\d+\) +){{3}}\d+\.\d+", done.stdout)
+    assert re.search(r"ratio: should_prune \d+\.\d x, both \d+\.\d x", done.stdout)
