@@ -160,6 +160,43 @@ def test_it_decides_as_optunas_percentile_pruner_while_the_study_changes(
             assert [ours.prune(study, trial) for _, ours in pruners] == theirs
 
 
+@pytest.mark.parametrize("direction", ["minimize", "maximize"])
+def test_it_decides_as_optunas_percentile_pruner_with_any_settings(
+    database: str, engine: Engine, direction: str
+) -> None:
+    """With trials that report most steps, so that each setting decides something."""
+    study = a_study(database, direction)
+    random = np.random.default_rng(0)
+    pruners = []
+    for _ in range(40):
+        startup, warmup, interval, least = random.integers((0, 0, 1, 1), (9, 4, 5, 7)).tolist()
+        settings = {"n_startup_trials": startup, "n_warmup_steps": warmup, "interval_steps": interval}
+        percentile = float(random.choice([0, 10, 25, 50, 75, 90, 100]))
+        pruners.append(
+            (
+                PercentilePruner(percentile, **settings, n_min_trials=least),
+                indexed(engine, study, percentile, **settings, n_min_trials=least),
+            )
+        )
+
+    def some_reports() -> dict[int, float]:
+        special = random.choice([math.nan, math.inf, -math.inf])
+        drawn = [special if random.random() < 0.05 else round(random.normal(), 1) for _ in range(7)]
+        steps = [step for step in range(int(random.integers(1, 8))) if random.random() < 0.8]
+        return {step: float(drawn[step]) for step in steps}
+
+    decided = []
+    for _ in range(3):
+        for index in random.choice(len(STATES), size=8, p=[0.6, 0.1, 0.1, 0.1, 0.1]):
+            study.add_trial(a_trial(STATES[index], some_reports()))
+        for theirs, ours in pruners:
+            for trial in (a_running_trial(some_reports()) for _ in range(8)):
+                with numpys_warnings_ignored():
+                    decided.append(bool(theirs.prune(study, trial)))
+                assert ours.prune(study, trial) == decided[-1]
+    assert decided.count(True) > 50
+
+
 @settings(max_examples=1000, deadline=None)
 @given(batches=st.lists(st.lists(values, max_size=40), max_size=3), percentile=percentiles)
 def test_a_percentile_is_numpys_to_the_last_bit(batches: list[list[float]], percentile: float) -> None:
@@ -208,6 +245,17 @@ def test_a_trial_that_finishes_after_later_ones_counts_from_then_on(database: st
     study.tell(early, 0.0)
     assert ours.prune(study, a_running_trial({0: 1.1}))  # the median is 1.0
     assert not ours.prune(study, a_running_trial({0: 0.9}))
+
+
+def test_before_any_trial_completed_not_even_one_without_numbers_is_pruned(database: str, engine: Engine) -> None:
+    study = a_study(database)
+    study.add_trial(a_trial(TrialState.PRUNED, {0: 1.0}))
+    alone = a_running_trial({0: math.nan})
+    ours = indexed(engine, study, n_startup_trials=0)
+    assert not ours.prune(study, alone)
+    assert not MedianPruner(n_startup_trials=0).prune(study, alone)
+    study.add_trial(a_trial(TrialState.COMPLETE, {}))
+    assert ours.prune(study, alone)
 
 
 def test_trials_of_other_studies_do_not_count(database: str, engine: Engine) -> None:
