@@ -28,6 +28,7 @@ from sqlalchemy import (
     union_all,
 )
 
+from storage.sessions import Retry, Sessions
 from storage.tables import trial_intermediate_values, trials
 
 if TYPE_CHECKING:
@@ -47,8 +48,8 @@ class IndexedPercentilePruner(PercentilePruner):
     running or waiting: 1,000 of them take it 0.8 ms longer. The first decision reads the history, by two queries.
     Other processes, stock Optuna's too, may change the study meanwhile.
 
-    It serves the one study that it was made for, and any number of threads, one at a time. Statements raise
-    SQLAlchemy's errors, and leave the pruner as it was.
+    It serves the one study that it was made for, and any number of threads, one at a time. A decision
+    asks the database through `retry`; it raises UnreachableError once that gives up, and leaves the pruner as it was.
     """
 
     def __init__(
@@ -61,9 +62,10 @@ class IndexedPercentilePruner(PercentilePruner):
         interval_steps: int = 1,
         *,
         n_min_trials: int = 1,
+        retry: Retry | None = None,
     ) -> None:
         super().__init__(percentile, n_startup_trials, n_warmup_steps, interval_steps, n_min_trials=n_min_trials)
-        self._finished = _FinishedTrials(engine, study_id)
+        self._finished = _FinishedTrials(Sessions(engine, retry), study_id)
         self._lock = threading.Lock()
 
     def prune(self, study: Study, trial: FrozenTrial) -> bool:
@@ -136,10 +138,9 @@ class _Reports:
 class _FinishedTrials:
     """The reports of a study's COMPLETE trials by step, each trial read once, after it finished."""
 
-    def __init__(self, engine: Engine, study_id: int) -> None:
+    def __init__(self, sessions: Sessions, study_id: int) -> None:
         self.count = 0
-        # Each statement stands for itself: what a finished trial reported does not change any more.
-        self._engine = engine.execution_options(isolation_level="AUTOCOMMIT")
+        self._sessions = sessions
         self._study_id = study_id
         self._last_number = -1
         self._unfinished: set[int] = set()
@@ -151,10 +152,11 @@ class _FinishedTrials:
     def refresh(self) -> None:
         """Read what finished since the last call: one query, and a second where trials did."""
         seen = {"study_id": self._study_id, "last_number": self._last_number, "unfinished": _array(self._unfinished)}
-        with self._engine.connect() as conn:
-            changed = conn.execute(_CHANGED, seen).all()
-            complete = [row.trial_id for row in changed if row.state == "COMPLETE"]
-            reports = conn.execute(_REPORTS, {"trial_ids": _array(complete)}).all() if complete else []
+        # Each statement stands for itself: what a finished trial reported does not change any more.
+        changed = self._sessions.statement(lambda conn: conn.execute(_CHANGED, seen).all())
+        complete = [row.trial_id for row in changed if row.state == "COMPLETE"]
+        ids = {"trial_ids": _array(complete)}
+        reports = self._sessions.statement(lambda conn: conn.execute(_REPORTS, ids).all()) if complete else []
         for row in changed:
             self._last_number = max(self._last_number, row.number)
             (self._unfinished.add if row.state in _UNFINISHED else self._unfinished.discard)(row.trial_id)

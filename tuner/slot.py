@@ -30,6 +30,7 @@ from storage.engine import is_outage
 from storage.errors import LeaseLostError, StorageError, UnreachableError
 from storage.postgres import PostgresStorage
 from storage.pruning import IndexedPercentilePruner
+from storage.sessions import Retry
 from tuner.attempt import CheckedTrial, Interrupted, Outcome, TrialObjective, run_attempt
 from tuner.errors import EXIT_UNREACHABLE, TunerError
 from tuner.registry import build_objective, find_objective, is_objective_class
@@ -101,7 +102,7 @@ class Slot:
                 study_name=study.name,
                 storage=self._storage,
                 sampler=build_sampler(study.spec.sampler, study.spec.seed, 0),
-                pruner=pruner_on(self._engine, study.study_id, study.spec.pruner),
+                pruner=pruner_on(self._engine, study.study_id, study.spec.pruner, self._retry),
             )
         )
         self._emit(Event(event="ready"))
@@ -242,13 +243,13 @@ class Lease:
                 continue  # the database is away: the lease may outlast it; the next renewal tells
 
 
-def pruner_on(engine: Engine, study_id: int, spec: PrunerSpec) -> BasePruner:
+def pruner_on(engine: Engine, study_id: int, spec: PrunerSpec, retry: Retry | None = None) -> BasePruner:
     """Return the study's pruner; for `median` and `percentile` one that decides the same, and reads less."""
     pruner = build_pruner(spec)  # refuses settings that Optuna's does not have
     if not isinstance(pruner, PercentilePruner):
         return pruner
     settings: dict[str, Any] = {"percentile": 50.0, **spec.settings}
-    return IndexedPercentilePruner(engine, study_id, **settings)
+    return IndexedPercentilePruner(engine, study_id, **settings, retry=retry)
 
 
 def _tell(study: optuna.Study, trial: CheckedTrial, outcome: Outcome) -> None:
