@@ -8,8 +8,9 @@ that touched no row tells nothing of why; `standing` and `check_writable` do.
 from __future__ import annotations
 
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from optuna.exceptions import UpdateFinishedTrialError
@@ -17,15 +18,16 @@ from optuna.trial import TrialState
 from sqlalchemy import (
     ColumnElement,
     Connection,
+    Executable,
     Insert,
     Select,
     Table,
     Text,
     Update,
     and_,
+    bindparam,
     cast,
     func,
-    literal,
     select,
     true,
     update,
@@ -53,90 +55,68 @@ class Standing:
     token: uuid.UUID | None
 
 
-def report(trial_id: int, token: uuid.UUID | None, step: int, value: float) -> Insert:
+@dataclass(frozen=True, kw_only=True)
+class Write:
+    """A guarded statement with its values; building the statement anew would take longer than running it."""
+
+    statement: Executable
+    values: dict[str, Any]
+
+    def run(self, conn: Connection) -> int:
+        """Return how many rows were written; 0 if the trial was not ours to write to."""
+        return conn.execute(self.statement, self.values).rowcount
+
+
+def report(trial_id: int, token: uuid.UUID | None, step: int, value: float) -> Write:
     """Write an intermediate value, over an earlier one of the same step."""
     number, kind = stored(value)
-    table = trial_intermediate_values
-    statement = insert(table).from_select(
-        ["trial_id", "step", "intermediate_value", "intermediate_value_type"],
-        _writable(
-            trial_id,
-            token,
-            literal(step),
-            literal(number, table.c.intermediate_value.type),
-            literal(kind, table.c.intermediate_value_type.type),
-        ),
+    values = {"new_step": step, "new_intermediate_value": number, "new_intermediate_value_type": kind}
+    statement = _upsert(
+        trial_intermediate_values,
+        ("trial_id", "step"),
+        ("intermediate_value", "intermediate_value_type"),
+        overwrite=True,
+        leased=token is not None,
     )
-    return statement.on_conflict_do_update(
-        index_elements=["trial_id", "step"],
-        set_={
-            "intermediate_value": statement.excluded.intermediate_value,
-            "intermediate_value_type": statement.excluded.intermediate_value_type,
-        },
-    ).execution_options(preserve_rowcount=True)
+    return _write(statement, trial_id, token, values)
 
 
-def param(trial_id: int, token: uuid.UUID | None, name: str, internal: float, distribution_json: str) -> Insert:
-    """Write a param; as in stock Optuna, one that is there already stays as it is."""
-    table = trial_params
-    statement = insert(table).from_select(
-        ["trial_id", "param_name", "param_value", "distribution_json"],
-        _writable(
-            trial_id, token, literal(name), literal(internal, table.c.param_value.type), literal(distribution_json)
-        ),
+def param(trial_id: int, token: uuid.UUID | None, name: str, internal: float, distribution_json: str) -> Write:
+    """Write a param; as in stock Optuna, one that is there already stays as it is, and no row is written."""
+    values = {"new_param_name": name, "new_param_value": internal, "new_distribution_json": distribution_json}
+    statement = _upsert(
+        trial_params,
+        ("trial_id", "param_name"),
+        ("param_value", "distribution_json"),
+        overwrite=False,
+        leased=token is not None,
     )
-    return statement.on_conflict_do_nothing(index_elements=["trial_id", "param_name"]).execution_options(
-        preserve_rowcount=True
-    )
+    return _write(statement, trial_id, token, values)
 
 
-def attribute(table: Table, trial_id: int, token: uuid.UUID | None, key: str, value_json: str) -> Insert:
+def attribute(table: Table, trial_id: int, token: uuid.UUID | None, key: str, value_json: str) -> Write:
     """Write an attribute of a trial, over an earlier one of the same key."""
-    statement = insert(table).from_select(
-        ["trial_id", "key", "value_json"], _writable(trial_id, token, literal(key), literal(value_json))
-    )
-    return statement.on_conflict_do_update(
-        index_elements=["trial_id", "key"], set_={"value_json": statement.excluded.value_json}
-    ).execution_options(preserve_rowcount=True)
+    statement = _upsert(table, ("trial_id", "key"), ("value_json",), overwrite=True, leased=token is not None)
+    return _write(statement, trial_id, token, {"new_key": key, "new_value_json": value_json})
 
 
-def start(trial_id: int, token: uuid.UUID | None) -> Update:
+def start(trial_id: int, token: uuid.UUID | None) -> Write:
     """Set a waiting trial to running."""
-    return _set_state(trial_id, token, {"state": "RUNNING", "datetime_start": utc_now()}, ("WAITING",))
+    return _write(_set_state(TrialState.RUNNING, leased=token is not None), trial_id, token, {})
 
 
-def set_state(
-    trial_id: int, token: uuid.UUID | None, state: TrialState, objectives: Sequence[float] | None
-) -> Update | Insert:
-    """Set the state of a trial with, where given, its values; they are written in the same statement."""
-    changes: dict[str, Any] = {"state": state.name}
-    if state.is_finished():
-        changes["datetime_complete"] = utc_now()
-    changed = _set_state(trial_id, token, changes, UNFINISHED)
+def set_state(trial_id: int, token: uuid.UUID | None, state: TrialState, objectives: Sequence[float] | None) -> Write:
+    """Set an unfinished trial to a state other than running; its values, if any, in the same statement."""
+    leased = token is not None
     if not objectives:
-        return changed
-    rows = [(number, *stored_objective(value)) for number, value in enumerate(objectives)]
-    numbers, given_values, kinds = (list(given) for given in zip(*rows, strict=True))
-    given = (
-        func.unnest(
-            cast(numbers, ARRAY(trial_values.c.objective.type)),
-            cast(given_values, ARRAY(trial_values.c.value.type)),
-            cast(cast(kinds, ARRAY(Text)), ARRAY(trial_values.c.value_type.type)),
-        )
-        .table_valued("objective", "value", "value_type", name="given")
-        .render_derived()
-    )
-    ended = changed.returning(trials.c.trial_id).cte("ended")
-    statement = insert(trial_values).from_select(
-        ["trial_id", "objective", "value", "value_type"],
-        select(ended.c.trial_id, given.c.objective, given.c.value, given.c.value_type).select_from(
-            ended.join(given, true())
-        ),
-    )
-    return statement.on_conflict_do_update(
-        index_elements=["trial_id", "objective"],
-        set_={"value": statement.excluded.value, "value_type": statement.excluded.value_type},
-    ).execution_options(preserve_rowcount=True)
+        return _write(_set_state(state, leased=leased), trial_id, token, {})
+    columns = list(zip(*(stored_objective(value) for value in objectives), strict=True))
+    given = {
+        "new_objectives": list(range(len(objectives))),
+        "new_values": list(columns[0]),
+        "new_value_types": list(columns[1]),
+    }
+    return _write(_set_state_and_values(state, leased=leased), trial_id, token, given)
 
 
 def standing(conn: Connection, trial_id: int) -> Standing:
@@ -164,21 +144,69 @@ def utc_now() -> ColumnElement[Any]:
     return func.timezone("UTC", func.clock_timestamp())
 
 
-def _writable(trial_id: int, token: uuid.UUID | None, *columns: ColumnElement[Any]) -> Select[Any]:
-    return _locked(trial_id, token, UNFINISHED, *columns).with_for_update(read=True)
+def _write(statement: Executable, trial_id: int, token: uuid.UUID | None, values: dict[str, Any]) -> Write:
+    guard = {"the_trial": trial_id} if token is None else {"the_trial": trial_id, "the_token": token}
+    return Write(statement=statement, values={**guard, **values})
 
 
-def _set_state(trial_id: int, token: uuid.UUID | None, changes: Mapping[str, Any], states: Sequence[str]) -> Update:
-    statement = update(trials).values(changes)
-    if token is None:
-        return statement.where(trials.c.trial_id == trial_id, trials.c.state.in_(states))
-    # UPDATE ... FROM would not lock the lease, and look at it as it was before a wait for the trial's row.
-    ours = _locked(trial_id, token, states).with_for_update().cte("ours")
-    return statement.where(trials.c.trial_id == ours.c.trial_id)
+@cache
+def _upsert(table: Table, key: tuple[str, ...], columns: tuple[str, ...], *, overwrite: bool, leased: bool) -> Insert:
+    """Insert one row, the trial's id and `new_...` for each other column, if the trial is ours to write to."""
+    names = [*key, *columns]
+    new = [bindparam(f"new_{name}", type_=table.c[name].type) for name in names if name != "trial_id"]
+    statement = insert(table).from_select(names, _locked(UNFINISHED, leased, *new).with_for_update(read=True))
+    if overwrite:
+        statement = statement.on_conflict_do_update(
+            index_elements=key, set_={name: statement.excluded[name] for name in columns}
+        )
+    else:
+        statement = statement.on_conflict_do_nothing(index_elements=key)
+    return statement.execution_options(preserve_rowcount=True)
 
 
-def _locked(trial_id: int, token: uuid.UUID | None, states: Sequence[str], *columns: ColumnElement[Any]) -> Select[Any]:
-    query = select(trials.c.trial_id, *columns).where(trials.c.trial_id == trial_id, trials.c.state.in_(states))
-    if token is None:
+@cache
+def _set_state(state: TrialState, *, leased: bool) -> Update:
+    changes: dict[str, Any] = {"state": state.name}
+    if state == TrialState.RUNNING:
+        changes["datetime_start"] = utc_now()
+    if state.is_finished():
+        changes["datetime_complete"] = utc_now()
+    # An UPDATE by itself would not lock the lease, and look at it as it was before a wait for the trial's row.
+    states = ("WAITING",) if state == TrialState.RUNNING else UNFINISHED
+    ours = _locked(states, leased).with_for_update().cte("ours")
+    return update(trials).values(changes).where(trials.c.trial_id == ours.c.trial_id)
+
+
+@cache
+def _set_state_and_values(state: TrialState, *, leased: bool) -> Insert:
+    given = (
+        func.unnest(
+            cast(bindparam("new_objectives"), ARRAY(trial_values.c.objective.type)),
+            cast(bindparam("new_values"), ARRAY(trial_values.c.value.type)),
+            cast(cast(bindparam("new_value_types"), ARRAY(Text)), ARRAY(trial_values.c.value_type.type)),
+        )
+        .table_valued("objective", "value", "value_type", name="given")
+        .render_derived()
+    )
+    ended = _set_state(state, leased=leased).returning(trials.c.trial_id).cte("ended")
+    statement = insert(trial_values).from_select(
+        ["trial_id", "objective", "value", "value_type"],
+        select(ended.c.trial_id, given.c.objective, given.c.value, given.c.value_type).select_from(
+            ended.join(given, true())
+        ),
+    )
+    return statement.on_conflict_do_update(
+        index_elements=["trial_id", "objective"],
+        set_={"value": statement.excluded.value, "value_type": statement.excluded.value_type},
+    ).execution_options(preserve_rowcount=True)
+
+
+def _locked(states: Sequence[str], leased: bool, *columns: ColumnElement[Any]) -> Select[Any]:
+    """Select the trial and its lease, to be locked: none if the trial is not in one of the states, or not ours."""
+    query = select(trials.c.trial_id, *columns).where(
+        trials.c.trial_id == bindparam("the_trial"), trials.c.state.in_(states)
+    )
+    if not leased:
         return query
-    return query.join(tuner_leases, and_(tuner_leases.c.trial_id == trials.c.trial_id, tuner_leases.c.token == token))
+    ours = and_(tuner_leases.c.trial_id == trials.c.trial_id, tuner_leases.c.token == bindparam("the_token"))
+    return query.join(tuner_leases, ours)

@@ -12,7 +12,7 @@ from optuna.distributions import BaseDistribution, check_distribution_compatibil
 from optuna.storages._heartbeat import BaseHeartbeat
 from optuna.study._study_direction import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
-from sqlalchemy import URL, Connection, Engine, Insert, Table, Update, func, literal, select, text
+from sqlalchemy import URL, Connection, Engine, Table, func, literal, select, text
 from sqlalchemy.dialects.postgresql import insert as upsert
 
 from storage import guarded
@@ -118,13 +118,13 @@ class PostgresStorage(StudyStorage, BaseHeartbeat):
     ) -> None:
         checked_name(param_name, "a param's name")
         token = self._leases.get(trial_id)
-        statement = guarded.param(
+        write = guarded.param(
             trial_id, token, param_name, float(param_value_internal), distribution_to_json(distribution)
         )
 
         def work(conn: Connection) -> None:
             self._check_distribution(conn, trial_id, token, param_name, distribution)
-            if conn.execute(statement).rowcount == 0:
+            if write.run(conn) == 0:
                 # Ours to write to means that the param was there already.
                 guarded.check_writable(trial_id, guarded.standing(conn, trial_id), token)
 
@@ -152,12 +152,12 @@ class PostgresStorage(StudyStorage, BaseHeartbeat):
     def set_trial_state_values(self, trial_id: int, state: TrialState, values: Sequence[float] | None = None) -> bool:
         token = self._leases.get(trial_id)
         starts = state == TrialState.RUNNING
-        statement = guarded.start(trial_id, token) if starts else guarded.set_state(trial_id, token, state, values)
+        write = guarded.start(trial_id, token) if starts else guarded.set_state(trial_id, token, state, values)
 
         def work(conn: Connection) -> bool:
             if values is not None:
                 self._check_n_values(conn, trial_id, len(values))
-            if conn.execute(statement).rowcount > 0:
+            if write.run(conn) > 0:
                 return True
             now = guarded.standing(conn, trial_id)
             if token is not None and now.token == token and state.is_finished() and now.state == state:
@@ -192,9 +192,9 @@ class PostgresStorage(StudyStorage, BaseHeartbeat):
         checked_name(key, "an attribute's key")
         self._write(trial_id, token, guarded.attribute(table, trial_id, token, key, json.dumps(value)))
 
-    def _write(self, trial_id: int, token: uuid.UUID | None, statement: Insert | Update) -> None:
+    def _write(self, trial_id: int, token: uuid.UUID | None, write: guarded.Write) -> None:
         def work(conn: Connection) -> None:
-            if conn.execute(statement).rowcount == 0:
+            if write.run(conn) == 0:
                 guarded.check_writable(trial_id, guarded.standing(conn, trial_id), token)
                 raise StorageError(f"trial id {trial_id} could not be written to for no known reason; try again")
 
