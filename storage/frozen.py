@@ -1,18 +1,38 @@
-"""Optuna's FrozenTrials, loaded with a handful of set-based queries whatever their number."""
+"""Optuna's FrozenTrials, loaded with a few set-based queries whatever their number, column by column."""
 
 from __future__ import annotations
 
 import copy
 import json
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, TypeAlias
+from operator import attrgetter, itemgetter
+from typing import Any, Final, TypeAlias
 
 from optuna.distributions import BaseDistribution, CategoricalDistribution, IntDistribution, json_to_distribution
 from optuna.trial import FrozenTrial, TrialState
-from sqlalchemy import Column, ColumnElement, Connection, Select, Table, literal, select
-from sqlalchemy.dialects.postgresql import ARRAY, INTEGER
+from sqlalchemy import (
+    ARRAY,
+    ColumnElement,
+    Connection,
+    Executable,
+    LargeBinary,
+    Row,
+    Select,
+    String,
+    Table,
+    Text,
+    bindparam,
+    cast,
+    func,
+    literal,
+    null,
+    select,
+    union_all,
+)
 
+from storage.columns import floats, int_array, integers, is_among, packed, stored_number
 from storage.tables import (
     trial_intermediate_values,
     trial_params,
@@ -21,13 +41,20 @@ from storage.tables import (
     trial_values,
     trials,
 )
-from storage.values import local_time, number_of
+from storage.values import local_time
 
-Which: TypeAlias = "Select[tuple[int]] | Sequence[int]"
-"""Trial ids, or a query for them; all queries of one load have to see the same moment."""
-LoadReports: TypeAlias = Callable[[], None]
+LoadReports: TypeAlias = Callable[[TrialState], None]
+"""Reads the intermediate values of a study's trials of one state."""
 
 UNFINISHED = ("RUNNING", "WAITING")
+TRIAL_ROW: Final = (
+    trials.c.trial_id,
+    trials.c.number,
+    trials.c.state,
+    trials.c.datetime_start,
+    trials.c.datetime_complete,
+)
+_ONE_TRIAL: Final = select(*TRIAL_ROW).where(trials.c.trial_id == bindparam("trial_id"))
 
 _SCALARS = (str, int, float, bool, type(None))
 
@@ -42,7 +69,7 @@ class LazyTrial(FrozenTrial):
 
     def __getattr__(self, name: str) -> Any:
         if name == "intermediate_values" and "_load" in self.__dict__:
-            self._load()  # puts them into every lazy trial of the study, this one among them
+            self._load(self.state)  # puts them into every lazy trial of that state, this one among them
             return self.__dict__[name]
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
@@ -89,64 +116,34 @@ def copied(trial: FrozenTrial) -> FrozenTrial:
     )
 
 
-def load_trials(conn: Connection, which: Which, lazily: LoadReports | None = None) -> list[FrozenTrial]:
-    """Return the trials by number.
+def load_trials(
+    conn: Connection, query: Executable, values: dict[str, Any], lazily: LoadReports | None = None
+) -> list[FrozenTrial]:
+    """Return the trials by number, in two or three queries whatever their number.
 
-    With `lazily`, finished trials come without intermediate values, and call it when they are asked for.
+    `query` selects TRIAL_ROW of each, `values` are its bound parameters. With `lazily`, finished trials come without
+    intermediate values, and call it when they are asked for.
     """
-    if isinstance(which, Sequence) and not which:
-        return []
-    rows = conn.execute(
-        select(trials.c.trial_id, trials.c.number, trials.c.state, trials.c.datetime_start, trials.c.datetime_complete)
-        .where(_among(trials.c.trial_id, which))
-        .order_by(trials.c.number)
-    ).all()
+    rows = sorted(conn.execute(query, values), key=attrgetter("number"))
     if not rows:
         return []
-    params, distributions = _params(conn, which)
-    values = _values(conn, which)
-    user_attrs = _attrs(conn, trial_user_attributes, which)
-    system_attrs = _attrs(conn, trial_system_attributes, which)
-    eager = which if lazily is None else [row.trial_id for row in rows if row.state in UNFINISHED]
-    reports = load_reports(conn, eager)
-    loaded = []
-    for trial_id, number, state_name, started, ended in rows:
-        state = TrialState[state_name]
-        is_lazy = lazily is not None and state.is_finished()
-        trial = (LazyTrial if is_lazy else FrozenTrial)(
-            number=number,
-            state=state,
-            value=None,
-            datetime_start=local_time(started),
-            datetime_complete=local_time(ended),
-            params=params.get(trial_id, {}),
-            distributions=distributions.get(trial_id, {}),
-            user_attrs=user_attrs.get(trial_id, {}),
-            system_attrs=system_attrs.get(trial_id, {}),
-            intermediate_values=reports.get(trial_id, {}),
-            trial_id=trial_id,
-            values=values.get(trial_id),
-        )
-        if is_lazy:
-            del trial.__dict__["intermediate_values"]
-            trial.__dict__["_load"] = lazily
-        loaded.append(trial)
-    return loaded
+    eager = rows if lazily is None else [row for row in rows if row.state in UNFINISHED]
+    found = _contents(conn, [row.trial_id for row in rows], [row.trial_id for row in eager])
+    return [_trial(row, found, lazily) for row in rows]
 
 
-def load_reports(conn: Connection, which: Which) -> dict[int, dict[int, float]]:
+def load_trial(conn: Connection, trial_id: int) -> FrozenTrial | None:
+    """Return the trial, whole; None if there is none."""
+    found = load_trials(conn, _ONE_TRIAL, {"trial_id": trial_id})
+    return found[0] if found else None
+
+
+def load_reports(conn: Connection, trial_ids: Sequence[int]) -> dict[int, dict[int, float]]:
     """Return the intermediate values by step of each trial that has any."""
-    if isinstance(which, Sequence) and not which:
-        return {}
-    table = trial_intermediate_values
     reports: dict[int, dict[int, float]] = defaultdict(dict)
-    query = (
-        select(table.c.trial_id, table.c.step, table.c.intermediate_value, table.c.intermediate_value_type)
-        .where(_among(table.c.trial_id, which))
-        .order_by(table.c.trial_intermediate_value_id)
-    )
-    for trial_id, step, value, kind in conn.execute(query):
-        reports[trial_id][step] = value if kind == "FINITE" else number_of(value, kind)
+    for step, ids, numbers in conn.execute(_REPORTS, {"reporting": int_array(trial_ids)}):
+        for trial_id, number in zip(integers(ids), floats(numbers), strict=True):
+            reports[trial_id][int(step)] = number
     return reports
 
 
@@ -161,19 +158,70 @@ def is_bare(trial: FrozenTrial) -> bool:
     return "intermediate_values" not in trial.__dict__
 
 
-class Distributions:
-    """Distributions by their JSON: a study has few, and parsing 250,000 of them takes seconds."""
+class _Contents:
+    """What trials have, by trial id."""
 
     def __init__(self) -> None:
-        self._known: dict[str, tuple[BaseDistribution, Callable[[float], Any]]] = {}
+        self.params: dict[int, dict[str, Any]] = defaultdict(dict)
+        self.distributions: dict[int, dict[str, BaseDistribution]] = defaultdict(dict)
+        self.values: dict[int, list[float]] = defaultdict(list)
+        self.user_attrs: dict[int, dict[str, Any]] = defaultdict(dict)
+        self.system_attrs: dict[int, dict[str, Any]] = defaultdict(dict)
+        self.reports: dict[int, dict[int, float]] = {}
 
-    def __call__(self, text: str) -> tuple[BaseDistribution, Callable[[float], Any]]:
-        """Return the distribution and what makes a param's value of the number stored for it."""
-        known = self._known.get(text)
-        if known is None:
-            distribution = json_to_distribution(text)
-            known = self._known[text] = (distribution, _external(distribution))
-        return known
+    def add_params(self, name: str, distribution_json: str, ids: list[int], internals: list[float]) -> None:
+        distribution = json_to_distribution(distribution_json)
+        external = _external(distribution)
+        for trial_id, internal in zip(ids, internals, strict=True):
+            self.params[trial_id][name] = external(internal)
+            self.distributions[trial_id][name] = distribution
+
+    def add_values(self, ids: list[int], numbers: list[float]) -> None:
+        """Add those of the next objective."""
+        for trial_id, number in zip(ids, numbers, strict=True):
+            self.values[trial_id].append(number)
+
+
+def _contents(conn: Connection, trial_ids: list[int], reporting: list[int]) -> _Contents:
+    found = _Contents()
+    bound = {"trial_ids": int_array(trial_ids)}
+    for part, _, name, detail, ids, numbers, texts in sorted(conn.execute(_CONTENTS, bound), key=itemgetter(0, 1)):
+        match part:
+            case "param":
+                found.add_params(name, detail, integers(ids), floats(numbers))
+            case "value":
+                found.add_values(integers(ids), floats(numbers))
+            case "user_attr" | "system_attr":
+                attrs = found.user_attrs if part == "user_attr" else found.system_attrs
+                for trial_id, text in zip(integers(ids), texts, strict=True):
+                    attrs[trial_id][name] = json.loads(text)
+    if reporting:
+        found.reports = load_reports(conn, reporting)
+    return found
+
+
+def _trial(row: Row[Any], found: _Contents, lazily: LoadReports | None) -> FrozenTrial:
+    state = TrialState[row.state]
+    is_lazy = lazily is not None and state.is_finished()
+    trial_id = row.trial_id
+    trial = (LazyTrial if is_lazy else FrozenTrial)(
+        number=row.number,
+        state=state,
+        value=None,
+        datetime_start=local_time(row.datetime_start),
+        datetime_complete=local_time(row.datetime_complete),
+        params=found.params.get(trial_id, {}),
+        distributions=found.distributions.get(trial_id, {}),
+        user_attrs=found.user_attrs.get(trial_id, {}),
+        system_attrs=found.system_attrs.get(trial_id, {}),
+        intermediate_values=found.reports.get(trial_id, {}),
+        trial_id=trial_id,
+        values=found.values.get(trial_id),
+    )
+    if is_lazy:
+        del trial.__dict__["intermediate_values"]
+        trial.__dict__["_load"] = lazily
+    return trial
 
 
 def _external(distribution: BaseDistribution) -> Callable[[float], Any]:
@@ -183,52 +231,61 @@ def _external(distribution: BaseDistribution) -> Callable[[float], Any]:
     return int if isinstance(distribution, IntDistribution) else float
 
 
-def _among(column: Column[int], which: Which) -> ColumnElement[bool]:
-    if isinstance(which, Sequence):
-        return column == literal(list(which), ARRAY(INTEGER)).any_()
-    return column.in_(which)
+def _ids(table: Table) -> ColumnElement[bytes]:
+    return packed(func.int4send(table.c.trial_id)).label("ids")
 
 
-def _params(conn: Connection, which: Which) -> tuple[dict[int, dict[str, Any]], dict[int, dict[str, BaseDistribution]]]:
-    table = trial_params
-    params: dict[int, dict[str, Any]] = defaultdict(dict)
-    distributions: dict[int, dict[str, BaseDistribution]] = defaultdict(dict)
-    query = (
-        select(table.c.trial_id, table.c.param_name, table.c.param_value, table.c.distribution_json)
-        .where(_among(table.c.trial_id, which))
-        .order_by(table.c.param_id)
+def _part(part: str, table: Table, by: Sequence[ColumnElement[Any]], data: Sequence[Any]) -> Select[Any]:
+    """Select a table's columns grouped by what has few values in a study: names, distributions, objectives."""
+    name, detail = (*by, null())[:2]
+    # Objectives are numbered; names come in the order in which they came up.
+    order = name if table is trial_values else func.min(table.primary_key.columns[0])
+    columns = (literal(part, String), order, cast(name, Text), cast(detail, Text), _ids(table), *data)
+    return select(*columns).where(is_among(table.c.trial_id, "trial_ids")).group_by(*by)
+
+
+def _attrs_part(part: str, table: Table) -> Select[Any]:
+    return _part(
+        part, table, [table.c.key], [cast(null(), LargeBinary), func.array_agg(table.c.value_json, type_=ARRAY(Text))]
     )
-    parse = Distributions()
-    for trial_id, name, internal, text in conn.execute(query):
-        distribution, external = parse(text)
-        params[trial_id][name] = external(internal)
-        distributions[trial_id][name] = distribution
-    return params, distributions
 
 
-def _values(conn: Connection, which: Which) -> dict[int, list[float]]:
-    table = trial_values
-    values: dict[int, list[float]] = defaultdict(list)
-    query = (
-        select(table.c.trial_id, table.c.value, table.c.value_type)
-        .where(_among(table.c.trial_id, which))
-        .order_by(table.c.trial_id, table.c.objective)
+_CONTENTS: Final = union_all(
+    _part(
+        "param",
+        trial_params,
+        [trial_params.c.param_name, trial_params.c.distribution_json],
+        [packed(func.float8send(func.coalesce(trial_params.c.param_value, math.nan))), cast(null(), ARRAY(Text))],
+    ),
+    _part(
+        "value",
+        trial_values,
+        [trial_values.c.objective],
+        [
+            packed(func.float8send(stored_number(trial_values.c.value, trial_values.c.value_type))),
+            cast(null(), ARRAY(Text)),
+        ],
+    ),
+    _attrs_part("user_attr", trial_user_attributes),
+    _attrs_part("system_attr", trial_system_attributes),
+)
+_REPORTS: Final = (
+    select(
+        trial_intermediate_values.c.step,
+        _ids(trial_intermediate_values),
+        packed(
+            func.float8send(
+                stored_number(
+                    trial_intermediate_values.c.intermediate_value,
+                    trial_intermediate_values.c.intermediate_value_type,
+                )
+            )
+        ),
     )
-    for trial_id, value, kind in conn.execute(query):
-        values[trial_id].append(number_of(value, kind))
-    return values
-
-
-def _attrs(conn: Connection, table: Table, which: Which) -> dict[int, dict[str, Any]]:
-    attrs: dict[int, dict[str, Any]] = defaultdict(dict)
-    query = (
-        select(table.c.trial_id, table.c.key, table.c.value_json)
-        .where(_among(table.c.trial_id, which))
-        .order_by(table.primary_key.columns[0])
-    )
-    for trial_id, key, text in conn.execute(query):
-        attrs[trial_id][key] = json.loads(text)
-    return attrs
+    .where(is_among(trial_intermediate_values.c.trial_id, "reporting"))
+    .group_by(trial_intermediate_values.c.step)
+    .order_by(trial_intermediate_values.c.step)
+)
 
 
 def _copied_json(attrs: dict[str, Any]) -> dict[str, Any]:

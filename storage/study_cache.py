@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Container
+from typing import Final
 
 from optuna.trial import FrozenTrial, TrialState
-from sqlalchemy import Connection, Select, and_, or_, select
+from sqlalchemy import Connection, bindparam, select, union_all
 
-from storage.frozen import Which, fill_in, is_bare, load_reports, load_trials
+from storage.columns import int_array, is_among
+from storage.frozen import TRIAL_ROW, fill_in, is_bare, load_reports, load_trials
+from storage.optuna_studies import no_study
 from storage.sessions import Sessions
 from storage.tables import studies, trials
 
-# Up to so many, ids travel with the query; above, the query tells them by itself.
-_MANY = 1000
+# Two lookups, as an OR of them may become a scan of the study.
+_NEW_OR_UNFINISHED: Final = union_all(
+    select(*TRIAL_ROW).where(trials.c.study_id == bindparam("study_id"), trials.c.number > bindparam("greatest")),
+    select(*TRIAL_ROW).where(is_among(trials.c.trial_id, "unfinished")),
+)
+_STUDY: Final = select(studies.c.study_id).where(studies.c.study_id == bindparam("study_id"))
 
 
 class StudyCache:
@@ -44,35 +51,22 @@ class StudyCache:
                 return list(self._trials)
             return [trial for trial in self._trials if trial.state in states]
 
-    def load_reports(self) -> None:
-        """Read the intermediate values of all trials that lack them; called by the trials themselves."""
+    def _load_reports(self, state: TrialState) -> None:
+        """Read the intermediate values of all trials of a state that lack them; called by the trials themselves.
+
+        By state, as TPE reads those of the pruned trials, which have the fewest.
+        """
         with self._lock:
-            bare = [trial for trial in self._trials if is_bare(trial)]
-            if not bare:
-                return
-            if len(bare) <= _MANY:
-                which: Which = [trial._trial_id for trial in bare]
-            else:
-                # Of those that have some already, they are read again: they are few in a study so large.
-                which = select(trials.c.trial_id).where(
-                    trials.c.study_id == self._study_id,
-                    trials.c.number.between(bare[0].number, bare[-1].number),
-                    trials.c.state.not_in(["RUNNING", "WAITING"]),
-                )
-            fill_in(bare, self._sessions.statement(lambda conn: load_reports(conn, which)))
+            bare = [trial for trial in self._trials if trial.state == state and is_bare(trial)]
+            ids = [trial._trial_id for trial in bare]
+            fill_in(bare, self._sessions.statement(lambda conn: load_reports(conn, ids)))
 
     def _changed(self, conn: Connection) -> list[FrozenTrial]:
-        unfinished = list(self._unfinished)
-        rows = conn.execute(trials_above(self._study_id, self._greatest)).all()
-        if not rows:
-            raise KeyError(f"no study has the id {self._study_id}")
-        wanted = unfinished + [row.trial_id for row in rows if row.trial_id is not None]
-        if len(wanted) <= _MANY:
-            return load_trials(conn, wanted, self.load_reports)
-        which = select(trials.c.trial_id).where(trials.c.study_id == self._study_id)
-        if self._trials:
-            which = which.where(or_(trials.c.number > self._greatest, trials.c.trial_id.in_(unfinished)))
-        return load_trials(conn, which, self.load_reports)
+        seen = {"study_id": self._study_id, "greatest": self._greatest, "unfinished": int_array(self._unfinished)}
+        found = load_trials(conn, _NEW_OR_UNFINISHED, seen, self._load_reports)
+        if not found and conn.execute(_STUDY, {"study_id": self._study_id}).first() is None:
+            raise no_study(self._study_id)
+        return found
 
     def _put(self, trial: FrozenTrial) -> None:
         place = self._unfinished.get(trial._trial_id)
@@ -86,12 +80,3 @@ class StudyCache:
             self._unfinished.pop(trial._trial_id, None)
         else:
             self._unfinished[trial._trial_id] = place
-
-
-def trials_above(study_id: int, number: int) -> Select[tuple[int, int | None]]:
-    """Select (study id, id of a trial above the number), a NULL if there is none, and no row without a study."""
-    return (
-        select(studies.c.study_id, trials.c.trial_id)
-        .outerjoin(trials, and_(trials.c.study_id == studies.c.study_id, trials.c.number > number))
-        .where(studies.c.study_id == study_id)
-    )

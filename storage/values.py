@@ -11,8 +11,6 @@ from storage.tables import STUDY_NAME_MAX_LENGTH
 
 MAX_STEP: Final = 2**31 - 1  # PostgreSQL's integer
 
-_NOT_FINITE = {"INF_POS": math.inf, "INF_NEG": -math.inf, "NAN": math.nan}
-
 
 def stored(value: float) -> tuple[float | None, str]:
     """Return the column's value and its type."""
@@ -28,11 +26,6 @@ def stored_objective(value: float) -> tuple[float | None, str]:
     if math.isnan(value):
         raise InvalidWriteError("a trial's value cannot be NaN; tell the trial as failed instead")
     return stored(value)
-
-
-def number_of(value: float | None, kind: str) -> float:
-    """Return the number of a column's value and its type."""
-    return _NOT_FINITE[kind] if value is None else value
 
 
 def checked_step(step: int) -> int:
