@@ -13,13 +13,17 @@ if TYPE_CHECKING:
     from storage.engine import open_engine
     from storage.errors import (
         AuthenticationError,
+        BusyError,
         EmbeddedServerError,
         InvalidURLError,
         InvalidWriteError,
         LeaseLostError,
+        LiveTrialsError,
+        NoDatabaseError,
         SchemaVersionError,
         StorageError,
         StudyExistsError,
+        StudyHaltedError,
         StudyNotFoundError,
         UnreachableError,
     )
@@ -30,15 +34,19 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AuthenticationError",
+    "BusyError",
     "EmbeddedServer",
     "EmbeddedServerError",
     "InvalidURLError",
     "InvalidWriteError",
     "LeaseLostError",
+    "LiveTrialsError",
+    "NoDatabaseError",
     "PostgresStorage",
     "SchemaVersionError",
     "StorageError",
     "StudyExistsError",
+    "StudyHaltedError",
     "StudyNotFoundError",
     "UnreachableError",
     "ensure_schema",

@@ -5,13 +5,29 @@ from __future__ import annotations
 import json
 import uuid
 from dataclasses import dataclass
-from typing import Any
+from functools import cache
+from typing import Any, Final
 
-from sqlalchemy import ColumnElement, Connection, Engine, delete, func, insert, literal, select, text, update
+from sqlalchemy import (
+    ColumnElement,
+    Connection,
+    Row,
+    Select,
+    and_,
+    bindparam,
+    delete,
+    func,
+    insert,
+    select,
+    text,
+    true,
+    update,
+)
 from sqlalchemy.dialects.postgresql import insert as upsert
+from sqlalchemy.sql.dml import ReturningInsert, ReturningUpdate
 
 from storage.errors import StudyNotFoundError
-from storage.studies import StateCounts, states_of
+from storage.sessions import Sessions
 from storage.tables import (
     studies,
     trial_intermediate_values,
@@ -20,6 +36,8 @@ from storage.tables import (
     tuner_leases,
     tuner_studies,
 )
+
+_NOT_DONE: Final = ("RUNNING", "WAITING", "FAIL")  # the states that ix_tuner_trials_not_done has
 
 # A trial whose worker went silent runs again after this long; renewed every third of it.
 LEASE_S = 60.0
@@ -47,172 +65,222 @@ class Claim:
 
 @dataclass(frozen=True, kw_only=True)
 class NothingToClaim:
-    """No trial was handed out. `final` if none ever will be; else trials of other workers hold the budget."""
+    """No trial was handed out. `final` if none will be unless somebody resumes or extends the study.
+
+    Else the study is paused, or trials of other workers hold the rest of the budget.
+    """
 
     final: bool
     reason: str
 
 
-def claim(engine: Engine, study_id: int, budget: Budget, worker: str) -> Claim | NothingToClaim:
+def claim(sessions: Sessions, study_id: int, budget: Budget, worker: str) -> Claim | NothingToClaim:
     """Hand out the oldest waiting trial, or create the next one, with a lease on it, within the budget.
 
     One transaction under the study row's lock, which stock Optuna takes as well to create a trial: at most one
     worker holds a trial, numbers are dense, and the budget is exact whatever the number of workers. Trials
-    whose lease ran out are released first. Raises StudyNotFoundError if the study was deleted.
+    whose lease ran out are released first. It reads the unfinished and the failed trials, never the history.
+    Raises StudyNotFoundError if the study was deleted.
     """
-    with engine.begin() as conn:
+
+    def work(conn: Connection) -> Claim | NothingToClaim:
         _lock(conn, study_id)
-        _give_back(conn, _expired(conn, study_id), budget.max_attempts)
-        counts = states_of(conn, study_id)
-        closed = _closed(conn, study_id, budget, counts)
-        if closed is not None:
-            return closed
-        return _hand_out(conn, study_id, worker)
+        standing = _standing(conn, study_id)
+        if standing.expired:
+            _give_back(conn, and_(trials.c.study_id == study_id, _IS_EXPIRED), budget.max_attempts)
+            standing = _standing(conn, study_id)
+        return _closed(standing, budget) or _hand_out(conn, study_id, standing, worker)
+
+    return sessions.transaction(work)
 
 
-def end_of_budget(engine: Engine, study_id: int, budget: Budget) -> str | None:
+def end_of_budget(sessions: Sessions, study_id: int, budget: Budget) -> str | None:
     """Return why no trial will be handed out any more, None while some may be."""
-    with engine.connect() as conn:
-        closed = _closed(conn, study_id, budget, states_of(conn, study_id))
+    closed = _closed(sessions.statement(lambda conn: _standing(conn, study_id)), budget)
     return closed.reason if closed is not None and closed.final else None
 
 
-def count_expired(engine: Engine, study_id: int) -> int:
+def count_expired(sessions: Sessions, study_id: int) -> int:
     """Return how many running trials have lost their worker: the next claim of anybody puts them back."""
-    with engine.connect() as conn:
-        return len(_expired(conn, study_id))
+    expired: int = sessions.statement(lambda conn: _standing(conn, study_id)).expired
+    return expired
 
 
-def renew(engine: Engine, held: Claim) -> bool:
+def renew(sessions: Sessions, held: Claim) -> bool:
     """Extend the lease by LEASE_S from now. False if it is no longer held: the trial is somebody else's."""
-    with engine.begin() as conn:
-        renewed = conn.execute(
-            update(tuner_leases).where(_holds(held.trial_id, held.token)).values(expires_at=_in_lease_time())
-        )
-        return renewed.rowcount == 1
+    statement = update(tuner_leases).where(_holds(held)).values(expires_at=_in_lease_time())
+    return sessions.statement(lambda conn: conn.execute(statement).rowcount) == 1
 
 
-def release(engine: Engine, study_id: int, held: Claim, *, counts: bool, max_attempts: int) -> bool:
+def release(sessions: Sessions, held: Claim, *, counts: bool, max_attempts: int) -> bool:
     """Put a running trial back to waiting, with its params; False if it is no longer held.
 
     With `counts` the attempt counts towards `max_attempts`, after which the trial fails instead; a worker that
     was asked to stop gives a trial back without it.
     """
-    with engine.begin() as conn:
-        _lock(conn, study_id)
-        holds = _holds(held.trial_id, held.token)
-        if conn.execute(select(tuner_leases.c.trial_id).where(holds)).one_or_none() is None:
-            return False
-        if not counts:
-            conn.execute(update(tuner_leases).where(holds).values(attempts=tuner_leases.c.attempts - 1))
-        _give_back(conn, [held.trial_id], max_attempts)
-        return True
+
+    return sessions.transaction(
+        lambda conn: bool(_give_back(conn, _holds(held), max_attempts, attempts_back=0 if counts else 1))
+    )
 
 
-def end(engine: Engine, held: Claim) -> None:
-    """Give up the lease on a trial that has ended."""
-    with engine.begin() as conn:
-        conn.execute(delete(tuner_leases).where(_holds(held.trial_id, held.token)))
+def live_leases(of_study: ColumnElement[bool]) -> Select[int, str | None]:
+    """Select (number, worker) of the trials that are running under a lease that has not run out."""
+    return (
+        select(trials.c.number, tuner_leases.c.worker)
+        .join(tuner_leases, tuner_leases.c.trial_id == trials.c.trial_id)
+        .where(of_study, trials.c.state == "RUNNING", ~_IS_EXPIRED)
+        .order_by(trials.c.number)
+    )
 
 
 def _lock(conn: Connection, study_id: int) -> None:
     row = conn.execute(select(studies.c.study_id).where(studies.c.study_id == study_id).with_for_update())
     if row.one_or_none() is None:
-        raise StudyNotFoundError(f"study {study_id} was deleted while it ran; nothing is left to do")
+        raise _deleted(study_id)
 
 
-def _expired(conn: Connection, study_id: int) -> list[int]:
-    rows = conn.execute(
-        select(trials.c.trial_id)
-        .join(tuner_leases, tuner_leases.c.trial_id == trials.c.trial_id)
-        .where(
-            trials.c.study_id == study_id,
-            trials.c.state == "RUNNING",
-            tuner_leases.c.expires_at < func.now(),
-        )
-    )
-    return list(rows.scalars())
+def _deleted(study_id: int) -> StudyNotFoundError:
+    return StudyNotFoundError(f"study {study_id} was deleted while it ran; nothing is left to do")
 
 
-def _give_back(conn: Connection, trial_ids: list[int], max_attempts: int) -> None:
-    """Set running trials to waiting, or to failed where all their attempts are used up.
+@cache
+def _select_standing() -> Select[Any]:
+    """Select what a claim is decided by, in one row and without reading the history.
 
-    What a waiting trial had reported goes: the next attempt starts from its first step, and a pruner would take the
-    old values for its own.
+    Numbers are dense, and so the trials that are done are all but the failed and the unfinished ones. Those are few,
+    and have an index of their own.
     """
-    if not trial_ids:
-        return
-    lost = conn.execute(
-        select(tuner_leases.c.trial_id, tuner_leases.c.attempts).where(
-            tuner_leases.c.trial_id.in_(trial_ids), tuner_leases.c.attempts >= max_attempts
+    of_study = trials.c.study_id == bindparam("study_id")
+    by_state = (
+        select(
+            *(
+                func.count().filter(trials.c.state == state).label(name)
+                for name, state in (("running", "RUNNING"), ("waiting", "WAITING"), ("failed", "FAIL"))
+            )
         )
-    ).all()
-    for row in lost:
-        message = f"its worker was lost in each of {row.attempts} attempts"
-        _set_user_attrs(conn, row.trial_id, {"failure": "lost", "failure_message": message})
-    failed = [row.trial_id for row in lost]
-    conn.execute(update(trials).where(trials.c.trial_id.in_(failed)).values(state="FAIL", datetime_complete=_utc_now()))
-    waiting = [trial_id for trial_id in trial_ids if trial_id not in failed]
-    conn.execute(update(trials).where(trials.c.trial_id.in_(waiting)).values(state="WAITING"))
-    conn.execute(delete(trial_intermediate_values).where(trial_intermediate_values.c.trial_id.in_(waiting)))
-    conn.execute(
-        update(tuner_leases)
-        .where(tuner_leases.c.trial_id.in_(trial_ids))
-        .values(token=None, worker=None, expires_at=None)
+        .where(of_study, trials.c.state.in_(_NOT_DONE))
+        .subquery()
+    )
+    n_trials = select(func.coalesce(func.max(trials.c.number) + 1, 0)).where(of_study)
+    waiting = select(trials.c.trial_id).where(of_study, trials.c.state == "WAITING").order_by(trials.c.number).limit(1)
+    expired = (
+        select(func.count())
+        .select_from(trials.join(tuner_leases, tuner_leases.c.trial_id == trials.c.trial_id))
+        .where(of_study, trials.c.state == "RUNNING", _IS_EXPIRED)
+    )
+    age = func.clock_timestamp() - tuner_studies.c.created_at
+    return (
+        select(
+            func.coalesce(tuner_studies.c.state, "open").label("state"),
+            func.extract("epoch", age).label("age_s"),
+            n_trials.scalar_subquery().label("n_trials"),
+            by_state,
+            waiting.scalar_subquery().label("oldest_waiting"),
+            expired.scalar_subquery().label("expired"),
+        )
+        .select_from(studies.outerjoin(tuner_studies, tuner_studies.c.study_id == studies.c.study_id))
+        .join(by_state, true())
+        .where(studies.c.study_id == bindparam("study_id"))
     )
 
 
-def _closed(conn: Connection, study_id: int, budget: Budget, counts: StateCounts) -> NothingToClaim | None:
-    if counts.done >= budget.trials:
+def _standing(conn: Connection, study_id: int) -> Row[Any]:
+    row = conn.execute(_select_standing(), {"study_id": study_id}).one_or_none()
+    if row is None:
+        raise _deleted(study_id)
+    return row
+
+
+def _closed(standing: Row[Any], budget: Budget) -> NothingToClaim | None:
+    done = standing.n_trials - standing.running - standing.waiting - standing.failed
+    if standing.state == "stopped":
+        return NothingToClaim(final=True, reason="the study was stopped; 'tuner resume' lets it go on")
+    if done >= budget.trials:
         return NothingToClaim(final=True, reason=f"the budget of {budget.trials} trials is used up")
-    if counts.failed > budget.max_failures:
+    if standing.failed > budget.max_failures:
         return NothingToClaim(
-            final=True, reason=f"{counts.failed} trials failed, more than the {budget.max_failures} allowed"
+            final=True, reason=f"{standing.failed} trials failed, more than the {budget.max_failures} allowed"
         )
-    if budget.timeout_s is not None and _is_older(conn, study_id, budget.timeout_s):
+    if budget.timeout_s is not None and standing.age_s > budget.timeout_s:
         return NothingToClaim(final=True, reason=f"the study's time of {budget.timeout_s:g} s is over")
-    if counts.done + counts.running >= budget.trials:
-        return NothingToClaim(final=False, reason=f"{counts.running} running trials hold the rest of the budget")
+    if standing.state == "paused":
+        return NothingToClaim(final=False, reason="the study is paused; 'tuner resume' lets it go on")
+    if done + standing.running >= budget.trials:
+        return NothingToClaim(final=False, reason=f"{standing.running} running trials hold the rest of the budget")
     return None
 
 
-def _is_older(conn: Connection, study_id: int, seconds: float) -> bool:
-    age = func.extract("epoch", func.now() - tuner_studies.c.created_at)
-    return bool(conn.execute(select(age > literal(seconds)).where(tuner_studies.c.study_id == study_id)).scalar_one())
-
-
-def _hand_out(conn: Connection, study_id: int, worker: str) -> Claim:
-    of_study = trials.c.study_id == study_id
-    waiting = conn.execute(
-        select(trials.c.trial_id, trials.c.number)
-        .where(of_study, trials.c.state == "WAITING")
-        .order_by(trials.c.number)
-        .limit(1)
-        .with_for_update(skip_locked=True)  # stock Optuna takes waiting trials without the study's lock
-    ).one_or_none()
-    if waiting is None:
-        number = conn.execute(select(func.coalesce(func.max(trials.c.number) + 1, 0)).where(of_study)).scalar_one()
-        trial_id = conn.execute(
-            insert(trials)
-            .values(study_id=study_id, number=number, state="RUNNING", datetime_start=_utc_now())
-            .returning(trials.c.trial_id)
-        ).scalar_one()
-    else:
-        trial_id, number = waiting
-        conn.execute(
-            update(trials).where(trials.c.trial_id == trial_id).values(state="RUNNING", datetime_start=_utc_now())
-        )
+def _hand_out(conn: Connection, study_id: int, standing: Row[Any], worker: str) -> Claim:
+    row = None
+    if standing.oldest_waiting is not None:
+        # Stock Optuna takes waiting trials without the study's lock; then ours is a new one.
+        row = conn.execute(_start(), {"the_trial": standing.oldest_waiting}).one_or_none()
+    if row is None:
+        row = conn.execute(_create(), {"study_id": study_id, "number": standing.n_trials}).one()
     token = uuid.uuid4()
-    lease = {"token": token, "worker": worker, "expires_at": _in_lease_time()}
-    attempt = conn.execute(
+    attempt = conn.execute(_lease(), {"trial_id": row.trial_id, "token": token, "worker": worker}).scalar_one()
+    return Claim(trial_id=row.trial_id, number=row.number, attempt=attempt, token=token)
+
+
+@cache
+def _start() -> ReturningUpdate[int, int | None]:
+    return (
+        update(trials)
+        .where(trials.c.trial_id == bindparam("the_trial"), trials.c.state == "WAITING")
+        .values(state="RUNNING", datetime_start=_utc_now())
+        .returning(trials.c.trial_id, trials.c.number)
+    )
+
+
+@cache
+def _create() -> ReturningInsert[int, int | None]:
+    values = {"study_id": bindparam("study_id"), "number": bindparam("number"), "state": "RUNNING"}
+    return insert(trials).values(**values, datetime_start=_utc_now()).returning(trials.c.trial_id, trials.c.number)
+
+
+@cache
+def _lease() -> ReturningInsert[int]:
+    lease = {"token": bindparam("token"), "worker": bindparam("worker"), "expires_at": _in_lease_time()}
+    return (
         upsert(tuner_leases)
-        .values(trial_id=trial_id, attempts=1, **lease)
+        .values(trial_id=bindparam("trial_id"), attempts=1, **lease)
         .on_conflict_do_update(
             index_elements=[tuner_leases.c.trial_id], set_={"attempts": tuner_leases.c.attempts + 1, **lease}
         )
         .returning(tuner_leases.c.attempts)
-    ).scalar_one()
-    return Claim(trial_id=trial_id, number=number, attempt=attempt, token=token)
+    )
+
+
+def _give_back(conn: Connection, whose: ColumnElement[bool], max_attempts: int, *, attempts_back: int = 0) -> int:
+    """Set running trials, by their leases, to waiting, or to failed where all their attempts are used up.
+
+    Returns how many there were. What a waiting trial had reported goes: the next attempt starts from its first step,
+    and a pruner would take the old values for its own.
+    """
+    # Locked, so that a holder who ends a trial now either has ended it before or finds that it is not his any more.
+    rows = conn.execute(
+        select(trials.c.trial_id, (tuner_leases.c.attempts - attempts_back).label("attempts"))
+        .join(tuner_leases, tuner_leases.c.trial_id == trials.c.trial_id)
+        .where(trials.c.state == "RUNNING", whose)
+        .with_for_update()
+    ).all()
+    if not rows:
+        return 0
+    lost = {row.trial_id: row.attempts for row in rows if row.attempts >= max_attempts}
+    for trial_id, attempts in lost.items():
+        message = f"its worker was lost in each of {attempts} attempts"
+        _set_user_attrs(conn, trial_id, {"failure": "lost", "failure_message": message})
+    waiting = [row.trial_id for row in rows if row.trial_id not in lost]
+    conn.execute(update(trials).where(trials.c.trial_id.in_(lost)).values(state="FAIL", datetime_complete=_utc_now()))
+    conn.execute(update(trials).where(trials.c.trial_id.in_(waiting)).values(state="WAITING"))
+    conn.execute(delete(trial_intermediate_values).where(trial_intermediate_values.c.trial_id.in_(waiting)))
+    conn.execute(
+        update(tuner_leases)
+        .where(tuner_leases.c.trial_id.in_([row.trial_id for row in rows]))
+        .values(attempts=tuner_leases.c.attempts - attempts_back, token=None, worker=None, expires_at=None)
+    )
+    return len(rows)
 
 
 def _set_user_attrs(conn: Connection, trial_id: int, attrs: dict[str, Any]) -> None:
@@ -225,8 +293,11 @@ def _set_user_attrs(conn: Connection, trial_id: int, attrs: dict[str, Any]) -> N
     )
 
 
-def _holds(trial_id: int, token: uuid.UUID) -> ColumnElement[bool]:
-    return (tuner_leases.c.trial_id == trial_id) & (tuner_leases.c.token == token)
+_IS_EXPIRED: Final = tuner_leases.c.expires_at < func.clock_timestamp()
+
+
+def _holds(held: Claim) -> ColumnElement[bool]:
+    return and_(tuner_leases.c.trial_id == held.trial_id, tuner_leases.c.token == held.token)
 
 
 def _in_lease_time() -> ColumnElement[Any]:

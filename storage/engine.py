@@ -11,7 +11,7 @@ from sqlalchemy.dialects import plugins
 from sqlalchemy.exc import ArgumentError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
-from storage.errors import AuthenticationError, InvalidURLError, StorageError, UnreachableError
+from storage.errors import AuthenticationError, InvalidURLError, NoDatabaseError, StorageError, UnreachableError
 from storage.url import mask_url, parse_url
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ def is_outage(error: BaseException) -> bool:
 
     Looks through errors that wrap another, as Optuna's do.
     """
-    if isinstance(error, AuthenticationError):
+    if isinstance(error, AuthenticationError | NoDatabaseError):
         return False
     if isinstance(error, UnreachableError | OperationalError | PoolTimeoutError):
         return True
@@ -141,7 +141,7 @@ def _connection_error(error: BaseException, url: URL) -> StorageError:
             "or a password file), and the server's pg_hba.conf"
         )
     if _NO_DATABASE.search(reason):
-        return UnreachableError(f"no such database at {shown}: {reason}; create it (createdb), or correct the name")
+        return NoDatabaseError(f"no such database at {shown}: {reason}; create it (createdb), or correct the name")
     return UnreachableError(
         f"cannot reach PostgreSQL at {shown}: {reason}; check that the server runs, and its host and port"
     )

@@ -19,6 +19,14 @@ class AuthenticationError(UnreachableError):
     """The server answers but does not let this role in."""
 
 
+class NoDatabaseError(UnreachableError):
+    """The server answers but has no database of that name."""
+
+
+class BusyError(UnreachableError):
+    """The server is there, but others kept what was needed locked or busy for longer than a session waits."""
+
+
 class SchemaVersionError(StorageError):
     """The tables of this database belong to another version of tuner or Optuna."""
 
@@ -37,6 +45,14 @@ class EmbeddedServerError(StorageError):
 
 class LeaseLostError(StorageError):
     """The lease on a trial is no longer ours: whoever holds the trial now is the one to write to it."""
+
+
+class StudyHaltedError(StorageError):
+    """The study was stopped or paused: its trials are to be given back, and no more are handed out."""
+
+
+class LiveTrialsError(StorageError):
+    """Workers run trials of the study, which may not go under their hands."""
 
 
 class InvalidWriteError(ValueError):

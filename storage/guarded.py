@@ -8,7 +8,7 @@ that touched no row tells nothing of why; `standing` and `check_writable` do.
 from __future__ import annotations
 
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -20,6 +20,7 @@ from sqlalchemy import (
     Connection,
     Executable,
     Insert,
+    Row,
     Select,
     Table,
     Text,
@@ -33,6 +34,7 @@ from sqlalchemy import (
     update,
 )
 from sqlalchemy.dialects.postgresql import ARRAY, insert
+from sqlalchemy.sql.dml import ReturningInsert
 
 from storage.errors import LeaseLostError
 from storage.frozen import UNFINISHED
@@ -42,6 +44,7 @@ from storage.tables import (
     trial_values,
     trials,
     tuner_leases,
+    tuner_studies,
 )
 from storage.values import stored, stored_objective
 
@@ -66,19 +69,16 @@ class Write:
         """Return how many rows were written; 0 if the trial was not ours to write to."""
         return conn.execute(self.statement, self.values).rowcount
 
+    def run_returning(self, conn: Connection) -> Row[Any] | None:
+        """Return what the statement returns of the row written, None if the trial was not ours to write to."""
+        return conn.execute(self.statement, self.values).one_or_none()
+
 
 def report(trial_id: int, token: uuid.UUID | None, step: int, value: float) -> Write:
-    """Write an intermediate value, over an earlier one of the same step."""
+    """Write an intermediate value, over an earlier one of the same step; returns the `state` of a study of ours."""
     number, kind = stored(value)
     values = {"new_step": step, "new_intermediate_value": number, "new_intermediate_value_type": kind}
-    statement = _upsert(
-        trial_intermediate_values,
-        ("trial_id", "step"),
-        ("intermediate_value", "intermediate_value_type"),
-        overwrite=True,
-        leased=token is not None,
-    )
-    return _write(statement, trial_id, token, values)
+    return _write(_report(leased=token is not None), trial_id, token, values)
 
 
 def param(trial_id: int, token: uuid.UUID | None, name: str, internal: float, distribution_json: str) -> Write:
@@ -94,10 +94,10 @@ def param(trial_id: int, token: uuid.UUID | None, name: str, internal: float, di
     return _write(statement, trial_id, token, values)
 
 
-def attribute(table: Table, trial_id: int, token: uuid.UUID | None, key: str, value_json: str) -> Write:
-    """Write an attribute of a trial, over an earlier one of the same key."""
-    statement = _upsert(table, ("trial_id", "key"), ("value_json",), overwrite=True, leased=token is not None)
-    return _write(statement, trial_id, token, {"new_key": key, "new_value_json": value_json})
+def attributes(table: Table, trial_id: int, token: uuid.UUID | None, values_json: Mapping[str, str]) -> Write:
+    """Write attributes of a trial, at least one, over earlier ones of the same keys."""
+    given = {"new_keys": list(values_json), "new_values_json": list(values_json.values())}
+    return _write(_set_attributes(table, leased=token is not None), trial_id, token, given)
 
 
 def start(trial_id: int, token: uuid.UUID | None) -> Write:
@@ -165,6 +165,37 @@ def _upsert(table: Table, key: tuple[str, ...], columns: tuple[str, ...], *, ove
 
 
 @cache
+def _report(*, leased: bool) -> ReturningInsert[str]:
+    upsert = _upsert(
+        trial_intermediate_values,
+        ("trial_id", "step"),
+        ("intermediate_value", "intermediate_value_type"),
+        overwrite=True,
+        leased=leased,
+    )
+    of_study = trials.c.study_id == tuner_studies.c.study_id
+    state = select(tuner_studies.c.state).join(trials, of_study).where(trials.c.trial_id == bindparam("the_trial"))
+    return upsert.returning(state.scalar_subquery().label("state"))
+
+
+@cache
+def _set_attributes(table: Table, *, leased: bool) -> Insert:
+    given = (
+        func.unnest(cast(bindparam("new_keys"), ARRAY(Text)), cast(bindparam("new_values_json"), ARRAY(Text)))
+        .table_valued("key", "value_json", name="given")
+        .render_derived()
+    )
+    ours = _locked(UNFINISHED, leased).with_for_update(read=True).cte("ours")
+    statement = insert(table).from_select(
+        ["trial_id", "key", "value_json"],
+        select(ours.c.trial_id, given.c.key, given.c.value_json).select_from(ours.join(given, true())),
+    )
+    return statement.on_conflict_do_update(
+        index_elements=["trial_id", "key"], set_={"value_json": statement.excluded.value_json}
+    ).execution_options(preserve_rowcount=True)
+
+
+@cache
 def _set_state(state: TrialState, *, leased: bool) -> Update:
     changes: dict[str, Any] = {"state": state.name}
     if state == TrialState.RUNNING:
@@ -174,7 +205,12 @@ def _set_state(state: TrialState, *, leased: bool) -> Update:
     # An UPDATE by itself would not lock the lease, and look at it as it was before a wait for the trial's row.
     states = ("WAITING",) if state == TrialState.RUNNING else UNFINISHED
     ours = _locked(states, leased).with_for_update().cte("ours")
-    return update(trials).values(changes).where(trials.c.trial_id == ours.c.trial_id)
+    statement = update(trials).values(changes).where(trials.c.trial_id == ours.c.trial_id)
+    if not (leased and state.is_finished()):
+        return statement
+    # The lease ends with the trial; its token stays, by which the holder knows a repeated write for his own.
+    ended = update(tuner_leases).values(expires_at=None).where(tuner_leases.c.trial_id == ours.c.trial_id)
+    return statement.add_cte(ended.cte("lease"))
 
 
 @cache

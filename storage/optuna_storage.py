@@ -12,13 +12,16 @@ from storage.url import parse_url
 if TYPE_CHECKING:
     from sqlalchemy import URL
 
+    from storage.sessions import Retry
 
-def open_storage(url: str | URL, *, read_only: bool = False) -> PostgresStorage:
+
+def open_storage(url: str | URL, *, read_only: bool = False, retry: Retry | None = None) -> PostgresStorage:
     """Open the studies of a database, creating or migrating its tables first.
 
     A running trial of `study.optimize` whose process sends no heartbeat for 60 seconds is failed by whoever asks
-    next. Any number of processes may open the same database at once. With `read_only`, writing raises StorageError,
-    as all does that the database does not do.
+    next. Any number of processes may open the same database at once. Opening fails at once if the database is away;
+    later calls wait for it, ten minutes or as `retry` says. With `read_only`, writing raises StorageError, as all
+    does that the database does not do.
     """
     parsed = parse_url(url)
     engine = open_engine(parsed, read_only=read_only)
@@ -26,4 +29,4 @@ def open_storage(url: str | URL, *, read_only: bool = False) -> PostgresStorage:
         ensure_schema(engine)
     finally:
         engine.dispose()
-    return PostgresStorage(parsed, read_only=read_only)
+    return PostgresStorage(parsed, read_only=read_only, retry=retry)

@@ -45,9 +45,9 @@ _OF_STUDY: Final = (study_directions, study_user_attributes, study_system_attrib
 
 
 class StudyStorage(BaseStorage):
-    """Studies in PostgreSQL; `_sessions` is the subclass's to set."""
+    """Studies in PostgreSQL; `sessions` is the subclass's to set."""
 
-    _sessions: Sessions
+    sessions: Sessions
 
     def create_new_study(self, directions: Sequence[StudyDirection], study_name: str | None = None) -> int:
         name = f"{DEFAULT_STUDY_NAME_PREFIX}{uuid.uuid4()}" if study_name is None else study_name
@@ -67,7 +67,7 @@ class StudyStorage(BaseStorage):
             conn.execute(insert(study_directions).values(rows))
             return study_id
 
-        return self._sessions.transaction(work)
+        return self.sessions.transaction(work)
 
     def delete_study(self, study_id: int) -> None:
         of_study = select(trials.c.trial_id).where(trials.c.study_id == study_id)
@@ -82,7 +82,7 @@ class StudyStorage(BaseStorage):
             for table in (trials, *_OF_STUDY, studies):
                 conn.execute(delete(table).where(table.c.study_id == study_id))
 
-        self._sessions.transaction(work)
+        self.sessions.transaction(work)
 
     def set_study_user_attr(self, study_id: int, key: str, value: Any) -> None:
         self._set_study_attr(study_user_attributes, study_id, key, value)
@@ -101,25 +101,25 @@ class StudyStorage(BaseStorage):
         statement = insertion.on_conflict_do_update(
             index_elements=["study_id", "key"], set_={"value_json": insertion.excluded.value_json}
         ).execution_options(preserve_rowcount=True)
-        if self._sessions.statement(lambda conn: conn.execute(statement).rowcount) == 0:
+        if self.sessions.statement(lambda conn: conn.execute(statement).rowcount) == 0:
             raise no_study(study_id)
 
     def get_study_id_from_name(self, study_name: str) -> int:
         query = select(studies.c.study_id).where(studies.c.study_name == study_name)
-        study_id: int | None = self._sessions.statement(lambda conn: conn.execute(query).scalar())
+        study_id: int | None = self.sessions.statement(lambda conn: conn.execute(query).scalar())
         if study_id is None:
             raise KeyError(f"no study is named {study_name!r}")
         return study_id
 
     def get_study_name_from_id(self, study_id: int) -> str:
         query = select(studies.c.study_name).where(studies.c.study_id == study_id)
-        name: str | None = self._sessions.statement(lambda conn: conn.execute(query).scalar())
+        name: str | None = self.sessions.statement(lambda conn: conn.execute(query).scalar())
         if name is None:
             raise no_study(study_id)
         return name
 
     def get_study_directions(self, study_id: int) -> list[StudyDirection]:
-        directions = self._sessions.statement(lambda conn: directions_of(conn, study_id))
+        directions = self.sessions.statement(lambda conn: directions_of(conn, study_id))
         if not directions:
             raise no_study(study_id)
         return directions
@@ -131,7 +131,7 @@ class StudyStorage(BaseStorage):
         return self._attrs(study_system_attributes, studies.c.study_id, study_id)
 
     def get_all_studies(self) -> list[FrozenStudy]:
-        return self._sessions.snapshot(_all_studies)
+        return self.sessions.snapshot(_all_studies)
 
     def _attrs(self, table: Table, owner: Column[int], owner_id: int) -> dict[str, Any]:
         """Return the attributes of a study or a trial. Raises KeyError if there is none of that id."""
@@ -141,7 +141,7 @@ class StudyStorage(BaseStorage):
             .where(owner == owner_id)
             .order_by(table.primary_key.columns[0])
         )
-        rows = self._sessions.statement(lambda conn: conn.execute(query).all())
+        rows = self.sessions.statement(lambda conn: conn.execute(query).all())
         if not rows:
             raise KeyError(f"no row of {owner.table.name} has the id {owner_id}")
         return {row.key: json.loads(row.value_json) for row in rows if row.key is not None}

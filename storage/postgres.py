@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import uuid
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from optuna.distributions import BaseDistribution, check_distribution_compatibility, distribution_to_json
@@ -17,11 +17,11 @@ from sqlalchemy.dialects.postgresql import insert as upsert
 
 from storage import guarded
 from storage.engine import open_engine
-from storage.errors import InvalidWriteError, StorageError
-from storage.frozen import copied, load_trials
+from storage.errors import InvalidWriteError, StorageError, StudyHaltedError
+from storage.frozen import copied, load_trial
 from storage.new_trials import create_trial, known_distribution
 from storage.optuna_studies import StudyStorage, directions_of, lock_study, no_study
-from storage.sessions import Retry, Sessions
+from storage.sessions import Backoff, Retry, Sessions, is_away
 from storage.studies import best_first
 from storage.study_cache import StudyCache
 from storage.tables import (
@@ -51,7 +51,7 @@ class PostgresStorage(StudyStorage, BaseHeartbeat):
 
     Thread safe, on at most two connections. A write is committed when its call returns. Finished trials are read
     once and kept, and handed out uncopied unless a copy is asked for; with `cache` off every call reads anew.
-    `retry` is given the calls that may be done twice.
+    While the database is away, calls wait and try again, for ten minutes unless `retry` decides otherwise.
     Raises what Optuna's contract names, InvalidWriteError for what the tables cannot hold, LeaseLostError,
     UnreachableError and other StorageErrors for what the database did not do.
     """
@@ -82,7 +82,7 @@ class PostgresStorage(StudyStorage, BaseHeartbeat):
 
     def _connect(self, retry: Retry | None) -> None:
         self.engine: Engine = open_engine(self._url, read_only=self._read_only, application_name=self._application_name)
-        self._sessions = Sessions(self.engine, retry)
+        self.sessions = Sessions(self.engine, retry or Backoff(is_away=is_away))
         self._lock = threading.Lock()
         self._caches: dict[int, StudyCache] = {}
         self._study_of: dict[int, int] = {}  # by trial id, of trials written to
@@ -109,7 +109,7 @@ class PostgresStorage(StudyStorage, BaseHeartbeat):
             lock_study(conn, study_id)
             return create_trial(conn, study_id, template_trial)
 
-        trial_id = self._sessions.transaction(work)
+        trial_id = self.sessions.transaction(work)
         self._study_of[trial_id] = study_id
         return trial_id
 
@@ -128,7 +128,7 @@ class PostgresStorage(StudyStorage, BaseHeartbeat):
                 # Ours to write to means that the param was there already.
                 guarded.check_writable(trial_id, guarded.standing(conn, trial_id), token)
 
-        self._sessions.statement(work)
+        self.sessions.statement(work)
 
     def _check_distribution(
         self, conn: Connection, trial_id: int, token: uuid.UUID | None, name: str, distribution: BaseDistribution
@@ -160,58 +160,73 @@ class PostgresStorage(StudyStorage, BaseHeartbeat):
             if write.run(conn) > 0:
                 return True
             now = guarded.standing(conn, trial_id)
-            if token is not None and now.token == token and state.is_finished() and now.state == state:
-                return True  # it was done before, and the answer was lost
+            if token is not None and now.token == token and now.state == state:
+                return True  # by an earlier call of the holder, whose answer was lost
             guarded.check_writable(trial_id, now, token)
             return False
 
-        return self._sessions.statement(work)
+        # Without a token, nothing would tell a write done twice from two.
+        return self.sessions.statement(work) if token is not None else self.sessions.transaction(work)
 
     def _check_n_values(self, conn: Connection, trial_id: int, n_values: int) -> None:
         study_id = self._study_of.get(trial_id)
-        if study_id is None:
+        wanted = None if study_id is None else self._n_objectives.get(study_id)
+        if study_id is None or wanted is None:
             study_id = self._study_of[trial_id] = guarded.standing(conn, trial_id).study_id
-        wanted = self._n_objectives.get(study_id)
-        if wanted is None:
             wanted = self._n_objectives[study_id] = len(directions_of(conn, study_id))
         if n_values != wanted:
             raise InvalidWriteError(f"a trial of study id {study_id} has {wanted} values, got {n_values}")
 
     def set_trial_intermediate_value(self, trial_id: int, step: int, intermediate_value: float) -> None:
+        """Report a value. Raises StudyHaltedError, once it is written, to the holder of a lease in a halted study."""
         token = self._leases.get(trial_id)
-        self._write(trial_id, token, guarded.report(trial_id, token, checked_step(step), intermediate_value))
+        write = guarded.report(trial_id, token, checked_step(step), intermediate_value)
+
+        def work(conn: Connection) -> str | None:
+            written = write.run_returning(conn)
+            if written is None:
+                raise _refusal(conn, trial_id, token)
+            state: str | None = written.state
+            return state
+
+        state = self.sessions.statement(work)
+        if token is not None and state in ("paused", "stopped"):
+            raise StudyHaltedError(f"the study was {state}: trial id {trial_id} is to be given back")
 
     def set_trial_user_attr(self, trial_id: int, key: str, value: Any) -> None:
-        self._set_trial_attr(trial_user_attributes, trial_id, key, value)
+        self._set_trial_attrs(trial_user_attributes, trial_id, {key: value})
+
+    def set_trial_user_attrs(self, trial_id: int, attrs: Mapping[str, Any]) -> None:
+        """Set several attributes in one statement."""
+        if attrs:
+            self._set_trial_attrs(trial_user_attributes, trial_id, attrs)
 
     def set_trial_system_attr(self, trial_id: int, key: str, value: Any) -> None:
-        self._set_trial_attr(trial_system_attributes, trial_id, key, value)
+        self._set_trial_attrs(trial_system_attributes, trial_id, {key: value})
 
-    def _set_trial_attr(self, table: Table, trial_id: int, key: str, value: Any) -> None:
+    def _set_trial_attrs(self, table: Table, trial_id: int, attrs: Mapping[str, Any]) -> None:
         token = self._leases.get(trial_id)
-        checked_name(key, "an attribute's key")
-        self._write(trial_id, token, guarded.attribute(table, trial_id, token, key, json.dumps(value)))
+        values_json = {checked_name(key, "an attribute's key"): json.dumps(value) for key, value in attrs.items()}
+        write = guarded.attributes(table, trial_id, token, values_json)
 
-    def _write(self, trial_id: int, token: uuid.UUID | None, write: guarded.Write) -> None:
         def work(conn: Connection) -> None:
             if write.run(conn) == 0:
-                guarded.check_writable(trial_id, guarded.standing(conn, trial_id), token)
-                raise StorageError(f"trial id {trial_id} could not be written to for no known reason; try again")
+                raise _refusal(conn, trial_id, token)
 
-        self._sessions.statement(work)
+        self.sessions.statement(work)
 
     # Reading
 
     def get_trial_id_from_study_id_trial_number(self, study_id: int, trial_number: int) -> int:
         query = select(trials.c.trial_id).where(trials.c.study_id == study_id, trials.c.number == trial_number)
-        trial_id: int | None = self._sessions.statement(lambda conn: conn.execute(query).scalar())
+        trial_id: int | None = self.sessions.statement(lambda conn: conn.execute(query).scalar())
         if trial_id is None:
             raise KeyError(f"study id {study_id} has no trial of number {trial_number}")
         return trial_id
 
     def get_trial_number_from_id(self, trial_id: int) -> int:
         query = select(trials.c.number).where(trials.c.trial_id == trial_id)
-        number: int | None = self._sessions.statement(lambda conn: conn.execute(query).scalar())
+        number: int | None = self.sessions.statement(lambda conn: conn.execute(query).scalar())
         if number is None:
             raise _no_trial(trial_id)
         return number
@@ -220,7 +235,7 @@ class PostgresStorage(StudyStorage, BaseHeartbeat):
         query = select(trial_params.c.param_value).where(
             trial_params.c.trial_id == trial_id, trial_params.c.param_name == param_name
         )
-        internal: float | None = self._sessions.statement(lambda conn: conn.execute(query).scalar())
+        internal: float | None = self.sessions.statement(lambda conn: conn.execute(query).scalar())
         if internal is None:
             raise KeyError(f"no trial of id {trial_id} has a param {param_name!r}")
         return internal
@@ -232,10 +247,10 @@ class PostgresStorage(StudyStorage, BaseHeartbeat):
         return self._attrs(trial_system_attributes, trials.c.trial_id, trial_id)
 
     def get_trial(self, trial_id: int) -> FrozenTrial:
-        found = self._sessions.snapshot(lambda conn: load_trials(conn, [trial_id]))
-        if not found:
+        found = self.sessions.snapshot(lambda conn: load_trial(conn, trial_id))
+        if found is None:
             raise _no_trial(trial_id)
-        return found[0]
+        return found
 
     def get_all_trials(
         self, study_id: int, deepcopy: bool = True, states: Container[TrialState] | None = None
@@ -250,7 +265,7 @@ class PostgresStorage(StudyStorage, BaseHeartbeat):
             .where(studies.c.study_id == study_id)
             .group_by(studies.c.study_id, trials.c.state)
         )
-        rows = self._sessions.statement(lambda conn: conn.execute(query).all())
+        rows = self.sessions.statement(lambda conn: conn.execute(query).all())
         if not rows:
             raise no_study(study_id)
         states = (state,) if isinstance(state, TrialState) else state
@@ -269,17 +284,18 @@ class PostgresStorage(StudyStorage, BaseHeartbeat):
             query = select(trials.c.trial_id).join(trial_values, first_value)
             direction = "maximize" if directions[0] == StudyDirection.MAXIMIZE else "minimize"
             best = conn.execute(best_first(query, study_id, direction).limit(1)).scalar()
-            if best is None:
+            found = None if best is None else load_trial(conn, best)
+            if found is None:
                 raise ValueError(f"study id {study_id} has no complete trial")
-            return load_trials(conn, [best])[0]
+            return found
 
-        return self._sessions.snapshot(work)
+        return self.sessions.snapshot(work)
 
     def _cache_of(self, study_id: int) -> StudyCache:
         if not self._is_cached:
-            return StudyCache(self._sessions, study_id)
+            return StudyCache(self.sessions, study_id)
         with self._lock:
-            return self._caches.setdefault(study_id, StudyCache(self._sessions, study_id))
+            return self._caches.setdefault(study_id, StudyCache(self.sessions, study_id))
 
     # Heartbeats, for those who run trials by study.optimize; trials of ours have leases instead
 
@@ -291,7 +307,7 @@ class PostgresStorage(StudyStorage, BaseHeartbeat):
         statement = alive.on_conflict_do_update(
             index_elements=["trial_id"], set_={"heartbeat": alive.excluded.heartbeat}
         )
-        self._sessions.statement(lambda conn: conn.execute(statement))
+        self.sessions.statement(lambda conn: conn.execute(statement))
 
     def _get_stale_trial_ids(self, study_id: int) -> list[int]:
         age = guarded.utc_now() - trial_heartbeats.c.heartbeat
@@ -308,13 +324,19 @@ class PostgresStorage(StudyStorage, BaseHeartbeat):
             )
             .order_by(trials.c.trial_id)
         )
-        return self._sessions.statement(lambda conn: list(conn.execute(query).scalars()))
+        return self.sessions.statement(lambda conn: list(conn.execute(query).scalars()))
 
     def get_heartbeat_interval(self) -> int:
         return HEARTBEAT_INTERVAL_S
 
     def get_heartbeat_stale_trial_callback(self) -> Callable[[optuna.Study, FrozenTrial], None] | None:
         return None
+
+
+def _refusal(conn: Connection, trial_id: int, token: uuid.UUID | None) -> StorageError:
+    """Return the error for a write that found nothing; raise what the trial as it stands explains it by."""
+    guarded.check_writable(trial_id, guarded.standing(conn, trial_id), token)
+    return StorageError(f"trial id {trial_id} could not be written to for no known reason; try again")
 
 
 def _no_trial(trial_id: int) -> KeyError:

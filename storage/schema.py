@@ -53,11 +53,15 @@ _MIGRATIONS: Final[tuple[tuple[str, ...], ...]] = (
         "CREATE INDEX ix_tuner_exports_study_id ON tuner_exports (study_id)",
         "CREATE UNIQUE INDEX ux_trials_study_id_number ON trials (study_id, number)",
     ),
-    # Who looks for waiting trials or those whose worker is gone need not read a study's history.
+    # Who looks for waiting trials, those whose worker is gone, or how many failed, need not read a study's history.
     (
         """
-        CREATE INDEX ix_tuner_trials_unfinished ON trials (study_id, number)
-        WHERE state IN ('RUNNING', 'WAITING')
+        CREATE INDEX ix_tuner_trials_not_done ON trials (study_id, state, number)
+        WHERE state IN ('RUNNING', 'WAITING', 'FAIL')
+        """,
+        """
+        ALTER TABLE tuner_studies ADD COLUMN state text NOT NULL DEFAULT 'open'
+        CHECK (state IN ('open', 'paused', 'stopped'))
         """,
     ),
 )

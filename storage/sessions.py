@@ -2,24 +2,36 @@
 
 from __future__ import annotations
 
+import logging
 import random
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Final, Protocol, TypeVar
+from dataclasses import dataclass
+from typing import Any, Final, Generic, Protocol, TypeVar
 
 import psycopg2.errors
-from sqlalchemy import Connection, Engine
-from sqlalchemy.exc import DataError, DBAPIError, OperationalError
+from sqlalchemy import Connection, Engine, text
+from sqlalchemy.exc import DataError, DBAPIError, OperationalError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
-from storage.errors import InvalidWriteError, StorageError, UnreachableError
+from storage.engine import is_outage
+from storage.errors import BusyError, InvalidWriteError, StorageError, UnreachableError
 from storage.url import mask_url
 
 T = TypeVar("T")
 
+OUTAGE_S: Final = 600.0
+"""How long a call waits for a database that went away."""
+
+_FIRST_PAUSE_S: Final = 0.1
+_LONGEST_PAUSE_S: Final = 5.0
 _ROLLED_BACK_TRIES: Final = 10
 _ROLLED_BACK_PAUSE_S: Final = 0.05
+_SETTLING_S: Final = 10.0
+
+_log = logging.getLogger(__name__)
 
 
 class Retry(Protocol):
@@ -29,13 +41,56 @@ class Retry(Protocol):
         """Return `call()`."""
 
 
+class Backoff:
+    """Calls again while the database is away, with growing pauses, each shortened at random.
+
+    Gives up after `limit_s` seconds, or once `stop` is set, and raises what the last call did. `notice` is told of
+    the first error of an outage; it is logged where there is none.
+    """
+
+    def __init__(
+        self,
+        limit_s: float = OUTAGE_S,
+        *,
+        stop: threading.Event | None = None,
+        notice: Callable[[Exception], None] | None = None,
+        is_away: Callable[[BaseException], bool] = is_outage,
+    ) -> None:
+        self._limit_s = limit_s
+        self._stop = stop or threading.Event()
+        self._notice = notice or _log_outage
+        self._is_away = is_away
+
+    def __call__(self, call: Callable[[], T], /) -> T:
+        """Return `call()`. Raises at once what is no outage."""
+        pause_s, gives_up_at = _FIRST_PAUSE_S, None
+        while True:
+            try:
+                return call()
+            except (StorageError, SQLAlchemyError) as error:
+                if not self._is_away(error):
+                    raise
+                if gives_up_at is None:
+                    gives_up_at = time.monotonic() + self._limit_s
+                    self._notice(error)
+                left_s = gives_up_at - time.monotonic()
+                if left_s <= 0 or self._stop.wait(min(left_s, pause_s * random.uniform(0.5, 1.0))):  # noqa: S311
+                    raise
+            pause_s = min(pause_s * 2, _LONGEST_PAUSE_S)
+
+
+def is_away(error: BaseException) -> bool:
+    """Whether the server could not be reached; not that others keep it busy, whose wait had its own limit."""
+    return is_outage(error) and not isinstance(error, BusyError)
+
+
 class Sessions:
     """Runs work on connections of an engine.
 
-    What the server certainly rolled back - a deadlock, a serialization failure - is done again. A lost connection
-    leaves open whether a write was committed: `retry`, if there is one, sees the work that may be done twice.
-    Raises UnreachableError for a connection that was lost or a statement that took too long, StorageError for what
-    else the server refused.
+    What the server certainly rolled back - a deadlock, a serialization failure - is done again. So is, through
+    `retry`, what met a server that was away, without ever being done twice: see `transaction`.
+    Raises UnreachableError for a connection that was lost, BusyError for a statement that took too long, and
+    StorageError for what else the server refused.
     """
 
     def __init__(self, engine: Engine, retry: Retry | None = None) -> None:
@@ -62,14 +117,44 @@ class Sessions:
 
         return self._patiently(once)
 
-    def transaction(self, work: Callable[[Connection], T], *, twice: bool = False) -> T:
-        """Run work in one transaction; `twice` says that doing it again after a commit does no harm."""
+    def transaction(self, work: Callable[[Connection], T]) -> T:
+        """Run work in one transaction that is committed exactly once.
+
+        A connection lost during COMMIT leaves open whether the server did it. The server knows, by the transaction's
+        id, and is asked before anything is done again.
+        """
+        under_way: _UnderWay[T] | None = None
 
         def once() -> T:
-            with self._engine.begin() as conn:
-                return work(conn)
+            nonlocal under_way
+            if under_way is not None:
+                if self._was_committed(under_way):
+                    return under_way.result
+                under_way = None
+            with self._engine.connect() as conn, conn.begin() as transaction:
+                result = work(conn)
+                row = conn.execute(_THIS_TRANSACTION).one()
+                if row.xid is not None:  # it wrote
+                    under_way = _UnderWay(xid=row.xid, backend=row.backend, result=result)
+                transaction.commit()
+                return result
 
-        return self._patiently(once) if twice else self._again_if_rolled_back(once)
+        return self._patiently(once)
+
+    def _was_committed(self, lost: _UnderWay[Any]) -> bool:
+        """Ask what became of a transaction; one that waits for a client that is gone is ended first."""
+        deadline = time.monotonic() + _SETTLING_S
+        pause = threading.Event()
+        with self._autocommit.connect() as conn:
+            while (status := conn.scalar(_STATUS, {"xid": lost.xid})) == "in progress":
+                if time.monotonic() > deadline:
+                    raise UnreachableError(
+                        f"{mask_url(self._engine.url)} has not ended transaction {lost.xid} of backend {lost.backend},"
+                        " whose connection was lost; try again once it has"
+                    )
+                conn.execute(_END, {"backend": lost.backend})
+                pause.wait(_ROLLED_BACK_PAUSE_S)
+        return bool(status == "committed")
 
     def _patiently(self, once: Callable[[], T]) -> T:
         if self._retry is None:
@@ -94,9 +179,23 @@ class Sessions:
         except DBAPIError as error:
             raise explained(error, mask_url(self._engine.url)) from error
         except PoolTimeoutError as error:
-            raise UnreachableError(
+            raise BusyError(
                 f"all connections of this process to {mask_url(self._engine.url)} stayed busy: {error}"
             ) from error
+
+
+@dataclass(frozen=True, kw_only=True)
+class _UnderWay(Generic[T]):
+    """A transaction whose COMMIT was sent, and what its work returned."""
+
+    xid: str
+    backend: int
+    result: T
+
+
+_THIS_TRANSACTION: Final = text("SELECT pg_current_xact_id_if_assigned()::text AS xid, pg_backend_pid() AS backend")
+_STATUS: Final = text("SELECT pg_xact_status(CAST(:xid AS xid8))")
+_END: Final = text("SELECT pg_terminate_backend(:backend)")
 
 
 class _RolledBackError(StorageError):
@@ -110,11 +209,11 @@ def explained(error: DBAPIError, shown: str) -> Exception:
     if isinstance(original, psycopg2.errors.SerializationFailure | psycopg2.errors.DeadlockDetected):
         return _RolledBackError(f"{shown} rolled a transaction back {_ROLLED_BACK_TRIES} times: {reason}; try again")
     if isinstance(original, psycopg2.errors.LockNotAvailable):
-        return UnreachableError(
+        return BusyError(
             f"another session keeps what was to be written in {shown} locked: {reason}; pg_stat_activity shows it"
         )
     if isinstance(original, psycopg2.errors.QueryCanceled):
-        return UnreachableError(f"{shown} took too long: {reason}; the server may be overloaded, try again")
+        return BusyError(f"{shown} took too long: {reason}; the server may be overloaded, try again")
     if isinstance(original, psycopg2.errors.ReadOnlySqlTransaction):
         return StorageError(f"{shown} is open read-only here: {reason}")
     if isinstance(error, DataError):
@@ -122,3 +221,7 @@ def explained(error: DBAPIError, shown: str) -> Exception:
     if error.connection_invalidated or isinstance(error, OperationalError):
         return UnreachableError(f"lost the connection to {shown}: {reason}; try again once the server is back")
     return StorageError(f"{shown} refused: {reason}")
+
+
+def _log_outage(error: Exception) -> None:
+    _log.warning("%s; trying again", " ".join(str(error).split()))

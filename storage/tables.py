@@ -135,8 +135,10 @@ tuner_studies = Table(
     Column("study_id", Integer, primary_key=True, autoincrement=False),
     Column("spec", JSONB, nullable=False),
     Column("created_at", DateTime(timezone=True), nullable=False, server_default=func.now()),
+    Column("state", Text, nullable=False, server_default="open"),  # or paused, or stopped
 )
-# One row a trial that tuner has handed out. `token` is the holder's, NULL while nobody runs the trial.
+# One row a trial that tuner has handed out. `token` is that of the attempt that runs the trial, or that ended it;
+# NULL for a trial that was given back. `expires_at` is NULL unless the trial runs.
 tuner_leases = Table(
     "tuner_leases",
     tuner_metadata,

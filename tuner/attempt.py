@@ -18,7 +18,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from torch import nn
 
 from storage.engine import is_outage
-from storage.errors import LeaseLostError, StorageError
+from storage.errors import LeaseLostError, StorageError, StudyHaltedError
 from tuner import training
 from tuner.data import Data
 from tuner.errors import TunerError
@@ -107,7 +107,7 @@ def run_attempt(what: TrialObjective, trial: CheckedTrial) -> Outcome:
         outcome = Outcome(state=TrialState.COMPLETE, value=value, attrs=attrs)
     except optuna.TrialPruned:
         outcome = Outcome(state=TrialState.PRUNED)
-    except (Interrupted, LeaseLostError):
+    except (Interrupted, LeaseLostError, StudyHaltedError):
         raise
     except (StorageError, SQLAlchemyError) as error:
         if is_outage(error):

@@ -27,11 +27,11 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from storage import claims
 from storage.engine import is_outage
-from storage.errors import LeaseLostError, StorageError, UnreachableError
+from storage.errors import LeaseLostError, StorageError, StudyHaltedError, UnreachableError
 from storage.postgres import PostgresStorage
 from storage.pruning import IndexedPercentilePruner
-from storage.sessions import Retry
-from tuner.attempt import CheckedTrial, Interrupted, Outcome, TrialObjective, run_attempt
+from storage.sessions import Backoff, Retry, Sessions
+from tuner.attempt import CheckedTrial, Interrupted, TrialObjective, run_attempt
 from tuner.errors import EXIT_UNREACHABLE, TunerError
 from tuner.registry import build_objective, find_objective, is_objective_class
 from tuner.sampling import build_pruner, build_sampler
@@ -42,9 +42,7 @@ from tuner.training import choose_device
 T = TypeVar("T")
 
 POLL_S = 1.0
-"""How often a slot asks again while other workers' trials hold the rest of the budget."""
-OUTAGE_S = 600.0
-"""How long a slot waits for a database that went away."""
+"""How often a slot asks again while other workers' trials hold the rest of the budget, or the study is paused."""
 
 
 class SlotConfig(BaseModel):
@@ -87,6 +85,7 @@ class Slot:
         self._emit = emit
         self._stop = stop
         self._parent = os.getppid()
+        self._retry = Backoff(stop=stop, notice=self._tell_outage)
         self._storage = PostgresStorage(config.storage, application_name=f"tuner {config.worker}", retry=self._retry)
         self._engine: Engine = self._storage.engine
 
@@ -97,13 +96,11 @@ class Slot:
         """
         study = self._retry(lambda: open_study(self._engine, self._config.study))
         what = self._load(study)
-        optuna_study = self._retry(
-            lambda: optuna.load_study(
-                study_name=study.name,
-                storage=self._storage,
-                sampler=build_sampler(study.spec.sampler, study.spec.seed, 0),
-                pruner=pruner_on(self._engine, study.study_id, study.spec.pruner, self._retry),
-            )
+        optuna_study = optuna.load_study(
+            study_name=study.name,
+            storage=self._storage,
+            sampler=build_sampler(study.spec.sampler, study.spec.seed, 0),
+            pruner=pruner_on(self._engine, study.study_id, study.spec.pruner, self._retry),
         )
         self._emit(Event(event="ready"))
         ran = 0
@@ -112,7 +109,7 @@ class Slot:
             if ran == self._config.trials:
                 reason = f"this slot ran its {ran} trials"
                 break
-            claimed = self._retry(lambda: claims.claim(self._engine, study.study_id, study.budget, self._config.worker))
+            claimed = claims.claim(self._storage.sessions, study.study_id, study.budget, self._config.worker)
             if isinstance(claimed, claims.NothingToClaim):
                 if claimed.final:
                     reason = claimed.reason
@@ -137,6 +134,9 @@ class Slot:
         self._storage.hold(held)
         try:
             return self._run_held(study, optuna_study, what, held)
+        except StudyHaltedError as error:
+            self._release(study, held, str(error))
+            return False
         except (KeyError, LeaseLostError, UpdateFinishedTrialError) as error:  # KeyError: the study was deleted
             message = _first_line(error)
             self._emit(Event(event="trial_released", trial=held.number, attempt=held.attempt, message=message))
@@ -161,7 +161,7 @@ class Slot:
                 self._release(study, held)
                 return False
             except (StorageError, SQLAlchemyError) as error:
-                if isinstance(error, LeaseLostError) or not is_outage(error):
+                if not is_outage(error):
                     raise
                 self._emit(Event(event="database_away", message=_first_line(error), **told))
                 self._release(study, held)
@@ -169,8 +169,8 @@ class Slot:
         if outcome.state == TrialState.FAIL and self._is_abandoned():
             self._release(study, held)  # what it failed by may be the worker's end: a print into a closed pipe
             return False
-        _tell(optuna_study, trial, outcome)
-        self._retry(lambda: claims.end(self._engine, held))
+        self._storage.set_trial_user_attrs(held.trial_id, outcome.attrs)
+        optuna_study.tell(trial, outcome.value, outcome.state, skip_if_finished=True)
         seconds = outcome.attrs.get("seconds")
         message = outcome.attrs.get("failure_message")
         self._emit(
@@ -189,30 +189,13 @@ class Slot:
         """Whether the slot was asked to stop, or its worker is gone and could not ask any more."""
         return self._stop.is_set() or os.getppid() != self._parent
 
-    def _release(self, study: Study, held: claims.Claim) -> None:
+    def _release(self, study: Study, held: claims.Claim, why: str | None = None) -> None:
         """Put the trial back, at no cost of its attempts."""
-        attempts = study.budget.max_attempts
-        self._retry(lambda: claims.release(self._engine, study.study_id, held, counts=False, max_attempts=attempts))
-        self._emit(Event(event="trial_released", trial=held.number, attempt=held.attempt))
+        claims.release(self._storage.sessions, held, counts=False, max_attempts=study.budget.max_attempts)
+        self._emit(Event(event="trial_released", trial=held.number, attempt=held.attempt, message=why))
 
-    def _retry(self, call: Callable[[], T]) -> T:
-        """Return `call()`, again while the database is away, with growing pauses, for OUTAGE_S seconds at most.
-
-        A slot that is asked to stop waits no longer.
-        """
-        pause_s, waited_s = 0.1, 0.0
-        while True:
-            try:
-                return call()
-            except (StorageError, SQLAlchemyError) as error:
-                if not is_outage(error):
-                    raise
-                if waited_s == 0:
-                    self._emit(Event(event="database_away", message=_first_line(error)))
-                if waited_s >= OUTAGE_S or self._stop.wait(pause_s):
-                    raise
-            waited_s += pause_s
-            pause_s = min(pause_s * 2, 5.0)
+    def _tell_outage(self, error: Exception) -> None:
+        self._emit(Event(event="database_away", message=_first_line(error)))
 
 
 class Lease:
@@ -220,7 +203,7 @@ class Lease:
 
     def __init__(self, engine: Engine, held: claims.Claim) -> None:
         self.lost = threading.Event()
-        self._engine = engine
+        self._sessions = Sessions(engine)
         self._held = held
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._renew, name=f"lease of trial {held.number}", daemon=True)
@@ -236,10 +219,10 @@ class Lease:
     def _renew(self) -> None:
         while not self._ended.wait(claims.LEASE_S / 3):
             try:
-                if not claims.renew(self._engine, self._held):
+                if not claims.renew(self._sessions, self._held):
                     self.lost.set()
                     return
-            except (StorageError, SQLAlchemyError):
+            except StorageError:
                 continue  # the database is away: the lease may outlast it; the next renewal tells
 
 
@@ -250,12 +233,6 @@ def pruner_on(engine: Engine, study_id: int, spec: PrunerSpec, retry: Retry | No
         return pruner
     settings: dict[str, Any] = {"percentile": 50.0, **spec.settings}
     return IndexedPercentilePruner(engine, study_id, **settings, retry=retry)
-
-
-def _tell(study: optuna.Study, trial: CheckedTrial, outcome: Outcome) -> None:
-    for name, value in outcome.attrs.items():
-        trial.set_user_attr(name, value)
-    study.tell(trial, outcome.value, outcome.state, skip_if_finished=True)
 
 
 def _first_line(error: BaseException) -> str:

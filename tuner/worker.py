@@ -23,6 +23,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from storage import claims, studies
 from storage.engine import is_outage
 from storage.errors import StorageError
+from storage.sessions import Sessions
 from tuner.errors import TunerError, WorkerInterrupted
 from tuner.log import Log
 from tuner.progress import Progress, Snapshot
@@ -274,11 +275,7 @@ class Worker:
         """Give back the trial of a dead slot at once; if the database is away, its lease runs out instead."""
         try:
             claims.release(
-                self._engine,
-                self._study.study_id,
-                held,
-                counts=not self._signals,
-                max_attempts=self._study.budget.max_attempts,
+                Sessions(self._engine), held, counts=not self._signals, max_attempts=self._study.budget.max_attempts
             )
         except (StorageError, SQLAlchemyError) as error:
             if not is_outage(error):

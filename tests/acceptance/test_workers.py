@@ -191,7 +191,7 @@ def test_a_worker_that_was_killed_leaves_no_slot_and_no_running_trial(
     [
         ("raises", "user_error", "KeyError: 'no such column' ("),
         ("returns_nan", "nan", "the objective returned nan"),
-        ("names_too_long", "user_error", "the database refused it: "),
+        ("names_too_long", "user_error", "InvalidWriteError: an attribute's key needs at most 512 characters, got 600"),
         ("runs_out_of_memory", "oom", "CUDA out of memory"),
     ],
 )

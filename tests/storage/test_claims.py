@@ -14,6 +14,7 @@ from sqlalchemy import Engine, text
 
 from storage import StudyNotFoundError, claims, ensure_schema, open_engine, open_storage, studies
 from storage.claims import Budget, Claim, NothingToClaim
+from storage.sessions import Sessions
 
 if TYPE_CHECKING:
     import subprocess
@@ -25,28 +26,29 @@ BUDGET = Budget(trials=10, timeout_s=None, max_failures=3, max_attempts=2)
 _WORKER = """
 import sys
 from storage import claims, open_engine
+from storage.sessions import Sessions
 from sqlalchemy import text
 engine = open_engine(sys.argv[1])
 budget = claims.Budget(trials=int(sys.argv[3]), timeout_s=None, max_failures=0, max_attempts=1)
 sys.stdin.readline()
 while True:
-    held = claims.claim(engine, int(sys.argv[2]), budget, "test")
+    held = claims.claim(Sessions(engine), int(sys.argv[2]), budget, "test")
     if isinstance(held, claims.NothingToClaim):
         if held.final:
             break
         continue
     with engine.begin() as conn:
         conn.execute(text("update trials set state = 'COMPLETE' where trial_id = :id"), {"id": held.trial_id})
-    claims.end(engine, held)
     print(held.number)
 """
 
 _HOLDER = """
 import sys
 from storage import claims, open_engine
+from storage.sessions import Sessions
 engine = open_engine(sys.argv[1])
 budget = claims.Budget(trials=10, timeout_s=None, max_failures=3, max_attempts=2)
-print(claims.claim(engine, int(sys.argv[2]), budget, "holder").number, flush=True)
+print(claims.claim(Sessions(engine), int(sys.argv[2]), budget, "holder").number, flush=True)
 sys.stdin.readline()
 """
 
@@ -70,7 +72,6 @@ def finish(engine: Engine, held: Claim, state: str = "COMPLETE") -> None:
             text("update trials set state = cast(:state as trialstate) where trial_id = :id"),
             {"state": state, "id": held.trial_id},
         )
-    claims.end(engine, held)
 
 
 def expire(engine: Engine, held: Claim) -> None:
@@ -83,7 +84,7 @@ def expire(engine: Engine, held: Claim) -> None:
 
 
 def claim(engine: Engine, study_id: int, budget: Budget = BUDGET) -> Claim:
-    held = claims.claim(engine, study_id, budget, "test")
+    held = claims.claim(Sessions(engine), study_id, budget, "test")
     assert isinstance(held, Claim)
     return held
 
@@ -118,7 +119,7 @@ def test_the_budget_is_exact_whatever_the_number_of_workers(
 def test_running_trials_hold_their_share_of_the_budget(engine: Engine, study_id: int) -> None:
     budget = replace(BUDGET, trials=2)
     first, _ = claim(engine, study_id, budget), claim(engine, study_id, budget)
-    refused = claims.claim(engine, study_id, budget, "test")
+    refused = claims.claim(Sessions(engine), study_id, budget, "test")
     assert refused == NothingToClaim(final=False, reason="2 running trials hold the rest of the budget")
     finish(engine, first, "FAIL")
     assert claim(engine, study_id, budget).number == 2
@@ -128,17 +129,17 @@ def test_running_trials_hold_their_share_of_the_budget(engine: Engine, study_id:
 def test_complete_and_pruned_trials_use_the_budget_up(engine: Engine, study_id: int, state: str) -> None:
     budget = replace(BUDGET, trials=1)
     finish(engine, claim(engine, study_id, budget), state)
-    refused = claims.claim(engine, study_id, budget, "test")
+    refused = claims.claim(Sessions(engine), study_id, budget, "test")
     assert isinstance(refused, NothingToClaim)
     assert refused.final
-    assert claims.end_of_budget(engine, study_id, budget) == "the budget of 1 trials is used up"
+    assert claims.end_of_budget(Sessions(engine), study_id, budget) == "the budget of 1 trials is used up"
 
 
 def test_more_failures_than_allowed_end_the_study(engine: Engine, study_id: int) -> None:
     budget = replace(BUDGET, max_failures=1)
     finish(engine, claim(engine, study_id, budget), "FAIL")
     finish(engine, claim(engine, study_id, budget), "FAIL")
-    refused = claims.claim(engine, study_id, budget, "test")
+    refused = claims.claim(Sessions(engine), study_id, budget, "test")
     assert refused == NothingToClaim(final=True, reason="2 trials failed, more than the 1 allowed")
 
 
@@ -147,7 +148,7 @@ def test_no_trial_starts_after_the_timeout_by_the_databases_clock(engine: Engine
     claim(engine, study_id, budget)
     with engine.begin() as conn:
         conn.execute(text("update tuner_studies set created_at = now() - interval '101 seconds'"))
-    refused = claims.claim(engine, study_id, budget, "test")
+    refused = claims.claim(Sessions(engine), study_id, budget, "test")
     assert refused == NothingToClaim(final=True, reason="the study's time of 100 s is over")
 
 
@@ -194,7 +195,7 @@ def test_a_trial_whose_worker_was_killed_runs_again_with_its_number_and_params(
 def test_a_lease_that_was_renewed_in_time_is_kept(engine: Engine, study_id: int) -> None:
     held = claim(engine, study_id)
     expire(engine, held)
-    assert claims.renew(engine, held)
+    assert claims.renew(Sessions(engine), held)
     assert claim(engine, study_id).number == 1
 
 
@@ -203,10 +204,9 @@ def test_the_former_holder_of_a_trial_can_neither_renew_nor_release_it(engine: E
     expire(engine, former)
     now = claim(engine, study_id)
     assert now.number == former.number
-    assert not claims.renew(engine, former)
-    assert not claims.release(engine, study_id, former, counts=True, max_attempts=2)
-    claims.end(engine, former)
-    assert claims.renew(engine, now)
+    assert not claims.renew(Sessions(engine), former)
+    assert not claims.release(Sessions(engine), former, counts=True, max_attempts=2)
+    assert claims.renew(Sessions(engine), now)
 
 
 def test_a_trial_whose_worker_is_lost_in_each_attempt_fails_and_says_why(
@@ -228,7 +228,7 @@ def test_a_trial_given_back_by_a_worker_that_stops_costs_no_attempt(engine: Engi
     for _ in range(BUDGET.max_attempts + 1):
         held = claim(engine, study_id)
         assert held.attempt == 1
-        assert claims.release(engine, study_id, held, counts=False, max_attempts=BUDGET.max_attempts)
+        assert claims.release(Sessions(engine), held, counts=False, max_attempts=BUDGET.max_attempts)
         assert state_of(engine, held) == "WAITING"
 
 
@@ -243,7 +243,7 @@ def test_claiming_from_a_deleted_study_says_so(engine: Engine, study_id: int, da
     claim(engine, study_id)
     optuna.delete_study(study_name="s", storage=open_storage(database))
     with pytest.raises(StudyNotFoundError, match="was deleted"):
-        claims.claim(engine, study_id, BUDGET, "test")
+        claims.claim(Sessions(engine), study_id, BUDGET, "test")
     with engine.connect() as conn:
         assert conn.execute(text("select count(*) from tuner_leases")).scalar_one() == 0
 

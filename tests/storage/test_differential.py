@@ -257,8 +257,8 @@ def test_every_call_does_what_optuna_does(database, another_database, cache):
         run_state_machine_as_test(
             OnThese,
             settings=settings(
-                max_examples=20,
-                stateful_step_count=40,
+                max_examples=10,
+                stateful_step_count=30,
                 deadline=None,
                 database=None,
                 suppress_health_check=list(HealthCheck),

@@ -18,6 +18,7 @@ from storage.claims import Budget
 N_TRIALS = 3000
 # More than what a trial has, and less than any part of a study's history.
 FEW_ROWS = 200
+BUDGET = Budget(trials=10**6, timeout_s=None, max_failures=9, max_attempts=3)
 
 
 @pytest.fixture
@@ -30,24 +31,25 @@ def storage(database: str) -> Iterator[PostgresStorage]:
 
 
 def plans_of(storage: PostgresStorage, call: Any) -> list[dict[str, Any]]:
-    """Return the plan, with the rows that were really read, of each statement of a call, run twice."""
-    sent: list[tuple[str, Any]] = []
+    """Return the plan, with the rows that were really read, of each statement of a call."""
+    plans: list[dict[str, Any]] = []
 
-    def remember(conn, cursor, statement, parameters, context, executemany):
-        sent.append((statement, parameters))
+    def explain(conn, cursor, statement, parameters, context, executemany):
+        # Run and undone before it is run.
+        begin, undo = ("BEGIN", "ROLLBACK")
+        if not cursor.connection.autocommit:
+            begin, undo = ("SAVEPOINT before", "ROLLBACK TO before")
+        with cursor.connection.cursor() as explaining:
+            explaining.execute(begin)
+            explaining.execute(f"EXPLAIN (ANALYZE, FORMAT JSON) {statement}", parameters)
+            plans.append(explaining.fetchone()[0][0]["Plan"])
+            explaining.execute(undo)
 
-    event.listen(storage.engine, "before_cursor_execute", remember)
+    event.listen(storage.engine, "before_cursor_execute", explain)
     try:
         call()
     finally:
-        event.remove(storage.engine, "before_cursor_execute", remember)
-    plans = []
-    with storage.engine.connect() as conn:
-        for statement, parameters in sent:
-            explain = f"EXPLAIN (ANALYZE, FORMAT JSON) {statement}"
-            found = conn.exec_driver_sql(explain, parameters).scalar_one()
-            plans.append(found[0]["Plan"])
-        conn.rollback()
+        event.remove(storage.engine, "before_cursor_execute", explain)
     return plans
 
 
@@ -74,13 +76,16 @@ CALLS = {
     "number": lambda storage, trial: storage.get_trial_number_from_id(trial),
     "create": lambda storage, trial: storage.create_new_trial(2),
     "refresh": lambda storage, trial: storage.get_all_trials(2, deepcopy=False),
+    "claim": lambda storage, trial: claims.claim(storage.sessions, 2, BUDGET, "test"),
     "stale": lambda storage, trial: storage._get_stale_trial_ids(2),
 }
 
 
 @pytest.mark.parametrize("call", CALLS.values(), ids=list(CALLS))
 def test_a_frequent_call_reads_few_rows_whatever_the_size_of_the_study(storage, call):
-    held = claims.claim(storage.engine, 2, Budget(trials=10**6, timeout_s=None, max_failures=9, max_attempts=3), "test")
+    held = claims.claim(
+        storage.sessions, 2, Budget(trials=10**6, timeout_s=None, max_failures=9, max_attempts=3), "test"
+    )
     storage.hold(held)
     storage.record_heartbeat(held.trial_id)
     storage.get_all_trials(2, deepcopy=False)

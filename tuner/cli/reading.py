@@ -28,6 +28,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 def status(settings: Settings, study: StudyName, as_json: AsJson = False) -> None:
     """Show how far STUDY is: its budget, its trials by state, its best and its failures."""
     from storage import claims, studies
+    from storage.sessions import Sessions
     from tuner.study import open_study
 
     engine = settings.open()
@@ -36,8 +37,9 @@ def status(settings: Settings, study: StudyName, as_json: AsJson = False) -> Non
     counts = studies.count_states(engine, opened.study_id)
     best = studies.best_trial(engine, opened.study_id, spec.direction)
     failures = studies.count_failures(engine, opened.study_id)
-    end = claims.end_of_budget(engine, opened.study_id, opened.budget)
-    lost = claims.count_expired(engine, opened.study_id)
+    sessions = Sessions(engine)
+    end = claims.end_of_budget(sessions, opened.study_id, opened.budget)
+    lost = claims.count_expired(sessions, opened.study_id)
     state = "finished" if end is not None else "running" if counts.running > lost else "idle"
     if as_json:
         fields = {

@@ -30,6 +30,7 @@ def dashboard(
 ) -> None:
     """Serve optuna-dashboard for the database, read-only unless --allow-edit, until interrupted."""
     from storage import EmbeddedServer, open_storage
+    from storage.sessions import Backoff
     from tuner.dashboard import read_token, serve
 
     settings.open().dispose()  # the schema, which a read-only connection could not make
@@ -39,7 +40,7 @@ def dashboard(
 
         url = parse_url(EmbeddedServer(settings.data_dir).reader_url())
     serve(
-        open_storage(url, read_only=not allow_edit),
+        open_storage(url, read_only=not allow_edit, retry=Backoff(0)),  # a page tells of an outage at once
         host=host,
         port=port,
         allow_edit=allow_edit,
