@@ -32,7 +32,8 @@ def stored_objective(value: float) -> tuple[float | None, str]:
 
 def number_of(value: float | None, kind: str) -> float:
     """Return the number of a column's value and its type."""
-    return _NOT_FINITE[kind] if value is None else value
+    # NaN given as a finite value is a NULL in SQLite, which other writers' trials are imported from.
+    return _NOT_FINITE.get(kind, math.nan) if value is None else value
 
 
 def checked_step(step: int) -> int:
