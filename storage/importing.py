@@ -58,7 +58,10 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True, kw_only=True)
 class Imported:
-    """What an import did to one study; `changes` is what could not be taken as it was."""
+    """What an import did to one study.
+
+    `unfinished` trials run or wait in the source; `changes` is what could not be taken as it was.
+    """
 
     study: str
     source_study: str

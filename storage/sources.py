@@ -231,7 +231,7 @@ def _parsed(given: str) -> URL:
         raise InvalidURLError(f"{_WANTED}; this URL is malformed (in a password write '@' as %40)") from None
     if url.get_backend_name() not in ("sqlite", "mysql", "mariadb", "postgresql"):
         raise InvalidURLError(f"{_WANTED}; got {url.drivername[:40]!a}")
-    return url
+    return url.set(database=str(_file(url.database or ""))) if url.get_backend_name() == "sqlite" else url
 
 
 def _with_password(url: URL, password: str) -> URL:
@@ -252,9 +252,8 @@ def _engine(url: URL, shown: str) -> Engine:
     if url.get_backend_name() == "postgresql":
         return open_engine(url, read_only=True, application_name="tuner import")
     if url.get_backend_name() == "sqlite":
-        path = _file(url.database or "")
         # Percent-encoded: a '?' in the file's name would end it.
-        uri = f"file:{quote(str(path.absolute()))}?mode=ro"
+        uri = f"file:{quote(url.database or '')}?mode=ro"
         return create_engine(
             "sqlite://", creator=lambda: sqlite3.connect(uri, uri=True, timeout=60), poolclass=NullPool
         )
@@ -271,9 +270,11 @@ def _engine(url: URL, shown: str) -> Engine:
 
 
 def _file(name: str) -> Path:
-    path = Path(name).expanduser()
-    if not name or name == ":memory:" or not path.exists():
-        raise StorageError(f"there is no file {name!r} to import from; {_WANTED}")
+    path = Path(name).expanduser().absolute()
+    if not name or not path.exists():
+        # What has an '@' may be a URL whose scheme was forgotten, password and all.
+        shown = "of that name" if "@" in name else repr(name)
+        raise StorageError(f"there is no file {shown} to import from; {_WANTED}")
     if not path.is_file():
         raise StorageError(f"{path} is not a file; {_WANTED}")
     return path
