@@ -106,14 +106,14 @@ class JournalSource(Source):
         except (ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
             # Optuna replays whatever lines of JSON there are, and stumbles over what it finds in them.
             raise StorageError(f"{path} is no Optuna journal ({type(error).__name__}: {error}); {_WANTED}") from error
-        self._trials: dict[int, FrozenTrial] = {}
+        self._trials: dict[int, FrozenTrial] = {}  # by id, of the studies whose stamps were asked for
 
     def studies(self) -> list[FrozenStudy]:
         return self._storage.get_all_studies()
 
     def stamps(self, study_id: int) -> list[Stamp]:
         found = self._storage.get_all_trials(study_id, deepcopy=False)
-        self._trials = {trial._trial_id: trial for trial in found}
+        self._trials |= {trial._trial_id: trial for trial in found}
         return [stamp_of(trial) for trial in found]
 
     def trials(self, trial_ids: Sequence[int]) -> list[FrozenTrial]:

@@ -122,7 +122,7 @@ class _Progress:
             self._bars.update(self._tasks[study], completed=done)
             return
         now = time.monotonic()
-        if total > 0 and done == total or now - self._shown_at >= PLAIN_INTERVAL_S:
+        if (total > 0 and done == total) or now - self._shown_at >= PLAIN_INTERVAL_S:
             self._shown_at = now
             text = f"{printable(study)}: {done} of {total} trials done"
             self._log.event("progress", text, study=study, done=done, trials=total)
