@@ -326,13 +326,15 @@ class _Copy:
                 fitting[checked_name(key, "an attribute's key")] = value
             except InvalidWriteError as error:
                 self._changes.append(Change(trial=None, what=f"left out: {error}"))
-        fitting.pop(IMPORTED_FROM, None)  # of a source that was imported itself
         return fitting
 
     def _write_attributes(
         self, conn: Connection, study_id: int, attributes: Sequence[tuple[Table, Mapping[str, Any]]]
     ) -> None:
-        """Add the attributes that the study lacks; what was changed here, such as a note, stays."""
+        """Add the attributes that the study lacks; what was changed here, such as a note, stays.
+
+        So does where it came from, of which a source that was imported itself has an attribute too.
+        """
         for table, attrs in attributes:
             if attrs:
                 rows = [
@@ -361,7 +363,6 @@ class _Copy:
         among = trials.c.number == literal([trial.number for trial in batch], ARRAY(INTEGER)).any_()
         there = {row.number: row for row in conn.execute(_stamps_of(study_id).where(among).with_for_update())}
         new = [trial for trial in batch if trial.number not in there]
-        self._check_place(conn, study_id, new)
         waiting: dict[int, FrozenTrial] = {}  # by id here
         for trial in batch:
             row = there.get(trial.number)
@@ -383,14 +384,6 @@ class _Copy:
         if unfinished != origin.unfinished:
             _set_origin(conn, study_id, replace(origin, unfinished=unfinished))
         return len(new), len(changed)
-
-    def _check_place(self, conn: Connection, study_id: int, new: Sequence[FrozenTrial]) -> None:
-        if not new:
-            return
-        query = select(func.coalesce(func.max(trials.c.number) + 1, 0)).where(trials.c.study_id == study_id)
-        next_number = conn.execute(query).scalar_one()
-        if new[0].number != next_number:
-            raise self._disturbed(next_number)
 
     def _disturbed(self, number: int) -> StudyExistsError:
         return StudyExistsError(

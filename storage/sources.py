@@ -1,7 +1,8 @@
 """Studies of any Optuna storage, to be read only: SQLite, MySQL, PostgreSQL and journal files.
 
 Nothing is ever written to a source, which is why Optuna's own RDBStorage does not open it: that creates a SQLite file
-that is not there, and stamps tables of unknown age with its own version.
+that is not there, and stamps tables of unknown age with its own version. (SQLite itself may leave an empty -wal and a
+-shm file beside a file in its WAL mode, which every reader needs.)
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Studies of other Optuna storages, as they are here once imported: compared with what Optuna reads from the source."""
 
 import datetime as dt
+import importlib.util
 import math
 import os
 import signal
@@ -125,6 +126,10 @@ def set_up_every_kind(origin):
                 intermediate_values={0: math.nan, 7: math.inf, 3: -math.inf, 2**31 - 1: 0.1},
             )
         )
+    # As suggest_categorical writes it, and create_trial cannot: of equal choices not the first one.
+    trial_id = origin.storage.create_new_trial(study._study_id)
+    origin.storage.set_trial_param(trial_id, "kind", 2.0, SPACE["kind"])
+    origin.storage.set_trial_state_values(trial_id, TrialState.COMPLETE, [0.0, 0.0])
     for state in (TrialState.PRUNED, TrialState.FAIL, TrialState.WAITING):
         study.add_trial(create_trial(state=state, intermediate_values={1: 0.5}))
     trial = create_trial(values=[1.0, 2.0])
@@ -146,8 +151,8 @@ def test_a_study_arrives_as_it_is_from_every_kind_of_storage(origin, target, mon
     finally:
         monkeypatch.undo()
         time.tzset()
-    assert [trial.number for trial in trials] == list(range(10))
-    assert counts(result) == (10, 0, 0, 2)
+    assert [trial.number for trial in trials] == list(range(11))
+    assert counts(result) == (11, 0, 0, 2)
     assert result.changes == ()
     assert study.directions == theirs.directions
     assert study.user_attrs == theirs.user_attrs
@@ -493,6 +498,43 @@ def test_a_file_of_another_kind_is_refused(tmp_path, content, told):
     (tmp_path / "file").write_bytes(content)
     with pytest.raises(StorageError, match=told), open_source(str(tmp_path / "file")):
         pass
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ("ann:secret@host/db", "there is no file of that name to import from"),
+        ("mysql+nope://ann:secret@host/db", r"tuner imports from sqlite:///FILE, .*; got 'mysql\+nope'"),
+        ("redis://ann:secret@host/0", r"tuner imports from sqlite:///FILE, .*; got 'redis'"),
+        ("postgresql://ann:secret@127.0.0.1:port/db", "this URL is malformed"),
+        (
+            "postgresql://ann:secret@127.0.0.1:1/db",
+            r"cannot reach PostgreSQL at postgresql://ann:\*\*\*@127.0.0.1:1/db",
+        ),
+        pytest.param(
+            "mysql+pymysql://ann:secret@host/db",
+            r"mysql\+pymysql://ann:\*\*\*@host/db needs the Python module 'pymysql', .*: pip install pymysql",
+            marks=pytest.mark.skipif(importlib.util.find_spec("pymysql") is not None, reason="pymysql is installed"),
+        ),
+    ],
+)
+def test_a_url_that_leads_nowhere_is_told_without_its_password(given, told):
+    with pytest.raises(StorageError, match=told) as caught, open_source(given):
+        pass
+    assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "given", ["sqlite:///{}", "mysql+pymysql://ann:other@host/db", "postgresql://ann:other@host/db"]
+)
+def test_a_password_where_none_is_wanted_is_refused(tmp_path, given):
+    (tmp_path / "file").touch()
+    with (
+        pytest.raises(StorageError, match="password file") as caught,
+        open_source(given.format(tmp_path / "file"), "secret"),
+    ):
+        pass
+    assert "other" not in str(caught.value)
 
 
 def test_an_empty_file_holds_no_studies(tmp_path, target):
