@@ -171,7 +171,7 @@ class _Contents:
 
     def add_params(self, name: str, distribution_json: str, ids: list[int], internals: list[float]) -> None:
         distribution = json_to_distribution(distribution_json)
-        external = _external(distribution)
+        external = external_of(distribution)
         for trial_id, internal in zip(ids, internals, strict=True):
             self.params[trial_id][name] = external(internal)
             self.distributions[trial_id][name] = distribution
@@ -224,7 +224,8 @@ def _trial(row: Row[Any], found: _Contents, lazily: LoadReports | None) -> Froze
     return trial
 
 
-def _external(distribution: BaseDistribution) -> Callable[[float], Any]:
+def external_of(distribution: BaseDistribution) -> Callable[[float], Any]:
+    """Return what makes a param's value of the number that is stored for it."""
     if isinstance(distribution, CategoricalDistribution):
         choices: Sequence[Any] = distribution.choices
         return lambda internal: choices[int(internal)]

@@ -131,7 +131,7 @@ class StudyStorage(BaseStorage):
         return self._attrs(study_system_attributes, studies.c.study_id, study_id)
 
     def get_all_studies(self) -> list[FrozenStudy]:
-        return self.sessions.snapshot(_all_studies)
+        return self.sessions.snapshot(all_studies)
 
     def _attrs(self, table: Table, owner: Column[int], owner_id: int) -> dict[str, Any]:
         """Return the attributes of a study or a trial. Raises KeyError if there is none of that id."""
@@ -169,7 +169,8 @@ def no_study(study_id: int) -> KeyError:
     return KeyError(f"no study has the id {study_id}")
 
 
-def _all_studies(conn: Connection) -> list[FrozenStudy]:
+def all_studies(conn: Connection) -> list[FrozenStudy]:
+    """Return the studies of a database, of any that SQLAlchemy speaks to, oldest first."""
     rows = conn.execute(select(studies.c.study_id, studies.c.study_name).order_by(studies.c.study_id)).all()
     directions: dict[int, list[StudyDirection]] = defaultdict(list)
     for study_id, name in conn.execute(

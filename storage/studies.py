@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVarTuple
 
-from sqlalchemy import Connection, Engine, Row, Select, and_, case, delete, func, insert, select
-from sqlalchemy.dialects.postgresql import distinct_on
+from sqlalchemy import Connection, Engine, Row, Select, Text, and_, case, cast, delete, func, insert, select
+from sqlalchemy.dialects.postgresql import aggregate_order_by, distinct_on
 from sqlalchemy.exc import IntegrityError
 
 from storage.errors import StudyExistsError, StudyNotFoundError
@@ -34,18 +34,28 @@ _METRIC_NAMES = "study:metric_names"  # where optuna.Study.set_metric_names keep
 
 Ts = TypeVarTuple("Ts")
 
+Direction = Literal["minimize", "maximize"]
 State = Literal["RUNNING", "COMPLETE", "PRUNED", "FAIL", "WAITING"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class StudyRecord:
-    """A study as it was created. `spec` and `created_at` are None for a study that tuner did not create."""
+    """A study as it was created. `spec` and `created_at` are None for a study that tuner did not create.
+
+    `metrics` and `directions` are of its objectives, of which a study of tuner's has one.
+    """
 
     study_id: int
     name: str
-    direction: Literal["minimize", "maximize"]
+    metrics: tuple[str, ...]
+    directions: tuple[Direction, ...]
     spec: dict[str, Any] | None
     created_at: dt.datetime | None
+
+    @property
+    def direction(self) -> Direction:
+        """The first objective's direction."""
+        return self.directions[0]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,7 +133,7 @@ def find_study(engine: Engine, name: str) -> StudyRecord:
 
 
 def list_studies(engine: Engine) -> list[StudyRecord]:
-    """Return all studies, oldest first; `direction` is the first one of a study that has several."""
+    """Return all studies, oldest first."""
     with engine.connect() as conn:
         return [_study(row) for row in conn.execute(_select_studies().order_by(studies.c.study_id))]
 
@@ -199,6 +209,21 @@ def best_first(query: Select[*Ts], study_id: int, direction: str) -> Select[*Ts]
     ).order_by(*order, trials.c.number)
 
 
+def all_values(engine: Engine, study_id: int) -> dict[int, list[float]]:
+    """Return the values of each trial that has any, by its number, in the order of the study's objectives."""
+    query = (
+        select(trials.c.number, trial_values.c.value, trial_values.c.value_type)
+        .join(trial_values, trial_values.c.trial_id == trials.c.trial_id)
+        .where(trials.c.study_id == study_id)
+        .order_by(trials.c.number, trial_values.c.objective)
+    )
+    values: dict[int, list[float]] = {}
+    with engine.connect() as conn:
+        for number, value, kind in conn.execute(query):
+            values.setdefault(number, []).append(_number(value, kind))
+    return values
+
+
 def count_failures(engine: Engine, study_id: int) -> dict[str, tuple[int, str]]:
     """Return for each class of failure how many trials failed by it and the latest message."""
     kind, message = trial_user_attributes.alias("kind"), trial_user_attributes.alias("message")
@@ -254,27 +279,36 @@ def param_value(internal: float, distribution_json: str) -> Any:
 
 
 def _select_studies() -> Select[Any]:
-    return (
+    attributes = study_system_attributes
+    directions = (
         select(
-            studies.c.study_id,
-            studies.c.study_name,
-            study_directions.c.direction,
-            tuner_studies.c.spec,
-            tuner_studies.c.created_at,
+            func.array_agg(aggregate_order_by(cast(study_directions.c.direction, Text), study_directions.c.objective))
         )
-        .join(
-            study_directions,
-            and_(study_directions.c.study_id == studies.c.study_id, study_directions.c.objective == 0),
+        .where(study_directions.c.study_id == studies.c.study_id)
+        .scalar_subquery()
+    )
+    return select(
+        studies.c.study_id,
+        studies.c.study_name,
+        directions.label("directions"),
+        attributes.c.value_json.label("metrics"),
+        tuner_studies.c.spec,
+        tuner_studies.c.created_at,
+    ).select_from(
+        studies.outerjoin(tuner_studies, tuner_studies.c.study_id == studies.c.study_id).outerjoin(
+            attributes, and_(attributes.c.study_id == studies.c.study_id, attributes.c.key == _METRIC_NAMES)
         )
-        .outerjoin(tuner_studies, tuner_studies.c.study_id == studies.c.study_id)
     )
 
 
 def _study(row: Row[Any]) -> StudyRecord:
+    directions: list[str] = row.directions or ["MINIMIZE"]
+    unnamed = ["value"] if len(directions) == 1 else [f"value {objective}" for objective in range(len(directions))]
     return StudyRecord(
         study_id=row.study_id,
         name=row.study_name,
-        direction="maximize" if row.direction == "MAXIMIZE" else "minimize",
+        metrics=tuple(unnamed if row.metrics is None else json.loads(row.metrics)),
+        directions=tuple("maximize" if direction == "MAXIMIZE" else "minimize" for direction in directions),
         spec=row.spec,
         created_at=row.created_at,
     )

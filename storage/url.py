@@ -74,7 +74,7 @@ def with_password(url: str | URL, password_file: Path) -> URL:
         raise InvalidURLError(
             f"{mask_url(parsed)} has a password already; drop it or the password file {password_file}"
         )
-    return parsed.set(password=_read_password(password_file))
+    return parsed.set(password=read_password(password_file))
 
 
 def _checked(url: URL) -> URL:
@@ -108,7 +108,8 @@ def _encodable(text: str) -> bool:
     return True
 
 
-def _read_password(path: Path) -> str:
+def read_password(path: Path) -> str:
+    """Return the password that a private file holds, as `with_password` wants it. Raises StorageError."""
     try:
         # O_NONBLOCK: opening a FIFO would otherwise wait for its writer.
         with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:

@@ -91,7 +91,7 @@ def parse_spec(stored: object, study_name: str) -> Spec:
     if stored is None:
         raise TunerError(
             f"study {study_name!r} has no spec: it was not created by tuner;"
-            " 'tuner create' makes one that workers can join"
+            " 'tuner create' makes one that workers can join, 'tuner best' and 'tuner trials' read this one"
         )
     try:
         return Spec.model_validate(stored)

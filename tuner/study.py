@@ -22,11 +22,29 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Study:
-    """A study that tuner created: where it is in the database, and its spec."""
+class AnyStudy:
+    """A study to look at; `spec` is None for one that another program created, or that was imported from one.
+
+    `metrics` and `directions` are of its objectives.
+    """
 
     study_id: int
     name: str
+    metrics: tuple[str, ...]
+    directions: tuple[Direction, ...]
+    spec: Spec | None
+
+    @property
+    def goal(self) -> str:
+        """What is searched for, as `maximize accuracy`."""
+        pairs = zip(self.directions, self.metrics, strict=False)
+        return ", ".join(f"{direction} {metric}" for direction, metric in pairs)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Study(AnyStudy):
+    """A study that tuner created: where it is in the database, and its spec."""
+
     spec: Spec
 
     @property
@@ -47,6 +65,16 @@ OBJECTIVE_CODE_HASH = "objective.code_hash"
 def open_study(engine: Engine, name: str) -> Study:
     """Return the study of that name. Raises StudyNotFoundError, or TunerError if tuner did not create it."""
     return _study(studies.find_study(engine, name))
+
+
+def find_study(engine: Engine, name: str) -> AnyStudy:
+    """Return the study of that name, whichever program created it. Raises StudyNotFoundError."""
+    record = studies.find_study(engine, name)
+    if record.spec is not None:
+        return _study(record)
+    return AnyStudy(
+        study_id=record.study_id, name=name, metrics=record.metrics, directions=record.directions, spec=None
+    )
 
 
 def create_study(engine: Engine, name: str, spec: Spec) -> Study:
@@ -103,9 +131,14 @@ def check_code(study: Study, source: ObjectiveSource, *, allow_code_change: bool
         )
 
 
-def best_of(engine: Engine, study: Study) -> TrialRecord:
-    """Return the study's best trial. Raises TunerError if none is complete."""
-    best = studies.best_trial(engine, study.study_id, study.spec.direction)
+def best_of(engine: Engine, study: AnyStudy) -> TrialRecord:
+    """Return the study's best trial. Raises TunerError if none is complete, or none can be best."""
+    if len(study.directions) > 1:
+        raise TunerError(
+            f"study {study.name!r} has {len(study.directions)} objectives ({study.goal}), and so no best trial;"
+            f" 'tuner trials {study.name}' lists the values of all"
+        )
+    best = studies.best_trial(engine, study.study_id, study.directions[0])
     if best is None:
         raise TunerError(
             f"study {study.name!r} has no complete trial yet; 'tuner status {study.name}' shows its trials"
@@ -162,4 +195,10 @@ def plan(
 
 
 def _study(record: StudyRecord) -> Study:
-    return Study(study_id=record.study_id, name=record.name, spec=parse_spec(record.spec, record.name))
+    return Study(
+        study_id=record.study_id,
+        name=record.name,
+        metrics=record.metrics,
+        directions=record.directions,
+        spec=parse_spec(record.spec, record.name),
+    )

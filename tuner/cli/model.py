@@ -94,7 +94,7 @@ def print_exported(
     lines: list[tuple[str, Any]] = [
         ("best trial", f"{best['number']} of study {study.name}"),
         ("params", params_text(best["params"])),
-        (f"validation {study.spec.metric}", number_text(best["value"])),
+        (f"validation {best['metric']}", number_text(best["value"])),
     ]
     if exported is not None:
         lines += [(f"test {name}", number_text(value)) for name, value in exported.manifest.test.items()]

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from sqlalchemy import Engine
 
     from storage.studies import StateCounts, TrialRecord
-    from tuner.study import Study
+    from tuner.study import AnyStudy
 
 StudyName = Annotated[str, typer.Argument(metavar="STUDY", help="Name of the study.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
@@ -29,16 +29,16 @@ def status(settings: Settings, study: StudyName, as_json: AsJson = False) -> Non
     """Show how far STUDY is: its budget, its trials by state, its best and its failures."""
     from storage import claims, studies
     from storage.sessions import Sessions
-    from tuner.study import open_study
+    from tuner.study import Study, find_study
 
     engine = settings.open()
-    opened = open_study(engine, study)
+    opened = find_study(engine, study)
     spec = opened.spec
     counts = studies.count_states(engine, opened.study_id)
-    best = studies.best_trial(engine, opened.study_id, spec.direction)
+    best = _best_if_any(engine, opened)
     failures = studies.count_failures(engine, opened.study_id)
     sessions = Sessions(engine)
-    end = claims.end_of_budget(sessions, opened.study_id, opened.budget)
+    end = claims.end_of_budget(sessions, opened.study_id, opened.budget) if isinstance(opened, Study) else None
     lost = claims.count_expired(sessions, opened.study_id)
     state = "finished" if end is not None else "running" if counts.running > lost else "idle"
     if as_json:
@@ -46,10 +46,10 @@ def status(settings: Settings, study: StudyName, as_json: AsJson = False) -> Non
             "study": opened.name,
             "state": state,
             "reason": end,
-            "objective": spec.objective.name,
-            "metric": spec.metric,
-            "direction": spec.direction,
-            "budget": spec.budget.model_dump(mode="json"),
+            "objective": None if spec is None else spec.objective.name,
+            "metric": ", ".join(opened.metrics),
+            "direction": ", ".join(opened.directions),
+            "budget": None if spec is None else spec.budget.model_dump(mode="json"),
             "trials": asdict(counts),
             "lost": lost,
             "best": None if best is None else _best_fields(opened, best),
@@ -58,11 +58,13 @@ def status(settings: Settings, study: StudyName, as_json: AsJson = False) -> Non
         print_json(fields)
         return
     rows = [
-        ("study", f"{opened.name}: {spec.objective.name}, {spec.direction} {spec.metric}"),
+        ("study", f"{opened.name}: {'not of tuner' if spec is None else spec.objective.name}, {opened.goal}"),
         ("state", state if end is None else f"{state}: {end}"),
-        ("trials", _counts_text(counts, spec.budget.trials, lost)),
+        ("trials", _counts_text(counts, None if spec is None else spec.budget.trials, lost)),
         ("best", "none yet" if best is None else f"{number_text(best.value)} (trial {best.number})"),
     ]
+    if len(opened.directions) > 1:
+        rows[-1] = ("best", f"no single one with {len(opened.directions)} objectives")
     if best is not None:
         rows.append(("params", params_text(best.params)))
     rows += [("failures", f"{count} {kind}: {message}") for kind, (count, message) in failures.items()]
@@ -79,14 +81,16 @@ def studies(settings: Settings, as_json: AsJson = False) -> None:
     rows = []
     for record in studies.list_studies(engine):
         counts = studies.count_states(engine, record.study_id)
-        best = studies.best_trial(engine, record.study_id, record.direction)
+        best = None
+        if len(record.directions) == 1:
+            best = studies.best_trial(engine, record.study_id, record.direction)
         spec = record.spec or {}
         rows.append(
             {
                 "study": record.name,
                 "objective": spec.get("objective", {}).get("name"),
-                "metric": spec.get("metric"),
-                "direction": record.direction,
+                "metric": ", ".join(record.metrics),
+                "direction": ", ".join(record.directions),
                 "budget": spec.get("budget", {}).get("trials"),
                 "trials": asdict(counts),
                 "best": None if best is None else best.value,
@@ -118,13 +122,14 @@ def studies(settings: Settings, as_json: AsJson = False) -> None:
 def trials(settings: Settings, study: StudyName, as_json: AsJson = False) -> None:
     """List the trials of STUDY."""
     from storage import studies
-    from tuner.study import open_study
+    from tuner.study import find_study
 
     engine = settings.open()
-    opened = open_study(engine, study)
+    opened = find_study(engine, study)
     found = studies.list_trials(engine, opened.study_id)
+    values = studies.all_values(engine, opened.study_id) if len(opened.directions) > 1 else {}
     if as_json:
-        print_json([_trial_fields(trial) for trial in found])
+        print_json([_trial_fields(trial) | _all_values(opened, trial, values) for trial in found])
         return
     _print_table(
         ["number", "state", "value", "step", "seconds", "params"],
@@ -132,7 +137,7 @@ def trials(settings: Settings, study: StudyName, as_json: AsJson = False) -> Non
             [
                 trial.number,
                 trial.state.lower(),
-                number_text(trial.value),
+                " ".join(map(number_text, values.get(trial.number, [trial.value]))),
                 "-" if trial.last_step is None else trial.last_step,
                 trial.user_attrs.get("seconds", "-"),
                 trial.user_attrs.get("failure_message") or params_text(trial.params),
@@ -154,12 +159,12 @@ def best(
     ] = "text",
 ) -> None:
     """Print the best params of STUDY."""
-    from tuner.study import open_study
+    from tuner.study import find_study
 
     if format_ not in ("text", "json", "env", "flags"):
         raise UsageError(f"--format needs text, json, env or flags, got {format_!r}")
     engine = settings.open()
-    fields = best_fields(engine, open_study(engine, study))
+    fields = best_fields(engine, find_study(engine, study))
     params: dict[str, Any] = fields["params"]
     if as_json or format_ == "json":
         print_json(fields)
@@ -190,7 +195,7 @@ def objectives(settings: Settings, as_json: AsJson = False) -> None:  # noqa: AR
 commands = {"status": status, "studies": studies, "trials": trials, "best": best, "objectives": objectives}
 
 
-def best_fields(engine: Engine, study: Study) -> dict[str, Any]:
+def best_fields(engine: Engine, study: AnyStudy) -> dict[str, Any]:
     """Return the best trial as `tuner best --json` prints it. Raises TunerError if none is complete."""
     from tuner.study import best_of
 
@@ -225,13 +230,26 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _best_fields(study: Study, best: TrialRecord) -> dict[str, Any]:
+def _best_if_any(engine: Engine, study: AnyStudy) -> TrialRecord | None:
+    from storage import studies
+
+    if len(study.directions) > 1:
+        return None
+    return studies.best_trial(engine, study.study_id, study.directions[0])
+
+
+def _all_values(study: AnyStudy, trial: TrialRecord, values: dict[int, list[float]]) -> dict[str, Any]:
+    """Return the values of a trial that can have several; `value` is the first."""
+    return {"values": values.get(trial.number)} if len(study.directions) > 1 else {}
+
+
+def _best_fields(study: AnyStudy, best: TrialRecord) -> dict[str, Any]:
     return {
         "study": study.name,
         "number": best.number,
         "value": best.value,
-        "metric": study.spec.metric,
-        "direction": study.spec.direction,
+        "metric": study.metrics[0],
+        "direction": study.directions[0],
         "params": best.params,
         "epoch": best.user_attrs.get("epoch"),
         "state": best.state,
@@ -253,10 +271,11 @@ def _trial_fields(trial: TrialRecord) -> dict[str, Any]:
     }
 
 
-def _counts_text(counts: StateCounts, budget: int, lost: int) -> str:
+def _counts_text(counts: StateCounts, budget: int | None, lost: int) -> str:
     again = f" ({lost} of them lost their worker and will run again)" if lost else ""
+    of_budget = "" if budget is None else f"/{budget}"
     return (
-        f"{counts.done}/{budget} done ({counts.complete} complete, {counts.pruned} pruned),"
+        f"{counts.done}{of_budget} done ({counts.complete} complete, {counts.pruned} pruned),"
         f" {counts.running} running{again}, {counts.waiting} waiting, {counts.failed} failed"
     )
 

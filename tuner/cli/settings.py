@@ -154,7 +154,7 @@ def command(function: Callable[..., None], group: str = "") -> Callable[..., Non
 
     Each of its own options gets a variable: `--max-failures` of `run` is TUNER_RUN_MAX_FAILURES.
     """
-    prefix = f"TUNER_{group}{function.__name__}".upper()
+    prefix = f"TUNER_{group}{function.__name__.rstrip('_')}".upper()
     own = [
         parameter.replace(
             kind=inspect.Parameter.KEYWORD_ONLY, annotation=_with_variable(parameter.annotation, prefix, name)
