@@ -6,15 +6,16 @@ import json
 import uuid
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Final
+from typing import Any, Final, Literal, TypeAlias
 
 from sqlalchemy import (
     ColumnElement,
     Connection,
-    Row,
+    Double,
     Select,
     and_,
     bindparam,
+    cast,
     delete,
     func,
     insert,
@@ -38,6 +39,9 @@ from storage.tables import (
 )
 
 _NOT_DONE: Final = ("RUNNING", "WAITING", "FAIL")  # the states that ix_tuner_trials_not_done has
+
+StudyState: TypeAlias = Literal["open", "paused", "stopped"]
+"""Workers of a paused study wait, those of a stopped one end; of both, they give running trials back."""
 
 # A trial whose worker went silent runs again after this long; renewed every third of it.
 LEASE_S = 60.0
@@ -65,13 +69,36 @@ class Claim:
 
 @dataclass(frozen=True, kw_only=True)
 class NothingToClaim:
-    """No trial was handed out. `final` if none will be unless somebody resumes or extends the study.
+    """No trial was handed out. `final` if none will be, unless somebody resumes the study.
 
-    Else the study is paused, or trials of other workers hold the rest of the budget.
+    Else the study is paused, which is `paused`, or trials of other workers hold the rest of the budget.
     """
 
     final: bool
     reason: str
+    paused: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Standing:
+    """What a claim is decided by. `age_s` is the study's, None for one that tuner did not create.
+
+    `expired` of the `running` trials have lost their worker: the next claim of anybody puts them back.
+    """
+
+    state: StudyState
+    age_s: float | None
+    n_trials: int
+    running: int
+    waiting: int
+    failed: int
+    oldest_waiting: int | None
+    expired: int
+
+    @property
+    def done(self) -> int:
+        """The trials that are complete or pruned."""
+        return self.n_trials - self.running - self.waiting - self.failed
 
 
 def claim(sessions: Sessions, study_id: int, budget: Budget, worker: str) -> Claim | NothingToClaim:
@@ -89,21 +116,33 @@ def claim(sessions: Sessions, study_id: int, budget: Budget, worker: str) -> Cla
         if standing.expired:
             _give_back(conn, and_(trials.c.study_id == study_id, _IS_EXPIRED), budget.max_attempts)
             standing = _standing(conn, study_id)
-        return _closed(standing, budget) or _hand_out(conn, study_id, standing, worker)
+        return closed(standing, budget) or _hand_out(conn, study_id, standing, worker)
 
     return sessions.transaction(work)
 
 
-def end_of_budget(sessions: Sessions, study_id: int, budget: Budget) -> str | None:
-    """Return why no trial will be handed out any more, None while some may be."""
-    closed = _closed(sessions.statement(lambda conn: _standing(conn, study_id)), budget)
-    return closed.reason if closed is not None and closed.final else None
+def look(sessions: Sessions, study_id: int) -> Standing:
+    """Return how the study stands. Raises StudyNotFoundError."""
+    return sessions.statement(lambda conn: _standing(conn, study_id))
 
 
-def count_expired(sessions: Sessions, study_id: int) -> int:
-    """Return how many running trials have lost their worker: the next claim of anybody puts them back."""
-    expired: int = sessions.statement(lambda conn: _standing(conn, study_id)).expired
-    return expired
+def closed(standing: Standing, budget: Budget) -> NothingToClaim | None:
+    """Return why no trial would be handed out now, None if one would."""
+    if standing.state == "stopped":
+        return NothingToClaim(final=True, reason="the study was stopped; 'tuner resume' lets it go on")
+    if standing.done >= budget.trials:
+        return NothingToClaim(final=True, reason=f"the budget of {budget.trials} trials is used up")
+    if standing.failed > budget.max_failures:
+        return NothingToClaim(
+            final=True, reason=f"{standing.failed} trials failed, more than the {budget.max_failures} allowed"
+        )
+    if budget.timeout_s is not None and standing.age_s is not None and standing.age_s > budget.timeout_s:
+        return NothingToClaim(final=True, reason=f"the study's time of {budget.timeout_s:g} s is over")
+    if standing.state == "paused":
+        return NothingToClaim(final=False, paused=True, reason="the study is paused; 'tuner resume' lets it go on")
+    if standing.done + standing.running >= budget.trials:
+        return NothingToClaim(final=False, reason=f"{standing.running} running trials hold the rest of the budget")
+    return None
 
 
 def renew(sessions: Sessions, held: Claim) -> bool:
@@ -124,12 +163,12 @@ def release(sessions: Sessions, held: Claim, *, counts: bool, max_attempts: int)
     )
 
 
-def live_leases(of_study: ColumnElement[bool]) -> Select[int, str | None]:
+def live_leases(study_id: int) -> Select[int, str | None]:
     """Select (number, worker) of the trials that are running under a lease that has not run out."""
     return (
         select(trials.c.number, tuner_leases.c.worker)
         .join(tuner_leases, tuner_leases.c.trial_id == trials.c.trial_id)
-        .where(of_study, trials.c.state == "RUNNING", ~_IS_EXPIRED)
+        .where(trials.c.study_id == study_id, trials.c.state == "RUNNING", ~_IS_EXPIRED)
         .order_by(trials.c.number)
     )
 
@@ -173,7 +212,7 @@ def _select_standing() -> Select[Any]:
     return (
         select(
             func.coalesce(tuner_studies.c.state, "open").label("state"),
-            func.extract("epoch", age).label("age_s"),
+            cast(func.extract("epoch", age), Double).label("age_s"),
             n_trials.scalar_subquery().label("n_trials"),
             by_state,
             waiting.scalar_subquery().label("oldest_waiting"),
@@ -185,33 +224,14 @@ def _select_standing() -> Select[Any]:
     )
 
 
-def _standing(conn: Connection, study_id: int) -> Row[Any]:
+def _standing(conn: Connection, study_id: int) -> Standing:
     row = conn.execute(_select_standing(), {"study_id": study_id}).one_or_none()
     if row is None:
         raise _deleted(study_id)
-    return row
+    return Standing(**row._mapping)
 
 
-def _closed(standing: Row[Any], budget: Budget) -> NothingToClaim | None:
-    done = standing.n_trials - standing.running - standing.waiting - standing.failed
-    if standing.state == "stopped":
-        return NothingToClaim(final=True, reason="the study was stopped; 'tuner resume' lets it go on")
-    if done >= budget.trials:
-        return NothingToClaim(final=True, reason=f"the budget of {budget.trials} trials is used up")
-    if standing.failed > budget.max_failures:
-        return NothingToClaim(
-            final=True, reason=f"{standing.failed} trials failed, more than the {budget.max_failures} allowed"
-        )
-    if budget.timeout_s is not None and standing.age_s > budget.timeout_s:
-        return NothingToClaim(final=True, reason=f"the study's time of {budget.timeout_s:g} s is over")
-    if standing.state == "paused":
-        return NothingToClaim(final=False, reason="the study is paused; 'tuner resume' lets it go on")
-    if done + standing.running >= budget.trials:
-        return NothingToClaim(final=False, reason=f"{standing.running} running trials hold the rest of the budget")
-    return None
-
-
-def _hand_out(conn: Connection, study_id: int, standing: Row[Any], worker: str) -> Claim:
+def _hand_out(conn: Connection, study_id: int, standing: Standing, worker: str) -> Claim:
     row = None
     if standing.oldest_waiting is not None:
         # Stock Optuna takes waiting trials without the study's lock; then ours is a new one.

@@ -15,6 +15,7 @@ from optuna.trial import FrozenTrial
 from sqlalchemy import Connection, func, insert, select
 
 from storage.guarded import utc_now
+from storage.sessions import Sessions
 from storage.tables import (
     trial_intermediate_values,
     trial_params,
@@ -65,6 +66,12 @@ def known_distribution(conn: Connection, study_id: int, param_name: str) -> Base
     query = select(latest_first.c.found).where(latest_first.c.found.is_not(None)).limit(1)
     found: str | None = conn.execute(query).scalar()
     return None if found is None else json_to_distribution(found)
+
+
+def distributions_of(sessions: Sessions, study_id: int, names: list[str]) -> dict[str, BaseDistribution]:
+    """Return the distributions that the study's latest trials have for the params, without those it never had."""
+    found = sessions.snapshot(lambda conn: {name: known_distribution(conn, study_id, name) for name in names})
+    return {name: distribution for name, distribution in found.items() if distribution is not None}
 
 
 def _state_of(template: FrozenTrial) -> tuple[str, Any, Any]:

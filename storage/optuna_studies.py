@@ -6,42 +6,26 @@ import json
 import uuid
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import Any
 
 from optuna.exceptions import DuplicatedStudyError
 from optuna.storages import BaseStorage
 from optuna.storages._base import DEFAULT_STUDY_NAME_PREFIX
 from optuna.study._frozen import FrozenStudy
 from optuna.study._study_direction import StudyDirection
-from sqlalchemy import Column, Connection, Select, Table, delete, func, insert, literal, select
+from sqlalchemy import Column, Connection, Select, Table, insert, literal, select
 from sqlalchemy.dialects.postgresql import insert as upsert
 from sqlalchemy.exc import IntegrityError
 
+from storage.control import delete_rows
 from storage.sessions import Sessions
 from storage.tables import (
     studies,
     study_directions,
     study_system_attributes,
     study_user_attributes,
-    trial_heartbeats,
-    trial_intermediate_values,
-    trial_params,
-    trial_system_attributes,
-    trial_user_attributes,
-    trial_values,
-    trials,
 )
 from storage.values import checked_name
-
-_OF_TRIAL: Final = (
-    trial_params,
-    trial_values,
-    trial_intermediate_values,
-    trial_user_attributes,
-    trial_system_attributes,
-    trial_heartbeats,
-)
-_OF_STUDY: Final = (study_directions, study_user_attributes, study_system_attributes)
 
 
 class StudyStorage(BaseStorage):
@@ -70,17 +54,9 @@ class StudyStorage(BaseStorage):
         return self.sessions.transaction(work)
 
     def delete_study(self, study_id: int) -> None:
-        of_study = select(trials.c.trial_id).where(trials.c.study_id == study_id)
-
         def work(conn: Connection) -> None:
             lock_study(conn, study_id)
-            # Nobody can add to a trial that is locked while we delete what it has.
-            locked = of_study.with_for_update().subquery()
-            conn.execute(select(func.count()).select_from(locked))
-            for table in _OF_TRIAL:
-                conn.execute(delete(table).where(table.c.trial_id.in_(of_study)))
-            for table in (trials, *_OF_STUDY, studies):
-                conn.execute(delete(table).where(table.c.study_id == study_id))
+            delete_rows(conn, study_id)
 
         self.sessions.transaction(work)
 

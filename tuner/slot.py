@@ -65,7 +65,9 @@ class Event(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    event: Literal["ready", "trial_started", "trial_ended", "trial_released", "database_away", "refused", "done"]
+    event: Literal[
+        "ready", "trial_started", "trial_ended", "trial_released", "database_away", "paused", "refused", "done"
+    ]
     trial: int | None = None
     attempt: int | None = None
     token: str | None = None
@@ -85,6 +87,7 @@ class Slot:
         self._emit = emit
         self._stop = stop
         self._parent = os.getppid()
+        self._is_paused = False
         self._retry = Backoff(stop=stop, notice=self._tell_outage)
         self._storage = PostgresStorage(config.storage, application_name=f"tuner {config.worker}", retry=self._retry)
         self._engine: Engine = self._storage.engine
@@ -114,10 +117,17 @@ class Slot:
                 if claimed.final:
                     reason = claimed.reason
                     break
-                self._stop.wait(POLL_S)
+                self._wait(claimed)
                 continue
+            self._is_paused = False
             ran += self._run_claimed(study, optuna_study, what, claimed)
         self._emit(Event(event="done", message=reason))
+
+    def _wait(self, nothing: claims.NothingToClaim) -> None:
+        if nothing.paused and not self._is_paused:
+            self._emit(Event(event="paused", message=nothing.reason))
+        self._is_paused = nothing.paused
+        self._stop.wait(POLL_S)
 
     def _load(self, study: Study) -> TrialObjective:
         source = find_objective(self._config.objective)

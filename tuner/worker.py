@@ -349,6 +349,8 @@ def _describe(name: str, slot: int, event: dict[str, Any], metric: str) -> str |
     if name == "trial_released":
         reason = f": {event['message']}" if "message" in event else ""
         return f"trial {event['trial']} given back{reason} (slot {slot})"
+    if name == "paused":
+        return f"slot {slot} waits: {event['message']}"
     if name == "database_away":
         return f"slot {slot}: {event['message']}; trying again"
     return None

@@ -89,6 +89,11 @@ def claim(engine: Engine, study_id: int, budget: Budget = BUDGET) -> Claim:
     return held
 
 
+def end_of_budget(engine: Engine, study_id: int, budget: Budget) -> str | None:
+    closed = claims.closed(claims.look(Sessions(engine), study_id), budget)
+    return closed.reason if closed is not None and closed.final else None
+
+
 def state_of(engine: Engine, held: Claim) -> str:
     with engine.connect() as conn:
         return str(
@@ -132,7 +137,7 @@ def test_complete_and_pruned_trials_use_the_budget_up(engine: Engine, study_id: 
     refused = claims.claim(Sessions(engine), study_id, budget, "test")
     assert isinstance(refused, NothingToClaim)
     assert refused.final
-    assert claims.end_of_budget(Sessions(engine), study_id, budget) == "the budget of 1 trials is used up"
+    assert end_of_budget(engine, study_id, budget) == "the budget of 1 trials is used up"
 
 
 def test_more_failures_than_allowed_end_the_study(engine: Engine, study_id: int) -> None:

@@ -12,7 +12,7 @@ import typer
 from pydantic import ValidationError
 
 from storage.errors import InvalidURLError, StorageError, UnreachableError
-from tuner.cli import db, importing, model, reading, search, service
+from tuner.cli import control, db, importing, model, reading, search, service
 from tuner.cli.settings import DataDir, Debug, Format, PasswordFile, Settings, Storage
 from tuner.errors import (
     EXIT_FAILED,
@@ -36,7 +36,14 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for commands in (search.commands, reading.commands, importing.commands, model.commands, service.commands):
+for commands in (
+    search.commands,
+    reading.commands,
+    control.commands,
+    importing.commands,
+    model.commands,
+    service.commands,
+):
     for name, function in commands.items():
         app.command(name)(function)
 app.add_typer(db.app, name="db")

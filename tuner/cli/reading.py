@@ -17,6 +17,7 @@ from tuner.errors import UsageError
 if TYPE_CHECKING:
     from sqlalchemy import Engine
 
+    from storage.claims import NothingToClaim, Standing
     from storage.studies import StateCounts, TrialRecord
     from tuner.study import AnyStudy
 
@@ -37,10 +38,10 @@ def status(settings: Settings, study: StudyName, as_json: AsJson = False) -> Non
     counts = studies.count_states(engine, opened.study_id)
     best = _best_if_any(engine, opened)
     failures = studies.count_failures(engine, opened.study_id)
-    sessions = Sessions(engine)
-    end = claims.end_of_budget(sessions, opened.study_id, opened.budget) if isinstance(opened, Study) else None
-    lost = claims.count_expired(sessions, opened.study_id)
-    state = "finished" if end is not None else "running" if counts.running > lost else "idle"
+    standing = claims.look(Sessions(engine), opened.study_id)
+    lost = standing.expired
+    closed = claims.closed(standing, opened.budget) if isinstance(opened, Study) else None
+    state, end = _state(standing, closed)
     if as_json:
         fields = {
             "study": opened.name,
@@ -269,6 +270,15 @@ def _trial_fields(trial: TrialRecord) -> dict[str, Any]:
         "ended_at": None if trial.ended_at is None else trial.ended_at.isoformat(),
         "user_attrs": trial.user_attrs,
     }
+
+
+def _state(standing: Standing, closed: NothingToClaim | None) -> tuple[str, str | None]:
+    """Return the study's state in a word, and the reason for it where workers can do nothing about it."""
+    if standing.state != "open":
+        return standing.state, None if closed is None else closed.reason
+    if closed is not None and closed.final:
+        return "finished", closed.reason
+    return ("running" if standing.running > standing.expired else "idle"), None
 
 
 def _counts_text(counts: StateCounts, budget: int | None, lost: int) -> str:

@@ -1,0 +1,153 @@
+"""`tuner enqueue`, `stop`, `pause`, `resume` and `delete`: what people do to a study from any machine."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from tuner.cli.reading import AsJson, StudyName, params_text
+from tuner.cli.settings import Settings, command
+from tuner.errors import TunerError, UsageError
+
+if TYPE_CHECKING:
+    from pydantic import JsonValue
+    from sqlalchemy import Engine
+
+    from storage.claims import StudyState
+    from tuner.study import AnyStudy
+
+
+@command
+def enqueue(
+    settings: Settings,
+    study: StudyName,
+    params: Annotated[list[str], typer.Argument(metavar="PARAM=VALUE...", help="Params to try: lr=0.01 units=64")],
+    as_json: AsJson = False,
+) -> None:
+    """Add a trial with these params to STUDY; a worker takes it before any new one.
+
+    Params that are not given are sampled. The trial counts towards the
+    study's budget like any other.
+    """
+    from storage import InvalidWriteError, claims, control
+    from storage.sessions import Sessions
+    from tuner.study import open_study
+
+    engine = settings.open()
+    opened = open_study(engine, study)
+    wanted = _pairs(params)
+    _check_params(engine, opened, wanted)
+    sessions = Sessions(engine)
+    closed = claims.closed(claims.look(sessions, opened.study_id), opened.budget)
+    try:
+        number = control.enqueue(sessions, opened.study_id, wanted)
+    except InvalidWriteError as error:
+        raise UsageError(str(error)) from error
+    if closed is not None and closed.final:
+        print(f"trial {number} waits, but {closed.reason}", file=sys.stderr)
+    if as_json:
+        print(json.dumps({"study": study, "number": number, "params": wanted}))
+    else:
+        print(f"enqueued trial {number}: {params_text(wanted)}")
+
+
+@command
+def stop(settings: Settings, study: StudyName, as_json: AsJson = False) -> None:
+    """Stop STUDY: its workers give their trials back at the next report, and end."""
+    _set_state(settings, study, "stopped", as_json=as_json)
+
+
+@command
+def pause(settings: Settings, study: StudyName, as_json: AsJson = False) -> None:
+    """Pause STUDY: its workers give their trials back at the next report, and wait."""
+    _set_state(settings, study, "paused", as_json=as_json)
+
+
+@command
+def resume(settings: Settings, study: StudyName, as_json: AsJson = False) -> None:
+    """Let STUDY go on: workers that wait claim again, new ones may join."""
+    _set_state(settings, study, "open", as_json=as_json)
+
+
+@command
+def delete(
+    settings: Settings,
+    study: StudyName,
+    force: Annotated[
+        bool, typer.Option("--force", help="Even while workers run its trials, which they then drop.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Delete STUDY and all its trials from the database. Exported models stay."""
+    from storage import LiveTrialsError, claims, control
+    from storage.sessions import Sessions
+    from tuner.study import find_study
+
+    engine = settings.open()
+    opened = find_study(engine, study)
+    sessions = Sessions(engine)
+    n_trials = claims.look(sessions, opened.study_id).n_trials
+    try:
+        control.delete_study(sessions, opened.study_id, force=force)
+    except LiveTrialsError as error:
+        raise TunerError(f"study {study!r} is not deleted: {error}, or pass --force") from error
+    if as_json:
+        print(json.dumps({"study": study, "deleted": True, "trials": n_trials}))
+    else:
+        print(f"deleted study {study} with {n_trials} trials")
+
+
+commands = {"enqueue": enqueue, "stop": stop, "pause": pause, "resume": resume, "delete": delete}
+
+
+def _set_state(settings: Settings, study: str, state: StudyState, *, as_json: bool) -> None:
+    from storage import control
+    from storage.sessions import Sessions
+    from tuner.study import open_study
+
+    engine = settings.open()
+    opened = open_study(engine, study)
+    running = control.set_state(Sessions(engine), opened.study_id, state)
+    if as_json:
+        print(json.dumps({"study": study, "state": state, "running": running}))
+        return
+    back = f"; workers give {running} running trials back at their next report" if running and state != "open" else ""
+    print(f"study {study} is {state}{back}")
+
+
+def _pairs(texts: list[str]) -> dict[str, JsonValue]:
+    from tuner.sampling import parse_value
+
+    pairs: dict[str, JsonValue] = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals or not name:
+            raise UsageError(f"enqueue needs PARAM=VALUE, got {text!r}")
+        if name in pairs:
+            raise UsageError(f"enqueue got {name!r} twice")
+        pairs[name] = parse_value(value)
+    return pairs
+
+
+def _check_params(engine: Engine, study: AnyStudy, wanted: dict[str, Any]) -> None:
+    """Raise UsageError for a value that the study's trials do not have the param from; warn of a param they lack.
+
+    A study knows its params by the trials that it has had, and a param may be one that few of them have.
+    """
+    from storage.new_trials import distributions_of
+    from storage.sessions import Sessions
+
+    known = distributions_of(Sessions(engine), study.study_id, list(wanted))
+    for name, value in wanted.items():
+        if name not in known:
+            print(f"no trial of study {study.name} has had a param {name!r} so far", file=sys.stderr)
+            continue
+        try:
+            is_inside = known[name]._contains(known[name].to_internal_repr(value))
+        except (ValueError, TypeError):
+            is_inside = False
+        if not is_inside:
+            raise UsageError(f"{name} needs a value of {known[name]}, got {value!r}")
