@@ -19,6 +19,7 @@ from storage import guarded
 from storage.engine import open_engine
 from storage.errors import InvalidWriteError, StorageError, StudyHaltedError
 from storage.frozen import copied, load_trial
+from storage.held import HeldTrial
 from storage.new_trials import create_trial, known_distribution
 from storage.optuna_studies import StudyStorage, directions_of, lock_study, no_study
 from storage.sessions import Backoff, Retry, Sessions, is_away
@@ -69,11 +70,11 @@ class PostgresStorage(StudyStorage, BaseHeartbeat):
         self._read_only = read_only
         self._application_name = application_name
         self._is_cached = cache
-        self._leases: dict[int, uuid.UUID] = {}
+        self._held: dict[int, HeldTrial] = {}
         self._connect(retry)
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = ("_url", "_read_only", "_application_name", "_is_cached", "_leases")
+        kept = ("_url", "_read_only", "_application_name", "_is_cached", "_held")
         return {name: self.__dict__[name] for name in kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -90,12 +91,19 @@ class PostgresStorage(StudyStorage, BaseHeartbeat):
         self._distributions: dict[tuple[int, str], BaseDistribution] = {}  # by study id and param
 
     def hold(self, claim: Claim) -> None:
-        """From now on write to the claimed trial only while its lease is ours, else raise LeaseLostError."""
-        self._leases[claim.trial_id] = claim.token
+        """From now on write to the claimed trial only while its lease is ours, else raise LeaseLostError.
+
+        It is read once, and from then on is what we have written to it.
+        """
+        self._held[claim.trial_id] = HeldTrial(claim.token)
 
     def let_go(self, claim: Claim) -> None:
         """From now on write to the trial as any Optuna client does."""
-        self._leases.pop(claim.trial_id, None)
+        self._held.pop(claim.trial_id, None)
+
+    def _lease(self, trial_id: int) -> tuple[HeldTrial | None, uuid.UUID | None]:
+        held = self._held.get(trial_id)
+        return held, None if held is None else held.token
 
     def delete_study(self, study_id: int) -> None:
         super().delete_study(study_id)
@@ -117,18 +125,24 @@ class PostgresStorage(StudyStorage, BaseHeartbeat):
         self, trial_id: int, param_name: str, param_value_internal: float, distribution: BaseDistribution
     ) -> None:
         checked_name(param_name, "a param's name")
-        token = self._leases.get(trial_id)
+        held, token = self._lease(trial_id)
         write = guarded.param(
             trial_id, token, param_name, float(param_value_internal), distribution_to_json(distribution)
         )
 
-        def work(conn: Connection) -> None:
+        def work(conn: Connection) -> bool:
             self._check_distribution(conn, trial_id, token, param_name, distribution)
-            if write.run(conn) == 0:
-                # Ours to write to means that the param was there already.
-                guarded.check_writable(trial_id, guarded.standing(conn, trial_id), token)
+            if write.run(conn) > 0:
+                return True
+            # Ours to write to means that the param was there already.
+            guarded.check_writable(trial_id, guarded.standing(conn, trial_id), token)
+            return False
 
-        self.sessions.statement(work)
+        is_new = self.sessions.statement(work)
+        if held is not None and is_new:
+            held.add_param(param_name, param_value_internal, distribution)
+        elif held is not None:
+            held.forget()
 
     def _check_distribution(
         self, conn: Connection, trial_id: int, token: uuid.UUID | None, name: str, distribution: BaseDistribution
@@ -150,7 +164,7 @@ class PostgresStorage(StudyStorage, BaseHeartbeat):
         self._distributions[now.study_id, name] = known
 
     def set_trial_state_values(self, trial_id: int, state: TrialState, values: Sequence[float] | None = None) -> bool:
-        token = self._leases.get(trial_id)
+        held, token = self._lease(trial_id)
         starts = state == TrialState.RUNNING
         write = guarded.start(trial_id, token) if starts else guarded.set_state(trial_id, token, state, values)
 
@@ -165,8 +179,11 @@ class PostgresStorage(StudyStorage, BaseHeartbeat):
             guarded.check_writable(trial_id, now, token)
             return False
 
-        # Without a token, nothing would tell a write done twice from two.
-        return self.sessions.statement(work) if token is not None else self.sessions.transaction(work)
+        if held is None:
+            # Nothing tells a write done twice from two.
+            return self.sessions.transaction(work)
+        held.forget()
+        return self.sessions.statement(work)
 
     def _check_n_values(self, conn: Connection, trial_id: int, n_values: int) -> None:
         study_id = self._study_of.get(trial_id)
@@ -179,7 +196,7 @@ class PostgresStorage(StudyStorage, BaseHeartbeat):
 
     def set_trial_intermediate_value(self, trial_id: int, step: int, intermediate_value: float) -> None:
         """Report a value. Raises StudyHaltedError, once it is written, to the holder of a lease in a halted study."""
-        token = self._leases.get(trial_id)
+        held, token = self._lease(trial_id)
         write = guarded.report(trial_id, token, checked_step(step), intermediate_value)
 
         def work(conn: Connection) -> str | None:
@@ -190,7 +207,9 @@ class PostgresStorage(StudyStorage, BaseHeartbeat):
             return state
 
         state = self.sessions.statement(work)
-        if token is not None and state in ("paused", "stopped"):
+        if held is not None:
+            held.add_report(step, float(intermediate_value))
+        if held is not None and state in ("paused", "stopped"):
             raise StudyHaltedError(f"the study was {state}: trial id {trial_id} is to be given back")
 
     def set_trial_user_attr(self, trial_id: int, key: str, value: Any) -> None:
@@ -205,7 +224,7 @@ class PostgresStorage(StudyStorage, BaseHeartbeat):
         self._set_trial_attrs(trial_system_attributes, trial_id, {key: value})
 
     def _set_trial_attrs(self, table: Table, trial_id: int, attrs: Mapping[str, Any]) -> None:
-        token = self._leases.get(trial_id)
+        held, token = self._lease(trial_id)
         values_json = {checked_name(key, "an attribute's key"): json.dumps(value) for key, value in attrs.items()}
         write = guarded.attributes(table, trial_id, token, values_json)
 
@@ -214,6 +233,9 @@ class PostgresStorage(StudyStorage, BaseHeartbeat):
                 raise _refusal(conn, trial_id, token)
 
         self.sessions.statement(work)
+        if held is not None:
+            read_back = {key: json.loads(text) for key, text in values_json.items()}
+            held.add_attrs(read_back, system=table is trial_system_attributes)
 
     # Reading
 
@@ -247,9 +269,15 @@ class PostgresStorage(StudyStorage, BaseHeartbeat):
         return self._attrs(trial_system_attributes, trials.c.trial_id, trial_id)
 
     def get_trial(self, trial_id: int) -> FrozenTrial:
+        held, _ = self._lease(trial_id)
+        kept = None if held is None else held.read()
+        if kept is not None:
+            return kept
         found = self.sessions.snapshot(lambda conn: load_trial(conn, trial_id))
         if found is None:
             raise _no_trial(trial_id)
+        if held is not None and not found.state.is_finished():
+            held.keep(found)
         return found
 
     def get_all_trials(

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import signal
+import threading
 import uuid
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import optuna
 import pytest
+from command import wait_for
 from optuna.trial import TrialState
 from sqlalchemy import Engine, text
 
@@ -261,3 +263,18 @@ def test_start_and_end_of_trials_are_utc_for_optuna(engine: Engine, study_id: in
         (ours,) = conn.execute(text("select datetime_start from trials")).scalars()
     assert started is not None
     assert abs((now - ours).total_seconds()) < 60
+
+
+def test_a_trial_that_ends_just_as_its_lease_is_found_expired_stays_ended(engine: Engine, study_id: int) -> None:
+    held = claim(engine, study_id)
+    expire(engine, held)
+    found: list[Claim] = []
+    claiming = threading.Thread(target=lambda: found.append(claim(engine, study_id)))
+    with engine.begin() as conn:
+        conn.execute(text("update trials set state = 'COMPLETE' where trial_id = :id"), {"id": held.trial_id})
+        claiming.start()
+        waiting = text("select count(*) from pg_locks where not granted")
+        wait_for(lambda: bool(conn.scalar(waiting)), "the claim waits for the trial's row")
+    claiming.join(30)
+    assert [(one.number, one.attempt) for one in found] == [(1, 1)]
+    assert state_of(engine, held) == "COMPLETE"
