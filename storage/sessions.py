@@ -152,8 +152,13 @@ class Sessions:
                         f"{mask_url(self._engine.url)} has not ended transaction {lost.xid} of backend {lost.backend},"
                         " whose connection was lost; try again once it has"
                     )
-                conn.execute(_END, {"backend": lost.backend})
+                conn.execute(_END, {"backend": lost.backend, "xid": lost.xid})
                 pause.wait(_ROLLED_BACK_PAUSE_S)
+        if status is None:  # so old that the server has dropped its record
+            raise StorageError(
+                f"{mask_url(self._engine.url)} does not know any more whether it committed transaction {lost.xid}; "
+                "look what the study holds before you do it again"
+            )
         return bool(status == "committed")
 
     def _patiently(self, once: Callable[[], T]) -> T:
@@ -195,7 +200,11 @@ class _UnderWay(Generic[T]):
 
 _THIS_TRANSACTION: Final = text("SELECT pg_current_xact_id_if_assigned()::text AS xid, pg_backend_pid() AS backend")
 _STATUS: Final = text("SELECT pg_xact_status(CAST(:xid AS xid8))")
-_END: Final = text("SELECT pg_terminate_backend(:backend)")
+# By transaction as well: after a restart of the server another session may have the backend's pid.
+_END: Final = text(
+    "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+    " WHERE pid = :backend AND backend_xid::text = (CAST(:xid AS bigint) % 4294967296)::text"
+)
 
 
 class _RolledBackError(StorageError):
