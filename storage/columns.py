@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import math
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 from sqlalchemy import (
     ARRAY,
     ColumnElement,
+    DateTime,
     Double,
     Integer,
     LargeBinary,
@@ -21,6 +23,9 @@ from sqlalchemy import (
     func,
     literal,
 )
+
+_NO_TIME: Final = np.iinfo(np.int64).min  # PostgreSQL's -infinity
+_EPOCH_OF_POSTGRESQL_US: Final = 946_684_800 * 10**6  # 2000-01-01, in microseconds since 1970
 
 
 def int_array(ids: Iterable[int]) -> str:
@@ -40,6 +45,11 @@ def stored_number(value: ColumnElement[Any], kind: ColumnElement[Any]) -> Column
     return case(special, value=kind, else_=literal(math.nan, Double))
 
 
+def sent_time(column: ColumnElement[Any]) -> ColumnElement[bytes]:
+    """A naive time, which may be NULL, for `packed`."""
+    return func.timestamp_send(func.coalesce(column, literal("-infinity", DateTime)), type_=LargeBinary)
+
+
 def packed(expression: ColumnElement[Any]) -> ColumnElement[bytes]:
     """All values of a group as the bytes of PostgreSQL's binary format: a million are neither rows nor digits."""
     return func.string_agg(expression, literal(b"", LargeBinary), type_=LargeBinary)
@@ -55,3 +65,13 @@ def floats(big_endian: bytes) -> list[float]:
     """Return what `packed` made of float8."""
     numbers: list[float] = np.frombuffer(big_endian, dtype=">f8").tolist()
     return numbers
+
+
+def local_times(big_endian: bytes) -> list[dt.datetime | None]:
+    """Return what `packed` made of the `sent_time` of naive UTC, in naive local time as Optuna gives it.
+
+    Exact to the microsecond until the year 2242. 4 times as fast as converting datetimes (2026-11).
+    """
+    micros = np.frombuffer(big_endian, dtype=">i8")
+    seconds = np.where(micros == _NO_TIME, math.nan, (micros + _EPOCH_OF_POSTGRESQL_US) / 1e6).tolist()
+    return [None if math.isnan(second) else dt.datetime.fromtimestamp(second) for second in seconds]

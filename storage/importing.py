@@ -28,7 +28,7 @@ from sqlalchemy.dialects.postgresql import ARRAY, INTEGER
 from sqlalchemy.dialects.postgresql import insert as upsert
 
 from storage.errors import InvalidWriteError, StorageError, StudyExistsError, StudyNotFoundError
-from storage.frozen import TRIAL_ROW, UNFINISHED, load_trials
+from storage.frozen import UNFINISHED, load_trials, trials_where
 from storage.imported_trials import Change, fitted, insert_trials, is_same, replace_trials
 from storage.optuna_studies import directions_of, lock_study
 from storage.sessions import Sessions
@@ -370,7 +370,7 @@ class _Copy:
                 raise self._disturbed(trial.number)
             if row is not None and row.state == "WAITING" and trial.number in origin.unfinished:
                 waiting[row.trial_id] = trial
-        ours = load_trials(conn, select(*TRIAL_ROW).where(trials.c.trial_id.in_(list(waiting))), {})
+        ours = load_trials(conn, trials_where(trials.c.trial_id.in_(list(waiting))), {})
         changed = [
             (trial._trial_id, waiting[trial._trial_id])
             for trial in ours

@@ -7,18 +7,17 @@ from collections.abc import Container
 from typing import Final
 
 from optuna.trial import FrozenTrial, TrialState
-from sqlalchemy import Connection, bindparam, select, union_all
+from sqlalchemy import Connection, and_, bindparam, select
 
 from storage.columns import int_array, is_among
-from storage.frozen import TRIAL_ROW, fill_in, is_bare, load_reports, load_trials
+from storage.frozen import fill_in, is_bare, load_reports, load_trials, trials_where
 from storage.optuna_studies import no_study
 from storage.sessions import Sessions
 from storage.tables import studies, trials
 
-# Two lookups, as an OR of them may become a scan of the study.
-_NEW_OR_UNFINISHED: Final = union_all(
-    select(*TRIAL_ROW).where(trials.c.study_id == bindparam("study_id"), trials.c.number > bindparam("greatest")),
-    select(*TRIAL_ROW).where(is_among(trials.c.trial_id, "unfinished")),
+_NEW_OR_UNFINISHED: Final = trials_where(
+    and_(trials.c.study_id == bindparam("study_id"), trials.c.number > bindparam("greatest")),
+    is_among(trials.c.trial_id, "unfinished"),
 )
 _STUDY: Final = select(studies.c.study_id).where(studies.c.study_id == bindparam("study_id"))
 
