@@ -21,6 +21,8 @@ from tuner.errors import TunerError
 SamplerName = Literal["tpe", "random", "gp", "cmaes", "qmc", "grid"]
 PrunerName = Literal["median", "percentile", "hyperband", "asha", "none"]
 Direction = Literal["maximize", "minimize"]
+Precision = Literal["fp32", "bf16", "fp16"]
+DataPlace = Literal["auto", "resident", "stream"]
 
 
 class _Frozen(BaseModel):
@@ -68,6 +70,17 @@ class Retry(_Frozen):
     max_attempts: PositiveInt = 3
 
 
+class TrainingSpec(_Frozen):
+    """How each trial trains, as far as its result depends on it; what they mean is told by `tuner.training.Options`."""
+
+    precision: Precision = "fp32"
+    deterministic: bool = False
+    compile: bool = False
+    cuda_graphs: bool = False
+    patience: PositiveInt | None = None
+    data: DataPlace = "auto"
+
+
 class Spec(_Frozen):
     """What every worker of a study needs to know, apart from where the objective's code and data lie."""
 
@@ -81,6 +94,7 @@ class Spec(_Frozen):
     epochs: PositiveInt
     seed: NonNegativeInt = Field(default=0, lt=2**63)
     retry: Retry = Retry()
+    training: TrainingSpec = TrainingSpec()
 
 
 def parse_spec(stored: object, study_name: str) -> Spec:

@@ -13,7 +13,7 @@ from storage.errors import StudyExistsError
 from storage.studies import StudyRecord, TrialRecord
 from tuner.errors import TunerError, UsageError
 from tuner.registry import ObjectiveKind, ObjectiveSource, build_objective, is_objective_class
-from tuner.spec import Budget, Direction, ObjectiveSpec, Spec, differences, parse_spec
+from tuner.spec import Budget, Direction, ObjectiveSpec, Spec, TrainingSpec, differences, parse_spec
 
 if TYPE_CHECKING:
     from pydantic import JsonValue
@@ -157,6 +157,7 @@ def plan(
     pruner: str,
     direction: Direction | None,
     seed: int,
+    training: TrainingSpec = TrainingSpec(),  # noqa: B008 - frozen
 ) -> tuple[Spec, Objective | None]:
     """Return the checked spec of a study of `kind`, and the objective (None for a plain function).
 
@@ -175,6 +176,8 @@ def plan(
             raise UsageError(f"--set: the plain function {source.name} has no options, got {', '.join(options)}")
         if epochs is not None:
             raise UsageError(f"--epochs: the plain function {source.name} trains as long as it likes")
+        if training != TrainingSpec():
+            raise UsageError(f"--{_first_change(training)}: the plain function {source.name} trains as it likes")
         metric, direction, epochs = "value", direction or "minimize", 1
     sampler_ = sampler_spec(sampler, objective)
     spec = Spec(
@@ -190,8 +193,15 @@ def plan(
         budget=budget.model_copy(update={"trials": min(budget.trials, grid_size(sampler_) or budget.trials)}),
         epochs=epochs,
         seed=seed,
+        training=training,
     )
     return spec, objective
+
+
+def _first_change(training: TrainingSpec) -> str:
+    default = TrainingSpec()
+    changed = (name for name, value in training if value != getattr(default, name))
+    return next(changed).replace("_", "-")
 
 
 def _study(record: StudyRecord) -> Study:

@@ -4,55 +4,24 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import socket
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from pydantic import JsonValue
 
 from tuner.cli.model import default_output, print_exported
+from tuner.cli.options import StudyOptions, check_positive
 from tuner.cli.settings import Settings, command
 from tuner.errors import TunerError, UsageError
-from tuner.spec import Budget
 
 if TYPE_CHECKING:
     from tuner.registry import ObjectiveSource
     from tuner.study import Study
 
-_UNITS_S = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
-
 ObjectiveName = Annotated[
     str, typer.Argument(metavar="OBJECTIVE", help="Name of an installed objective, or path/to/file.py:NAME.")
 ]
-StudyName = Annotated[str | None, typer.Option("--study", help="Name of the study (default: the objective's).")]
-Trials = Annotated[int, typer.Option(help="Trials that have to complete or be pruned.")]
-Timeout = Annotated[
-    str | None,
-    typer.Option(metavar="TIME", help="Start no trial later than this after the study's creation: 90s, 15m, 2h."),
-]
-MaxFailures = Annotated[int, typer.Option(help="Failed trials that do not end the study.")]
-Epochs = Annotated[int | None, typer.Option(help="Epochs of a trial (default: the objective's).")]
-Sets = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Set an option of the objective; may be repeated."),
-]
-Sampler = Annotated[
-    str,
-    typer.Option(metavar="NAME[:KEY=VALUE,...]", help="tpe, random, gp, cmaes, qmc or grid, and its settings."),
-]
-Pruner = Annotated[
-    str,
-    typer.Option(
-        metavar="NAME[:KEY=VALUE,...]",
-        help="median, percentile, hyperband, asha or none, and its settings: median:n_warmup_steps=5",
-    ),
-]
-Direction = Annotated[
-    str | None, typer.Option(metavar="minimize|maximize", help="For a plain function (default: minimize).")
-]
-Seed = Annotated[int, typer.Option(help="Everything random in the study follows from it.")]
 Workers = Annotated[int | None, typer.Option(help="Local worker processes (default: half the cores, 2 to 8).")]
 Device = Annotated[str | None, typer.Option(help="cuda, cuda:1, mps or cpu (default: the best there is).")]
 AllowCodeChange = Annotated[
@@ -64,16 +33,7 @@ AllowCodeChange = Annotated[
 def run(
     settings: Settings,
     objective: ObjectiveName,
-    study: StudyName = None,
-    trials: Trials = 30,
-    timeout: Timeout = None,
-    max_failures: MaxFailures = 10,
-    epochs: Epochs = None,
-    set_: Sets = None,
-    sampler: Sampler = "tpe",
-    pruner: Pruner = "median",
-    direction: Direction = None,
-    seed: Seed = 0,
+    options: StudyOptions,
     workers: Workers = None,
     device: Device = None,
     export: Annotated[bool, typer.Option("--export/--no-export", help="Retrain and export the best trial.")] = True,
@@ -92,15 +52,7 @@ def run(
     from tuner.worker import Slots, Worker
 
     count = _workers(workers)
-    wanted = _checked(
-        budget=_budget(trials, timeout, max_failures),
-        epochs=epochs,
-        set_=set_,
-        sampler=sampler,
-        pruner=pruner,
-        direction=direction,
-        seed=seed,
-    )
+    wanted = options.plan()
     source = find_objective(objective)
     if export and output is not None:
         check_output(output)
@@ -110,7 +62,7 @@ def run(
         engine = settings.open()
         joined, created = create_or_join(
             engine,
-            source.study_name if study is None else study,
+            source.study_name if options.study is None else options.study,
             spec,
             allow_code_change=allow_code_change,
         )
@@ -148,34 +100,19 @@ def run(
 def create(
     settings: Settings,
     objective: ObjectiveName,
-    study: StudyName = None,
-    trials: Trials = 30,
-    timeout: Timeout = None,
-    max_failures: MaxFailures = 10,
-    epochs: Epochs = None,
-    set_: Sets = None,
-    sampler: Sampler = "tpe",
-    pruner: Pruner = "median",
-    direction: Direction = None,
-    seed: Seed = 0,
+    options: StudyOptions,
     as_json: Annotated[bool, typer.Option("--json", help="Print the study as JSON.")] = False,
 ) -> None:
     """Create a study of OBJECTIVE for workers to join; running it again with the same settings does nothing."""
     from tuner.registry import find_objective
     from tuner.study import create_or_join, plan
 
-    wanted = _checked(
-        budget=_budget(trials, timeout, max_failures),
-        epochs=epochs,
-        set_=set_,
-        sampler=sampler,
-        pruner=pruner,
-        direction=direction,
-        seed=seed,
-    )
+    wanted = options.plan()
     source = find_objective(objective)
     spec, _ = plan(source, source.load(), **wanted)
-    joined, created = create_or_join(settings.open(), source.study_name if study is None else study, spec)
+    joined, created = create_or_join(
+        settings.open(), source.study_name if options.study is None else options.study, spec
+    )
     if as_json:
         print(json.dumps({"study": joined.name, "created": created, "spec": joined.spec.model_dump(mode="json")}))
         return
@@ -201,8 +138,8 @@ def worker(
     from tuner.worker import Slots, Worker
 
     if trials is not None:
-        _positive("--trials", trials)
-    _positive("--slots", slots)
+        check_positive("--trials", trials)
+    check_positive("--slots", slots)
     engine = settings.open()
     joined = open_study(engine, study)
     reference = objective or _installed_name(joined)
@@ -221,56 +158,10 @@ def worker(
 commands = {"run": run, "create": create, "worker": worker}
 
 
-def _checked(*, set_: list[str] | None, **settings: Any) -> dict[str, Any]:
-    """Return the arguments of `tuner.study.plan`, as far checked as can be before torch is imported."""
-    from tuner.sampling import check_sampler_name, pruner_spec
-
-    if settings["epochs"] is not None:
-        _positive("--epochs", settings["epochs"])
-    if not 0 <= settings["seed"] < 2**63:
-        raise UsageError(f"--seed needs a whole number from 0 to 2^63 - 1, got {settings['seed']}")
-    if settings["direction"] not in (None, "minimize", "maximize"):
-        raise UsageError(f"--direction needs minimize or maximize, got {settings['direction']!r}")
-    check_sampler_name(settings["sampler"])
-    pruner_spec(settings["pruner"], 1)
-    return {**settings, "options": _pairs(set_ or [])}
-
-
-def _pairs(texts: list[str]) -> dict[str, JsonValue]:
-    from tuner.sampling import parse_value
-
-    pairs = {}
-    for text in texts:
-        key, equals, value = text.partition("=")
-        if not equals or not key:
-            raise UsageError(f"--set needs KEY=VALUE, got {text!r}")
-        pairs[key] = parse_value(value)
-    return pairs
-
-
-def _budget(trials: int, timeout: str | None, max_failures: int) -> Budget:
-    _positive("--trials", trials)
-    if max_failures < 0:
-        raise UsageError(f"--max-failures needs a whole number from 0, got {max_failures}")
-    return Budget(trials=trials, timeout_s=None if timeout is None else _seconds(timeout), max_failures=max_failures)
-
-
-def _seconds(text: str) -> float:
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)([smhd]?)", text)
-    if match is None or float(match[1]) == 0:
-        raise UsageError(f"--timeout needs a time above 0 such as 90s, 15m or 2h, got {text!r}")
-    return float(match[1]) * _UNITS_S[match[2]]
-
-
-def _positive(option: str, value: int) -> None:
-    if value < 1:
-        raise UsageError(f"{option} needs a whole number above 0, got {value}")
-
-
 def _workers(count: int | None) -> int:
     if count is None:
         return max(2, min(8, (os.cpu_count() or 1) // 2))
-    _positive("--workers", count)
+    check_positive("--workers", count)
     return count
 
 

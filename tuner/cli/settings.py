@@ -8,9 +8,9 @@ import inspect
 import os
 import shlex
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 from typer.models import OptionInfo
@@ -152,14 +152,19 @@ class Settings:
 def command(function: Callable[..., None], group: str = "") -> Callable[..., None]:
     """Give a command the options of every command: its first parameter becomes the `Settings` they make.
 
-    Each of its own options gets a variable: `--max-failures` of `run` is TUNER_RUN_MAX_FAILURES.
+    Each of its own options gets a variable: `--max-failures` of `run` is TUNER_RUN_MAX_FAILURES. A parameter that
+    is a dataclass stands for an option for each of its fields.
     """
     prefix = f"TUNER_{group}{function.__name__.rstrip('_')}".upper()
+    declared = list(inspect.signature(function, eval_str=True).parameters.values())[1:]
+    groups: dict[str, Any] = {its.name: its.annotation for its in declared if is_dataclass(its.annotation)}
     own = [
         parameter.replace(
-            kind=inspect.Parameter.KEYWORD_ONLY, annotation=_with_variable(parameter.annotation, prefix, name)
+            kind=inspect.Parameter.KEYWORD_ONLY,
+            annotation=_with_variable(parameter.annotation, prefix, parameter.name),
         )
-        for name, parameter in list(inspect.signature(function, eval_str=True).parameters.items())[1:]
+        for declared_ in declared
+        for parameter in (_fields(groups[declared_.name]) if declared_.name in groups else [declared_])
     ]
     shared = [
         inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
@@ -172,6 +177,8 @@ def command(function: Callable[..., None], group: str = "") -> Callable[..., Non
         outer: Settings = given.pop("context").obj
         given.pop("debug")  # `main` has looked for it, as it has to before there are any settings
         settings = Settings.of(**{name: given.pop(name) for name in _OPTIONS if name in given}).over(outer)
+        for name, kind in groups.items():
+            given[name] = kind(**{field.name: given.pop(field.name) for field in fields(kind)})
         function(settings, **given)
 
     parameters = [context, *own, *shared]
@@ -179,6 +186,17 @@ def command(function: Callable[..., None], group: str = "") -> Callable[..., Non
     run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     del run.__wrapped__  # its annotations would be read instead
     return run
+
+
+def _fields(kind: Any) -> list[inspect.Parameter]:
+    """Return the fields of a dataclass as parameters."""
+    hints = get_type_hints(kind, include_extras=True)
+    return [
+        inspect.Parameter(
+            field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=hints[field.name]
+        )
+        for field in fields(kind)
+    ]
 
 
 def _with_variable(annotation: Any, prefix: str, name: str) -> Any:

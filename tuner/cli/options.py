@@ -1,0 +1,145 @@
+"""The options that define a study, the same for every command that creates one."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, get_args
+
+import typer
+
+from tuner.errors import UsageError
+from tuner.spec import Budget, DataPlace, Precision, TrainingSpec
+
+if TYPE_CHECKING:
+    from pydantic import JsonValue
+
+_UNITS_S = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyOptions:
+    """What a study is created with. Each field is an option of the command that has such a parameter."""
+
+    study: Annotated[str | None, typer.Option("--study", help="Name of the study (default: the objective's).")] = None
+    trials: Annotated[int, typer.Option(help="Trials that have to complete or be pruned.")] = 30
+    timeout: Annotated[
+        str | None,
+        typer.Option(metavar="TIME", help="Start no trial later than this after the study's creation: 90s, 15m, 2h."),
+    ] = None
+    max_failures: Annotated[int, typer.Option(help="Failed trials that do not end the study.")] = 10
+    epochs: Annotated[int | None, typer.Option(help="Epochs of a trial (default: the objective's).")] = None
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Set an option of the objective; may be repeated."),
+    ] = None
+    sampler: Annotated[
+        str,
+        typer.Option(metavar="NAME[:KEY=VALUE,...]", help="tpe, random, gp, cmaes, qmc or grid, and its settings."),
+    ] = "tpe"
+    pruner: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME[:KEY=VALUE,...]",
+            help="median, percentile, hyperband, asha or none, and its settings: median:n_warmup_steps=5",
+        ),
+    ] = "median"
+    direction: Annotated[
+        str | None, typer.Option(metavar="minimize|maximize", help="For a plain function (default: minimize).")
+    ] = None
+    seed: Annotated[int, typer.Option(help="Everything random in the study follows from it.")] = 0
+    patience: Annotated[
+        int | None, typer.Option(help="End a trial so many epochs after its best one (default: never).")
+    ] = None
+    precision: Annotated[
+        str, typer.Option(metavar="fp32|bf16|fp16", help="What models compute in; the weights stay in fp32.")
+    ] = "fp32"
+    compile_: Annotated[bool, typer.Option("--compile", help="Compile models by torch.compile.")] = False
+    cuda_graphs: Annotated[bool, typer.Option("--cuda-graphs", help="Launch each training step as one CUDA graph.")] = (
+        False
+    )
+    deterministic: Annotated[
+        bool, typer.Option("--deterministic", help="Use only algorithms that give the same result each time.")
+    ] = False
+    data: Annotated[
+        str,
+        typer.Option(
+            metavar="auto|resident|stream",
+            help="Keep data on the device, or read it while training (auto: by its size).",
+        ),
+    ] = "auto"
+
+    def plan(self) -> dict[str, Any]:
+        """Return the arguments of `tuner.study.plan`, as far checked as can be before torch is imported."""
+        from tuner.sampling import check_sampler_name, pruner_spec
+
+        if self.epochs is not None:
+            check_positive("--epochs", self.epochs)
+        if not 0 <= self.seed < 2**63:
+            raise UsageError(f"--seed needs a whole number from 0 to 2^63 - 1, got {self.seed}")
+        if self.direction not in (None, "minimize", "maximize"):
+            raise UsageError(f"--direction needs minimize or maximize, got {self.direction!r}")
+        check_sampler_name(self.sampler)
+        pruner_spec(self.pruner, 1)
+        return {
+            "options": _pairs(self.set_ or []),
+            "budget": self._budget(),
+            "epochs": self.epochs,
+            "sampler": self.sampler,
+            "pruner": self.pruner,
+            "direction": self.direction,
+            "seed": self.seed,
+            "training": self._training(),
+        }
+
+    def _budget(self) -> Budget:
+        check_positive("--trials", self.trials)
+        if self.max_failures < 0:
+            raise UsageError(f"--max-failures needs a whole number from 0, got {self.max_failures}")
+        timeout_s = None if self.timeout is None else _seconds(self.timeout)
+        return Budget(trials=self.trials, timeout_s=timeout_s, max_failures=self.max_failures)
+
+    def _training(self) -> TrainingSpec:
+        if self.patience is not None:
+            check_positive("--patience", self.patience)
+        for option, given, allowed in (
+            ("--precision", self.precision, get_args(Precision)),
+            ("--data", self.data, get_args(DataPlace)),
+        ):
+            if given not in allowed:
+                raise UsageError(f"{option} needs {', '.join(allowed[:-1])} or {allowed[-1]}, got {given!r}")
+        return TrainingSpec.model_validate(
+            {
+                "precision": self.precision,
+                "deterministic": self.deterministic,
+                "compile": self.compile_,
+                "cuda_graphs": self.cuda_graphs,
+                "patience": self.patience,
+                "data": self.data,
+            }
+        )
+
+
+def check_positive(option: str, value: int) -> None:
+    """Raise UsageError, naming the option, if its value is not above 0."""
+    if value < 1:
+        raise UsageError(f"{option} needs a whole number above 0, got {value}")
+
+
+def _pairs(texts: list[str]) -> dict[str, JsonValue]:
+    from tuner.sampling import parse_value
+
+    pairs = {}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        if not equals or not key:
+            raise UsageError(f"--set needs KEY=VALUE, got {text!r}")
+        pairs[key] = parse_value(value)
+    return pairs
+
+
+def _seconds(text: str) -> float:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([smhd]?)", text)
+    if match is None or float(match[1]) == 0:
+        raise UsageError(f"--timeout needs a time above 0 such as 90s, 15m or 2h, got {text!r}")
+    return float(match[1]) * _UNITS_S[match[2]]
