@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import gc
+import hashlib
 import inspect
+import json
 import math
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -18,23 +21,24 @@ from sqlalchemy.exc import SQLAlchemyError
 from torch import nn
 
 from storage.engine import is_outage
-from storage.errors import LeaseLostError, StorageError, StudyHaltedError
+from storage.errors import LeaseLostError, StorageError, StudyHaltedError, UnreachableError
 from tuner import training
-from tuner.data import Data
+from tuner.batches import place
+from tuner.checkpoint import Checkpoint
+from tuner.data import Data, DataError
 from tuner.errors import TunerError
 from tuner.objective import Objective
+from tuner.record import Record
 from tuner.registry import FunctionObjective
-from tuner.seeds import derive_seed, seed_everything
+from tuner.seeds import derive_seed, seed_everything, set_deterministic
 from tuner.spec import Spec
+from tuner.training import Interrupted
 
 FailureClass: TypeAlias = Literal["nan", "oom", "user_error"]
 
 MAX_MESSAGE_CHARS = 2000
 MAX_STEP = 2**31 - 1  # a PostgreSQL integer
-
-
-class Interrupted(Exception):  # noqa: N818 - not an error: a request, like KeyboardInterrupt
-    """The attempt has to end now: the worker was asked to stop, or the lease on the trial was lost."""
+_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
 
 class InvalidReportError(ValueError):
@@ -52,25 +56,55 @@ class Outcome:
 
 @dataclass(frozen=True, kw_only=True)
 class TrialObjective:
-    """What a slot runs for each trial: an objective with its data on the device, or a plain function."""
+    """What a slot runs for each trial: an objective with its data where it is trained on, or a plain function.
+
+    `checkpoints` is the directory for those of the study's trials, None for none. `log` takes a line for people.
+    """
 
     spec: Spec
     objective: Objective | FunctionObjective
     device: torch.device
     data: Data | None = None
+    checkpoints: Path | None = None
+    log: Callable[[str], None] = lambda _: None
 
     @classmethod
     def load(
-        cls, spec: Spec, objective: Objective | FunctionObjective, data_dir: Path, device: torch.device
+        cls,
+        spec: Spec,
+        objective: Objective | FunctionObjective,
+        data_dir: Path,
+        device: torch.device,
+        *,
+        checkpoints: Path | None = None,
+        log: Callable[[str], None] = lambda _: None,
     ) -> TrialObjective:
-        """Load the objective's train and valid data once, onto the device. The test split stays behind."""
+        """Load the objective's train and valid data once, onto the device if it fits. The test split stays behind."""
         if not isinstance(objective, Objective):
             return cls(spec=spec, objective=objective, device=device)
         import torchmetrics  # noqa: F401 - its 3 s are not to count as the first trial's
 
-        data = load_data(objective, data_dir)
-        resident = Data(data.train.to(device), data.valid.to(device), data.test, data.class_names)
-        return cls(spec=spec, objective=objective, device=device, data=resident)
+        set_deterministic(spec.training.deterministic)
+        try:
+            data = place(load_data(objective, data_dir), device, spec.training.data, log)
+        except DataError as error:
+            raise TunerError(f"{type(objective).__name__}: {error}") from error
+        return cls(spec=spec, objective=objective, device=device, data=data, checkpoints=checkpoints, log=log)
+
+    def checkpoint(self, number: int, params: dict[str, Any]) -> Checkpoint | None:
+        """Return the checkpoint of a trial, None where none are kept.
+
+        One that another trial left under this number, of a database that is no more, is not taken for this one's.
+        """
+        if self.checkpoints is None:
+            return None
+        fixed = self.spec.model_dump(mode="json", exclude={"budget", "retry", "sampler", "pruner"})
+        text = json.dumps([number, params, fixed], sort_keys=True, default=str)
+        return Checkpoint(
+            self.checkpoints / f"trial-{number}.pt",
+            identity=hashlib.sha256(text.encode()).hexdigest(),
+            log=self.log,
+        )
 
 
 class CheckedTrial(optuna.Trial):
@@ -78,14 +112,15 @@ class CheckedTrial(optuna.Trial):
 
     def __init__(self, study: optuna.Study, trial_id: int, check: Callable[[], None]) -> None:
         super().__init__(study, trial_id)
-        self._check = check
+        self.check = check
+        """Raises Interrupted or LeaseLostError if the attempt has to end."""
 
     def report(self, value: float, step: int) -> None:
         """Report as Optuna does.
 
         Raises Interrupted, DivergedError for NaN or infinity, InvalidReportError for a bad step.
         """
-        self._check()
+        self.check()
         if not 0 <= step <= MAX_STEP:
             raise InvalidReportError(f"a step needs to be in 0..{MAX_STEP}, got {step}")
         if not math.isfinite(float(value)):
@@ -101,9 +136,10 @@ def run_attempt(what: TrialObjective, trial: CheckedTrial) -> Outcome:
     """
     seed = derive_seed(what.spec.seed, "trial", trial.number)
     seed_everything(seed)
+    record = Record(what.device, seed)
     start = time.perf_counter()
     try:
-        value, attrs = _run(what, trial, seed)
+        value, attrs = _run(what, trial, seed, record)
         outcome = Outcome(state=TrialState.COMPLETE, value=value, attrs=attrs)
     except optuna.TrialPruned:
         outcome = Outcome(state=TrialState.PRUNED)
@@ -115,11 +151,16 @@ def run_attempt(what: TrialObjective, trial: CheckedTrial) -> Outcome:
         outcome = _failed("user_error", f"the database refused it: {_first_line(error)}")
     except training.DivergedError as error:
         outcome = _failed("nan", str(error))
-    except (torch.cuda.OutOfMemoryError, MemoryError) as error:
-        outcome = _failed("oom", str(error) or "out of memory")
+    except DataError as error:
+        outcome = _failed("user_error", f"{type(what.objective).__name__}: {error}")
     except (Exception, SystemExit) as error:  # noqa: BLE001 - foreign code: what it raises fails its trial alone
-        outcome = _failed("user_error", with_line(error, what.objective))
-    always = {"seed": seed, "device": str(what.device), "seconds": round(time.perf_counter() - start, 3)}
+        if _is_out_of_memory(error):
+            outcome = _failed("oom", _first_line(error) or "out of memory")
+        else:
+            outcome = _failed("user_error", with_line(error, what.objective))
+    if outcome.attrs.get("failure") == "oom":
+        _free_memory()  # here the error is gone, and with it the frames that held the tensors
+    always = {**record.attrs(), "seconds": round(time.perf_counter() - start, 3)}
     return Outcome(state=outcome.state, value=outcome.value, attrs={**outcome.attrs, **always})
 
 
@@ -135,14 +176,6 @@ def load_data(objective: Objective, data_dir: Path) -> Data:
     return data
 
 
-def best_epoch(history: list[training.Epoch], metric: str, direction: str) -> training.Epoch:
-    """Return the epoch with the best value of `metric`, the earliest of equals. Raises InvalidReportError."""
-    if not history:
-        raise InvalidReportError("fit needs to return the epochs that ended, got none")
-    sign = 1 if direction == "maximize" else -1
-    return max(history, key=lambda epoch: (sign * epoch.metrics[metric], -epoch.number))
-
-
 def with_line(error: BaseException, objective: Objective | FunctionObjective) -> str:
     """Describe the error with the last line of the objective's own file that it passed, if it passed any."""
     try:
@@ -151,16 +184,21 @@ def with_line(error: BaseException, objective: Objective | FunctionObjective) ->
         file = ""  # a callable object, such as a functools.partial
     frames = traceback.extract_tb(error.__traceback__)
     place = ([frame for frame in frames if frame.filename == file] or frames)[-1]
-    return f"{type(error).__name__}: {error} ({place.filename}, line {place.lineno})"
+    lines = str(error).strip().splitlines() or [""]
+    # What a process that reads samples raised comes with its traceback, the message last.
+    message = f"{type(error).__name__}: {lines[0]}" if "Original Traceback" not in str(error) else lines[-1]
+    return f"{message} ({place.filename}, line {place.lineno})"
 
 
-def _run(what: TrialObjective, trial: CheckedTrial, seed: int) -> tuple[float, dict[str, Any]]:
+def _run(what: TrialObjective, trial: CheckedTrial, seed: int, record: Record) -> tuple[float, dict[str, Any]]:
     if not isinstance(what.objective, Objective):
         return _checked_value(what.objective(trial)), {}
-    return _train(what, what.objective, trial, seed)
+    return _train(what, what.objective, trial, seed, record)
 
 
-def _train(what: TrialObjective, objective: Objective, trial: CheckedTrial, seed: int) -> tuple[float, dict[str, Any]]:
+def _train(
+    what: TrialObjective, objective: Objective, trial: CheckedTrial, seed: int, record: Record
+) -> tuple[float, dict[str, Any]]:
     assert what.data is not None
     metric = what.spec.metric
     objective.suggest(trial)
@@ -171,9 +209,15 @@ def _train(what: TrialObjective, objective: Objective, trial: CheckedTrial, seed
     model.to(what.device)
 
     def on_epoch(epoch: training.Epoch) -> None:
+        record.add(epoch)
         trial.report(epoch.metrics[metric], epoch.number)
         if epoch.number < what.spec.epochs and trial.should_prune():
             raise optuna.TrialPruned
+
+    def on_resume(history: Sequence[training.Epoch]) -> None:
+        for epoch in history:  # the reports of an attempt go when its trial is given back
+            record.add(epoch)
+            trial.report(epoch.metrics[metric], epoch.number)
 
     metrics = {name: its.to(what.device) for name, its in objective.build_metrics(what.data).items()}
     if metric not in metrics:
@@ -189,8 +233,20 @@ def _train(what: TrialObjective, objective: Objective, trial: CheckedTrial, seed
         epochs=what.spec.epochs,
         seed=seed,
         on_epoch=on_epoch,
+        run=training.Run(
+            options=training.Options(**what.spec.training.model_dump()),
+            metric=metric,
+            direction=what.spec.direction,
+            checkpoint=what.checkpoint(trial.number, params),
+            resumable=(Interrupted, StudyHaltedError, UnreachableError),
+            check=trial.check,
+            on_resume=on_resume,
+            log=lambda line: what.log(f"trial {trial.number}: {line}"),
+        ),
     )
-    best = best_epoch(history, metric, what.spec.direction)
+    if not history:
+        raise InvalidReportError("fit needs to return the epochs that ended, got none")
+    best = training.best_epoch(history, metric, what.spec.direction)
     # JSON has no NaN, and neither have the readers of these.
     others = {name: value for name, value in best.metrics.items() if name != metric and math.isfinite(value)}
     attrs = {**others, "epoch": best.number, "epochs": len(history), "train_loss": best.train_loss}
@@ -210,6 +266,21 @@ def _checked_value(value: object) -> float:
 
 def _first_line(error: BaseException) -> str:
     return str(error).strip().partition("\n")[0]
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out: of a device, which has an error of its own, or of the host, which has none."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(part in str(error) for part in _OUT_OF_MEMORY)
+
+
+def _free_memory() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    elif torch.backends.mps.is_available():
+        torch.mps.empty_cache()
 
 
 def _failed(kind: FailureClass, message: str) -> Outcome:

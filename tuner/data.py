@@ -1,4 +1,4 @@
-"""The data of a trial: three splits of resident tensors.
+"""The data of a trial: three splits, of tensors or of samples that are read one by one.
 
 Nothing here knows of Optuna or of a database.
 """
@@ -6,18 +6,28 @@ Nothing here knows of Optuna or of a database.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import TypeAlias
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
 
 Inputs: TypeAlias = Tensor | tuple[Tensor, ...] | dict[str, Tensor]
 
+READ_ROWS = 1024
+"""How many samples are read at once where all of them are needed."""
+
 
 class DataError(ValueError):
     """The data of an objective cannot be trained on; the message says which split and why."""
+
+
+class Batch(NamedTuple):
+    """Some rows: like a `Split`, but without its checks, as one is cut for each step of training."""
+
+    inputs: Inputs
+    targets: Tensor
 
 
 @dataclass(frozen=True)
@@ -47,6 +57,15 @@ class Split:
     def __len__(self) -> int:
         return len(self.targets)
 
+    def __getitem__(self, row: int) -> tuple[Inputs, Tensor]:
+        """Return one row, as a data set of samples does."""
+        return map_inputs(lambda tensor: tensor[row], self.inputs), self.targets[row]
+
+    @property
+    def n_bytes(self) -> int:
+        """The size of its tensors in bytes."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in (*tensors(self.inputs), self.targets))
+
     def rows(self, index: Tensor | slice) -> Split:
         """Return the rows at `index`, an integer tensor on the split's device or a slice."""
         return self._map(lambda tensor: tensor[index])
@@ -59,29 +78,88 @@ class Split:
         return Split(map_inputs(function, self.inputs), function(self.targets))
 
 
+class DataSet(Protocol):
+    """What `Samples` reads: `dataset[i]` is (inputs, target) of row i, as torchvision's data sets give it.
+
+    Inputs are a tensor, a tuple or a dict of tensors; a target is a tensor or a number.
+    """
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, row: int, /) -> Any: ...
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Rows that are read one by one from a data set, for data that does not fit into memory.
+
+    Where it does fit, it is read once and kept as a `Split` (`--data auto`), unless it is `random`: reading a
+    row twice gives different ones, as random augmentation does. `split` and `n_classes` are set by `Data`.
+    """
+
+    dataset: DataSet
+    random: bool = False
+    split: str = ""
+    n_classes: int = 0
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def rows(self, index: Tensor | slice) -> Split:
+        """Read the rows at `index`, which may be a slice. Raises DataError if they cannot be trained on."""
+        return self.read(torch.arange(len(self))[index].tolist())
+
+    def read(self, rows: Sequence[int]) -> Split:
+        """Read these rows. Raises DataError, naming the split, if they cannot be trained on."""
+        if isinstance(self.dataset, Split):
+            return self.dataset.rows(torch.tensor(rows))
+        read = _collate(self._samples(rows), self.split)
+        _check_values(read, self.split, self.n_classes)
+        return read
+
+    def to(self, device: torch.device) -> Samples:  # noqa: ARG002 - as a Split has it
+        """Return the same samples: each batch goes to the device as it is read."""
+        return self
+
+    def _samples(self, rows: Sequence[int]) -> list[Any]:
+        read_all = getattr(self.dataset, "__getitems__", None)
+        return list(read_all(rows)) if read_all is not None else [self.dataset[row] for row in rows]
+
+
+Rows: TypeAlias = Split | Samples
+
+
 @dataclass(frozen=True)
 class Data:
     """The three splits of an objective, and the names of its classes if it has classes.
 
-    The search sees `train` and `valid`; `test` is for the exported model alone.
+    The search sees `train` and `valid`; `test` is for the exported model alone. Of `Samples` only the first row
+    is checked here, and each row when it is read.
     """
 
-    train: Split
-    valid: Split
-    test: Split
+    train: Rows
+    valid: Rows
+    test: Rows
     class_names: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for name, split in self.splits():
-            self._check(name, split)
+            if len(split) == 0:
+                raise DataError(f"the {name} split needs at least one row, got none: check load_data")
+            if isinstance(split, Samples):
+                named = replace(split, split=name, n_classes=len(self.class_names))
+                object.__setattr__(self, name, named)
+            else:
+                _check_values(split, name, len(self.class_names))
+        wanted = _layout(self.train)
         for name, split in self.splits():
-            if _layout(split) != _layout(self.train):
+            if (found := _layout(split)) != wanted:
                 raise DataError(
                     "all splits need rows of the same shapes and types,"
-                    f" got {_layout(self.train)} in train and {_layout(split)} in {name}: check load_data"
+                    f" got {wanted} in train and {found} in {name}: check load_data"
                 )
 
-    def splits(self) -> Iterator[tuple[str, Split]]:
+    def splits(self) -> Iterator[tuple[str, Rows]]:
         """Yield ("train", ...), ("valid", ...), ("test", ...)."""
         yield "train", self.train
         yield "valid", self.valid
@@ -91,28 +169,11 @@ class Data:
         """Return the sha256 of every tensor's type, shape and bytes, in hexadecimal: equal data, equal text."""
         digest = hashlib.sha256()
         for name, split in self.splits():
-            for tensor in (*tensors(split.inputs), split.targets):
-                digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-                digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+            for part in _parts(split):
+                for tensor in (*tensors(part.inputs), part.targets):
+                    digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+                    digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
         return digest.hexdigest()
-
-    def _check(self, name: str, split: Split) -> None:
-        if len(split) == 0:
-            raise DataError(f"the {name} split needs at least one row, got none: check load_data")
-        for tensor in (*tensors(split.inputs), split.targets):
-            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-                raise DataError(f"the {name} split needs finite numbers, got NaN or infinity: clean the data")
-        n_classes = len(self.class_names)
-        if n_classes:
-            if split.targets.is_floating_point():
-                raise DataError(
-                    f"class labels need an integer type, got {split.targets.dtype} in the {name} split: use .long()"
-                )
-            low, high = int(split.targets.min()), int(split.targets.max())
-            if low < 0 or high >= n_classes:
-                raise DataError(
-                    f"labels need to be in 0..{n_classes - 1}, got {low}..{high} in the {name} split: check class_names"
-                )
 
 
 def tensors(inputs: Inputs) -> tuple[Tensor, ...]:
@@ -131,17 +192,41 @@ def map_inputs(function: Callable[[Tensor], Tensor], inputs: Inputs) -> Inputs:
     return tuple(function(tensor) for tensor in inputs)
 
 
-def join(first: Split, second: Split) -> Split:
+def join(first: Rows, second: Rows) -> Rows:
     """Return the rows of both, `first`'s first; used to retrain on train + valid."""
+    if isinstance(first, Split) and isinstance(second, Split):
+        return concatenate([first, second])
+    from torch.utils.data import ConcatDataset
+
+    one, other = (rows.dataset if isinstance(rows, Samples) else rows for rows in (first, second))
+    like = first if isinstance(first, Samples) else second
+    assert isinstance(like, Samples)
+    return replace(like, dataset=ConcatDataset([one, other]))  # type: ignore[list-item]  # it only indexes them
+
+
+def concatenate(splits: Sequence[Split]) -> Split:
+    """Return the rows of all splits, one after the other."""
+    first = splits[0].inputs
     inputs: Inputs
-    if isinstance(first.inputs, dict):
-        assert isinstance(second.inputs, dict)
-        inputs = {name: torch.cat([tensor, second.inputs[name]]) for name, tensor in first.inputs.items()}
+    if isinstance(first, dict):
+        inputs = {name: torch.cat([_by_name(split)[name] for split in splits]) for name in first}
+    elif isinstance(first, tuple):
+        inputs = tuple(torch.cat(column) for column in zip(*(tensors(split.inputs) for split in splits), strict=True))
     else:
-        pairs = zip(tensors(first.inputs), tensors(second.inputs), strict=True)
-        joined = tuple(torch.cat(pair) for pair in pairs)
-        inputs = joined[0] if isinstance(first.inputs, Tensor) else joined
-    return Split(inputs, torch.cat([first.targets, second.targets]))
+        inputs = torch.cat([tensors(split.inputs)[0] for split in splits])
+    return Split(inputs, torch.cat([split.targets for split in splits]))
+
+
+def class_weights(train: Rows, n_classes: int) -> Tensor:
+    """Return a weight for each class, n / (n_classes * its count), so that each counts the same in the loss.
+
+    A class without rows has weight 0. Raises DataError for samples, whose targets are not known beforehand.
+    """
+    if isinstance(train, Samples):
+        raise DataError("class weights need targets in memory, got samples: count them once in load_data")
+    counts = torch.bincount(train.targets.flatten(), minlength=n_classes)
+    weights = len(train) / (n_classes * counts.clamp(min=1))
+    return weights * (counts > 0)
 
 
 def split_rows(
@@ -174,8 +259,50 @@ def split_rows(
     return Data(train, valid_, test_, class_names)
 
 
-def _layout(split: Split) -> dict[str, str]:
+def _by_name(split: Split) -> dict[str, Tensor]:
+    assert isinstance(split.inputs, dict)
+    return split.inputs
+
+
+def _parts(split: Rows) -> Iterable[Split]:
+    if isinstance(split, Split):
+        return (split,)
+    return (split.rows(slice(start, start + READ_ROWS)) for start in range(0, len(split), READ_ROWS))
+
+
+def _collate(samples: list[Any], name: str) -> Split:
+    from torch.utils.data import default_collate
+
+    try:
+        inputs, targets = default_collate(samples)
+    except (TypeError, ValueError, RuntimeError) as error:
+        reason = str(error).partition("\n")[0]
+        raise DataError(
+            f"a sample of the {name} split needs to be (inputs, target), tensors of one shape in all rows: {reason}"
+        ) from error
+    return Split(tuple(inputs) if isinstance(inputs, list) else inputs, targets)
+
+
+def _check_values(split: Split, name: str, n_classes: int) -> None:
+    for tensor in (*tensors(split.inputs), split.targets):
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise DataError(f"the {name} split needs finite numbers, got NaN or infinity: clean the data")
+    if not n_classes:
+        return
+    if split.targets.is_floating_point():
+        raise DataError(
+            f"class labels need an integer type, got {split.targets.dtype} in the {name} split: use .long()"
+        )
+    low, high = int(split.targets.min()), int(split.targets.max())
+    if low < 0 or high >= n_classes:
+        raise DataError(
+            f"labels need to be in 0..{n_classes - 1}, got {low}..{high} in the {name} split: check class_names"
+        )
+
+
+def _layout(rows: Rows) -> dict[str, str]:
     """Describe one row of each of the split's tensors, by name, or by place where they have none."""
+    split = rows if isinstance(rows, Split) else rows.rows(slice(0, 1))
     inputs = split.inputs if isinstance(split.inputs, dict) else dict(enumerate(tensors(split.inputs)))
     named = {**{f"input {name}": tensor for name, tensor in inputs.items()}, "targets": split.targets}
     return {

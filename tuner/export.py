@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import datetime as dt
-import importlib.metadata
 import io
 import os
-import platform
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -24,28 +22,21 @@ from storage import studies
 from storage.studies import TrialRecord
 from tuner import training
 from tuner.attempt import load_data, with_line
-from tuner.data import Data, Inputs, Split, join, tensors
+from tuner.batches import place_rows
+from tuner.data import Data, Inputs, Rows, join, tensors
 from tuner.errors import TunerError
 from tuner.log import Log
 from tuner.model import MANIFEST, PROGRAM, WEIGHTS, InputDescription, Manifest, load_program, sha256_of
 from tuner.objective import Objective
 from tuner.output import check_output
+from tuner.record import versions
 from tuner.registry import ObjectiveSource, build_objective, is_objective_class
-from tuner.seeds import derive_seed, seed_everything
+from tuner.seeds import derive_seed, seed_everything, set_deterministic
+from tuner.steps import call
 from tuner.study import Study, best_of
 
 CHECKED_ROWS = 256
 """How many validation rows a file that was loaded back is compared with the model on."""
-_VERSIONED = (
-    "torch",
-    "torchvision",
-    "torchmetrics",
-    "optuna",
-    "safetensors",
-    "scikit-learn",
-    "numpy",
-    "tuner",
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +75,7 @@ def export_study(
         trial=best.number,
     )
     device_ = training.choose_device(device)
-    model = _retrain(objective, best, data, epochs, seed, device_).cpu()
+    model = _retrain(objective, study, best, data, epochs, seed, device_, log).cpu()
     metrics = objective.build_metrics(data)
     log.event("exporting", f"writing the model to {output}", output=str(output))
     with _aside(output) as directory:
@@ -111,9 +102,9 @@ def export_study(
                 "fingerprint": data.fingerprint(),
                 **{name: len(split) for name, split in data.splits()},
             },
-            inputs=_describe(data.train.inputs),
+            inputs=_describe(data.train.rows(slice(0, 1)).inputs),
             class_names=data.class_names,
-            versions=_versions(),
+            versions=versions(),
             created_at=dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
             files={name: sha256_of(directory / name) for name in (WEIGHTS, PROGRAM)},
         )
@@ -131,18 +122,43 @@ def _objective(study: Study, source: ObjectiveSource) -> Objective:
     return build_objective(kind, study.spec.objective.options, study.spec.seed)
 
 
+class _Predictor(nn.Module):
+    """A model of several outputs as the one that is exported: it gives the objective's prediction."""
+
+    def __init__(self, model: nn.Module, objective: Objective) -> None:
+        super().__init__()
+        self.model = model
+        self._prediction = objective.prediction
+
+    def forward(self, *args: Any, **named: Any) -> torch.Tensor:
+        return self._prediction(self.model(*args, **named))
+
+
 def _retrain(
-    objective: Objective, best: TrialRecord, data: Data, epochs: int, seed: int, device: torch.device
+    objective: Objective,
+    study: Study,
+    best: TrialRecord,
+    data: Data,
+    epochs: int,
+    seed: int,
+    device: torch.device,
+    log: Log,
 ) -> nn.Module:
+    def tell(line: str) -> None:
+        log.event("note", line)
+
     seed_everything(seed)
+    set_deterministic(study.spec.training.deterministic)
     try:
         model = objective.build_model(best.params).to(device)
-        train = join(data.train, data.valid).to(device)
+        (train,) = place_rows([join(data.train, data.valid)], device, study.spec.training.data, tell)
         metrics = {name: metric.to(device) for name, metric in objective.build_metrics(data).items()}
-        objective.fit(model, train, None, best.params, metrics=metrics, epochs=epochs, seed=seed)
+        run = training.Run(options=training.Options(**study.spec.training.model_dump()), log=tell)
+        objective.fit(model, train, None, best.params, metrics=metrics, epochs=epochs, seed=seed, run=run)
     except Exception as error:
         raise TunerError(f"retraining trial {best.number} failed: {with_line(error, objective)}") from error
-    return model.eval()
+    gives_prediction = type(objective).prediction is Objective.prediction
+    return (model if gives_prediction else _Predictor(model, objective)).eval()
 
 
 def _test_once(
@@ -171,16 +187,18 @@ def _test_once(
     return test_metrics
 
 
-def _write(model: nn.Module, example: Split, directory: Path) -> None:
+def _write(model: nn.Module, example: Rows, directory: Path) -> None:
     # Both are made in memory: on a full disk torch's own writer ends the process (torch 2.15, 2026-11).
-    weights = {name: tensor.detach().clone().contiguous() for name, tensor in model.state_dict().items()}
+    weights = {name: tensor.detach().clone().contiguous() for name, tensor in _weights(model).items()}
     (directory / WEIGHTS).write_bytes(save(weights))
     rows = example.rows(torch.arange(4) % len(example)).inputs  # one row alone would be taken for a fixed size
     args, kwargs = _arguments(rows)
     batch = torch.export.Dim("batch", min=1)
-    shapes: Any = {0: batch}
+    shapes: Any = _like(rows, {0: batch})
+    if isinstance(model, _Predictor) and not isinstance(rows, dict):
+        shapes = (shapes,)  # its arguments are one, named args
     try:
-        program = torch.export.export(model, args, kwargs, dynamic_shapes=_like(rows, shapes), strict=False)
+        program = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
     except Exception as error:
         reason = str(error).strip().partition("\n")[0]
         raise TunerError(f"torch.export cannot export this model: {type(error).__name__}: {reason}") from error
@@ -190,16 +208,16 @@ def _write(model: nn.Module, example: Split, directory: Path) -> None:
     (directory / PROGRAM).write_bytes(buffer.getbuffer())
 
 
-def _verify(model: nn.Module, rows: Split, directory: Path) -> None:
+def _verify(model: nn.Module, rows: Rows, directory: Path) -> None:
     """Load each file back and compare it with the model. Raises TunerError on the first difference."""
     weights = load_file(directory / WEIGHTS)
-    for name, tensor in model.state_dict().items():
+    for name, tensor in _weights(model).items():
         if not torch.equal(weights[name], tensor):
             raise TunerError(f"{WEIGHTS} does not give back the tensor {name!r}: the disk or its driver is at fault")
     inputs = rows.rows(slice(0, CHECKED_ROWS)).inputs
     wanted = training.predict(model, inputs)
     with torch.inference_mode():
-        found = training.call(load_program(directory / PROGRAM), inputs)
+        found = call(load_program(directory / PROGRAM), inputs)
     try:
         torch.testing.assert_close(found, wanted)
     except AssertionError as error:
@@ -245,6 +263,11 @@ def _publish(directory: Path, output: Path) -> None:
         os.close(handle)
 
 
+def _weights(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Return the weights by the names that they have in the objective's own model."""
+    return (model.model if isinstance(model, _Predictor) else model).state_dict()
+
+
 def _arguments(inputs: Inputs) -> tuple[tuple[torch.Tensor, ...], dict[str, torch.Tensor]]:
     return ((), inputs) if isinstance(inputs, dict) else (tensors(inputs), {})
 
@@ -264,10 +287,3 @@ def _describe(inputs: Inputs) -> list[InputDescription]:
 def _value(trial: TrialRecord) -> float:
     assert trial.value is not None
     return trial.value
-
-
-def _versions() -> dict[str, str]:
-    return {
-        "python": platform.python_version(),
-        **{name: importlib.metadata.version(name) for name in _VERSIONED},
-    }

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler
 
 from tuner import training
-from tuner.data import Data, DataError, Split
+from tuner.data import Data, DataError, Rows
+from tuner.steps import Loss, fastest
 
 if TYPE_CHECKING:
     import optuna
@@ -66,22 +67,51 @@ class Objective(BaseModel, ABC):
 
     @abstractmethod
     def build_model(self, params: Params) -> nn.Module:
-        """Return a new model whose output goes to the loss and the metrics."""
+        """Return a new model. It is called with the inputs as the data has them, such as pixels in uint8."""
 
-    def build_loss(self, params: Params) -> training.Loss:  # noqa: ARG002 - for those that override it
-        """Return the loss of (outputs, targets), a mean over the rows. Default: cross entropy of class logits."""
-        return nn.CrossEntropyLoss()
+    def build_loss(self, params: Params, train: Rows) -> Loss:  # noqa: ARG002 - for those that override it
+        """Return the loss of (what the model returns, targets), a mean over the rows.
+
+        Default: cross entropy of class logits, with the param `label_smoothing` where suggested. `train` is for
+        those that weigh classes by their share of it (`tuner.data.class_weights`).
+        """
+        return nn.CrossEntropyLoss(label_smoothing=params.get("label_smoothing", 0.0))
+
+    def prediction(self, outputs: Any) -> Tensor:
+        """Return the prediction (n, ...), for metrics and for the exported model, from what the model returns.
+
+        Default: what it returns, which has to be overridden for a model of several outputs.
+        """
+        if not isinstance(outputs, Tensor):
+            raise TypeError(
+                f"metrics and export need one tensor of what the model returns, got {type(outputs).__name__}:"
+                " override prediction(outputs)"
+            )
+        return outputs
 
     def build_optimizer(self, model: nn.Module, params: Params) -> Optimizer:
-        """Return the optimizer. Default: AdamW, with the params `lr` and `weight_decay` where suggested."""
-        return AdamW(model.parameters(), lr=params.get("lr", 1e-3), weight_decay=params.get("weight_decay", 0.01))
+        """Return the optimizer; `tuner.steps.fastest` makes a fused one where there is one.
 
-    def build_scheduler(self, optimizer: Optimizer, epochs: int) -> LRScheduler | None:
+        Default: AdamW, with the params `lr` and `weight_decay` where suggested.
+        """
+        lr, weight_decay = params.get("lr", 1e-3), params.get("weight_decay", 0.01)
+        return fastest(AdamW, model.parameters(), lr=lr, weight_decay=weight_decay)
+
+    def build_scheduler(
+        self,
+        optimizer: Optimizer,
+        params: Params,  # noqa: ARG002 - for those that override it
+        epochs: int,
+    ) -> LRScheduler | None:
         """Return the schedule of the learning rate, stepped once an epoch, or None for a constant one.
 
         Default: cosine annealing to 0 over the epochs (Loshchilov and Hutter 2017, equation 5, without restarts).
         """
         return CosineAnnealingLR(optimizer, epochs)
+
+    def max_grad_norm(self, params: Params) -> float | None:
+        """Return the norm that gradients are clipped to, None for no clipping. Default: the param of this name."""
+        return params.get("max_grad_norm")
 
     def build_metrics(self, data: Data) -> dict[str, Metric]:
         """Return torchmetrics objects by name, `metric` among them. Default: the accuracy over all rows."""
@@ -98,19 +128,21 @@ class Objective(BaseModel, ABC):
     def fit(
         self,
         model: nn.Module,
-        train: Split,
-        valid: Split | None,
+        train: Rows,
+        valid: Rows | None,
         params: Params,
         *,
         metrics: Mapping[str, Metric],
         epochs: int,
         seed: int,
         on_epoch: Callable[[training.Epoch], None] | None = None,
+        run: training.Run = training.Run(),  # noqa: B008 - frozen
     ) -> list[training.Epoch]:
         """Train the model in place, calling `on_epoch` after each epoch. Default: `tuner.training.fit`.
 
-        Model, data and metrics are on the trial's device. An own loop lets what `on_epoch` raises pass, and
-        returns the epochs that ended; without `valid` (retraining) their metrics are empty.
+        Model, data and metrics are on the trial's device, where the data is a `Split`. An own loop lets what
+        `on_epoch` raises pass, and returns the epochs that ended; without `valid` (retraining) their metrics are
+        empty. What `run` says of precision, patience and checkpoints is then its own to do, or to leave.
         """
         optimizer = self.build_optimizer(model, params)
         return training.fit(
@@ -118,11 +150,14 @@ class Objective(BaseModel, ABC):
             train,
             valid,
             optimizer=optimizer,
-            scheduler=self.build_scheduler(optimizer, epochs),
-            loss=self.build_loss(params),
+            scheduler=self.build_scheduler(optimizer, params, epochs),
+            loss=self.build_loss(params, train),
             metrics=metrics,
             epochs=epochs,
             batch_size=self.batch_size(params),
             seed=seed,
+            max_grad_norm=self.max_grad_norm(params),
+            predictions=self.prediction,
             on_epoch=on_epoch,
+            run=run,
         )

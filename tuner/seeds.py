@@ -25,3 +25,20 @@ def seed_everything(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
+
+
+def set_deterministic(on: bool) -> None:
+    """Make torch use only algorithms that give the same result each time, or the fastest of all, in this process.
+
+    To be called before anything has been computed on a CUDA device. An operation without such an algorithm then
+    raises RuntimeError, which names it.
+    """
+    import os
+
+    import torch
+
+    torch.use_deterministic_algorithms(on)
+    torch.backends.cudnn.benchmark = not on
+    if on:
+        # https://docs.nvidia.com/cuda/cublas/#results-reproducibility
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

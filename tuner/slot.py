@@ -31,13 +31,13 @@ from storage.errors import LeaseLostError, StorageError, StudyHaltedError, Unrea
 from storage.postgres import PostgresStorage
 from storage.pruning import IndexedPercentilePruner
 from storage.sessions import Backoff, Retry, Sessions
-from tuner.attempt import CheckedTrial, Interrupted, TrialObjective, run_attempt
+from tuner.attempt import CheckedTrial, TrialObjective, run_attempt
 from tuner.errors import EXIT_UNREACHABLE, TunerError
 from tuner.registry import build_objective, find_objective, is_objective_class
 from tuner.sampling import build_pruner, build_sampler
 from tuner.spec import PrunerSpec
 from tuner.study import Study, check_code, open_study
-from tuner.training import choose_device
+from tuner.training import Interrupted, choose_device
 
 T = TypeVar("T")
 
@@ -66,7 +66,7 @@ class Event(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     event: Literal[
-        "ready", "trial_started", "trial_ended", "trial_released", "database_away", "paused", "refused", "done"
+        "ready", "trial_started", "trial_ended", "trial_released", "database_away", "paused", "note", "refused", "done"
     ]
     trial: int | None = None
     attempt: int | None = None
@@ -137,7 +137,14 @@ class Slot:
             build_objective(kind, study.spec.objective.options, study.spec.seed) if is_objective_class(kind) else kind
         )
         device = choose_device(self._config.device)
-        return TrialObjective.load(study.spec, objective, self._config.data_dir, device)
+        return TrialObjective.load(
+            study.spec,
+            objective,
+            self._config.data_dir,
+            device,
+            checkpoints=self._config.data_dir / "checkpoints" / f"study-{study.study_id}",
+            log=lambda line: self._emit(Event(event="note", message=line)),
+        )
 
     def _run_claimed(self, study: Study, optuna_study: optuna.Study, what: TrialObjective, held: claims.Claim) -> bool:
         """Run one claimed trial; return whether it ended (and was not given back or lost)."""
@@ -161,7 +168,9 @@ class Slot:
         with Lease(self._engine, held) as lease:
 
             def check() -> None:
-                if self._is_abandoned() or lease.lost.is_set():
+                if lease.lost.is_set():  # whoever holds the trial now has its checkpoint too
+                    raise LeaseLostError(f"the lease on trial {held.number} was lost")
+                if self._is_abandoned():
                     raise Interrupted
 
             try:
@@ -181,6 +190,8 @@ class Slot:
             return False
         self._storage.set_trial_user_attrs(held.trial_id, outcome.attrs)
         optuna_study.tell(trial, outcome.value, outcome.state, skip_if_finished=True)
+        if (checkpoint := what.checkpoint(held.number, trial.params)) is not None:
+            checkpoint.delete()
         seconds = outcome.attrs.get("seconds")
         message = outcome.attrs.get("failure_message")
         self._emit(

@@ -2,40 +2,101 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeAlias
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing, nullcontext
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from tuner.data import Inputs, Split
+from tuner.batches import Batches, Resident, batches_of
+from tuner.checkpoint import Checkpoint, State, generator_states, set_generator_states
+from tuner.data import DataError, Inputs, Rows, Split, tensors
 from tuner.errors import UsageError
+from tuner.seeds import derive_seed
+from tuner.spec import DataPlace, Direction, Precision
+from tuner.steps import Loss, Step, autocast, call
 
 if TYPE_CHECKING:
     from torchmetrics import Metric
 
-Loss: TypeAlias = Callable[[Tensor, Tensor], Tensor]
+Predictions = Callable[[Any], Tensor]
 
 # Evaluation needs no gradients, so bigger batches than training's fit; 4,096 rows of 784 floats are 13 MB.
 EVALUATION_ROWS = 4096
+EVALUATION_BYTES = 16 * 2**20
+CHECKED_EVERY = 16
+"""After how many batches a loss on a CUDA device is looked at."""
 
 
 class DivergedError(ArithmeticError):
     """The training loss became NaN or infinite."""
 
 
+class Interrupted(Exception):  # noqa: N818 - not an error: a request, like KeyboardInterrupt
+    """Raised by a callback of a training to end it here, to be resumed from its checkpoint."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """How to train, whatever the objective. `channels_last` None: for models with 2-d convolutions on CUDA.
+
+    Training ends `patience` epochs after the best one so far. `data` says where rows are kept while training;
+    they are put there before (`tuner.batches.place`).
+    """
+
+    precision: Precision = "fp32"
+    compile: bool = False
+    cuda_graphs: bool = False
+    channels_last: bool | None = None
+    deterministic: bool = False
+    patience: int | None = None
+    data: DataPlace = "auto"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Epoch:
     """What one epoch gave: its number, counted from 1; the mean training loss over its rows; and each metric
-    over the whole validation split (empty without one)."""
+    over the whole validation split (empty without one). `rows` is how many were trained on, `train_s` how long
+    that took, `wait_s` of it waiting for rows to be read, `evaluate_s` how long the evaluation took."""
 
     number: int
     train_loss: float
     metrics: Mapping[str, float]
+    rows: int = 0
+    train_s: float = field(default=0.0, compare=False)
+    wait_s: float = field(default=0.0, compare=False)
+    evaluate_s: float = field(default=0.0, compare=False)
+
+
+def _nothing(*_: Any) -> None:
+    pass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One training as its caller sees it: how to train, what to watch, and what to call meanwhile.
+
+    `metric` and `direction` say which epoch is best, for `patience`. `check` is called before each batch, and ends
+    the training by what it raises. With a `checkpoint` the training goes on where it was saved; `on_resume` is called
+    once with the epochs that had ended then. What is `resumable` and raised by a callback has the checkpoint
+    written before it passes through. `log` takes a line for people.
+    """
+
+    options: Options = Options()
+    metric: str | None = None
+    direction: Direction = "maximize"
+    checkpoint: Checkpoint | None = None
+    resumable: tuple[type[Exception], ...] = (Interrupted,)
+    check: Callable[[], None] = _nothing
+    on_resume: Callable[[Sequence[Epoch]], None] = _nothing
+    log: Callable[[str], None] = _nothing
 
 
 def choose_device(name: str | None = None) -> torch.device:
@@ -50,14 +111,14 @@ def choose_device(name: str | None = None) -> torch.device:
             reason = str(error).partition("\n")[0]
             raise UsageError(f"--device needs a device of this machine, got {name!r}: {reason}") from error
     if torch.cuda.is_available():
-        return torch.device("cuda")
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+        return torch.empty(0, device="cuda").device  # with its number, as its tensors have it
+    return torch.empty(0, device="mps" if torch.backends.mps.is_available() else "cpu").device
 
 
 def fit(
     model: nn.Module,
-    train: Split,
-    valid: Split | None = None,
+    train: Rows,
+    valid: Rows | None = None,
     *,
     optimizer: Optimizer,
     loss: Loss,
@@ -66,81 +127,312 @@ def fit(
     batch_size: int,
     seed: int,
     scheduler: LRScheduler | None = None,
+    max_grad_norm: float | None = None,
+    predictions: Predictions | None = None,
     on_epoch: Callable[[Epoch], None] | None = None,
+    run: Run = Run(),
 ) -> list[Epoch]:
     """Train `model` in place and return one `Epoch` for each epoch that ended.
 
-    Model, splits and metrics are on one device already. The order of the rows follows `seed` alone. `scheduler`
-    is stepped once an epoch. `on_epoch` is called after each epoch's evaluation; whatever it raises ends the
-    training and passes through, which is how a caller prunes.
+    Model, splits and metrics are on one device already; samples are read and copied to it as needed. `loss` gets
+    what the model returns and the targets, metrics get `predictions` of what it returns. The order of the rows
+    follows `seed` alone. `scheduler` is stepped once an epoch. `on_epoch` is called after each epoch's evaluation;
+    whatever it raises ends the training and passes through, which is how a caller prunes.
 
-    Raises DivergedError at the end of the epoch in which the loss became NaN or infinite.
+    Raises DivergedError if the loss became NaN or infinite, at the end of the epoch at the latest, and DataError if
+    model and data are on different devices.
     """
-    device = train.targets.device
-    generator = torch.Generator(device).manual_seed(seed)
-    history: list[Epoch] = []
-    for number in range(1, epochs + 1):
-        model.train()
-        total = torch.zeros((), device=device)
-        batches = torch.randperm(len(train), generator=generator, device=device).split(batch_size)
-        if len(batches) > 1 and len(batches[-1]) == 1 < batch_size:
-            batches = batches[:-1]  # batch norm has no variance of one row; the next epoch shuffles anew
-        for rows in batches:
-            batch = train.rows(rows)
-            batch_loss = loss(call(model, batch.inputs), batch.targets)
-            batch_loss.backward()
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            total += batch_loss.detach() * len(rows)  # stays on the device; one .item() an epoch
-        if scheduler is not None:
-            scheduler.step()
-        train_loss = total.item() / sum(map(len, batches))
+    device = _device_of(model, train)
+    if isinstance(loss, nn.Module):
+        loss.to(device)  # class weights
+    options = run.options
+    channels_last = _wants_channels_last(model, device) if options.channels_last is None else options.channels_last
+    if channels_last:
+        model.to(memory_format=torch.channels_last)
+    step = Step(
+        model,
+        loss,
+        optimizer,
+        device,
+        precision=options.precision,
+        max_grad_norm=max_grad_norm,
+        channels_last=channels_last,
+        compiled=options.compile,
+        cuda_graphs=options.cuda_graphs,
+        log=run.log,
+    )
+    training = _Training(model, train, optimizer, scheduler, step, device, batch_size=batch_size, seed=seed, run=run)
+    batches = None if valid is None else batches_of(valid, _evaluation_rows(valid, batch_size), device)
+    with nullcontext() if run.checkpoint is None else closing(run.checkpoint):
+        try:
+            training.resume()
+            while len(training.history) < epochs and not training.has_stalled():
+                trained = training.train_epoch()
+                started_at = time.perf_counter()
+                values = {} if batches is None else _evaluate(model, batches, metrics, predictions, options.precision)
+                seconds = time.perf_counter() - started_at
+                epoch = dataclasses.replace(trained, metrics=values, evaluate_s=seconds)
+                training.end_epoch(epoch)
+                if on_epoch is not None:
+                    on_epoch(epoch)
+        except run.resumable:
+            training.save()
+            raise
+    return training.history
+
+
+class _Training:
+    """A training under way: the loop over an epoch's batches, and all that a checkpoint holds of it."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        train: Rows,
+        optimizer: Optimizer,
+        scheduler: LRScheduler | None,
+        step: Step,
+        device: torch.device,
+        *,
+        batch_size: int,
+        seed: int,
+        run: Run,
+    ) -> None:
+        self.history: list[Epoch] = []
+        self._model = model
+        self._optimizer = optimizer
+        self._scheduler = scheduler
+        self._step = step
+        self._device = device
+        self._batch_size = batch_size
+        self._seed = seed
+        self._run = run
+        self._n_rows = len(train)
+        self._batches: Batches = batches_of(train, batch_size, device)
+        self._generator = torch.Generator(self._batches.order_device).manual_seed(seed)
+        self._order_state = self._generator.get_state()  # as it was before this epoch's order was drawn
+        self._n_done = 0  # batches of this epoch
+        self._losses = RunningLoss(device)
+
+    def train_epoch(self) -> Epoch:
+        """Train on all rows once, or on what is left of an epoch that was interrupted; metrics are still empty.
+
+        Raises DivergedError, and whatever `run.check` raises.
+        """
+        number = len(self.history) + 1
+        checkpoint = self._run.checkpoint
+        started_at, waited_s = time.perf_counter(), self._batches.waited_s
+        self._model.train()
+        for batch in self._batches.shuffled(self._order(), self._n_done, derive_seed(self._seed, "epoch", number)):
+            self._run.check()
+            self._losses.add(self._step(batch), len(batch.targets))
+            self._n_done += 1
+            if self._losses.is_broken():
+                break
+            if checkpoint is not None and checkpoint.is_due():
+                self.save()
+        train_loss = self._losses.mean()
         if not math.isfinite(train_loss):
             raise DivergedError(f"the training loss is {train_loss} in epoch {number}")
-        values = {} if valid is None else evaluate(model, valid, metrics)
-        epoch = Epoch(number=number, train_loss=train_loss, metrics=values)
-        history.append(epoch)
-        if on_epoch is not None:
-            on_epoch(epoch)
-    return history
+        return Epoch(
+            number=number,
+            train_loss=train_loss,
+            metrics={},
+            rows=self._losses.rows,
+            train_s=time.perf_counter() - started_at,
+            wait_s=self._batches.waited_s - waited_s,
+        )
+
+    def end_epoch(self, epoch: Epoch) -> None:
+        """Take the epoch into the history, and step the schedule."""
+        if isinstance(self._scheduler, ReduceLROnPlateau):
+            self._scheduler.step(epoch.metrics.get(self._run.metric or "", epoch.train_loss))
+        elif self._scheduler is not None:
+            self._scheduler.step()
+        self.history.append(epoch)
+        self._n_done = 0
+        self._losses = RunningLoss(self._device)
+        self._order_state = self._generator.get_state()
+        if self._run.checkpoint is not None and self._run.checkpoint.is_due():
+            self.save()
+
+    def has_stalled(self) -> bool:
+        """Whether the best epoch is `patience` epochs ago."""
+        patience, metric = self._run.options.patience, self._run.metric
+        if patience is None or metric is None or not self.history or metric not in self.history[-1].metrics:
+            return False
+        return len(self.history) - best_epoch(self.history, metric, self._run.direction).number >= patience
+
+    def save(self) -> None:
+        """Save a checkpoint, if there is a place for it."""
+        if self._run.checkpoint is None:
+            return
+        self._run.checkpoint.save(
+            {
+                "model": self._model.state_dict(),
+                "optimizer": self._optimizer.state_dict(),
+                "scheduler": None if self._scheduler is None else self._scheduler.state_dict(),
+                "scaler": self._step.scaler.state_dict(),
+                "generators": generator_states(self._device),
+                "order": self._order_state,
+                "history": [dataclasses.asdict(epoch) for epoch in self.history],
+                "n_done": self._n_done,
+                "loss_sum": self._losses.sum,
+                "rows": self._losses.rows,
+            }
+        )
+
+    def resume(self) -> None:
+        """Go on where the checkpoint was saved, if there is one of this model."""
+        state = None if self._run.checkpoint is None else self._run.checkpoint.load()
+        if state is None:
+            return
+        if not _fits(self._model, state):
+            self._run.log("the checkpoint is of another model, starting again")
+            return
+        self._model.load_state_dict(state["model"])
+        _load_optimizer(self._optimizer, state["optimizer"])
+        if self._scheduler is not None:
+            self._scheduler.load_state_dict(state["scheduler"])
+        self._step.scaler.load_state_dict(state["scaler"])
+        self.history.extend(Epoch(**epoch) for epoch in state["history"])
+        self._n_done = state["n_done"]
+        self._losses = RunningLoss(self._device, state["loss_sum"], state["rows"])
+        self._order_state = state["order"]
+        self._generator.set_state(self._order_state)
+        set_generator_states(state["generators"], self._device)
+        self._run.log(f"resumed after epoch {len(self.history)}, batch {self._n_done}")
+        self._run.on_resume(self.history)
+
+    def _order(self) -> Tensor:
+        order = torch.randperm(self._n_rows, generator=self._generator, device=self._generator.device)
+        if self._n_rows > self._batch_size > 1 == self._n_rows % self._batch_size:
+            return order[:-1]  # batch norm has no variance of one row; the next epoch shuffles anew
+        return order
+
+
+class RunningLoss:
+    """The sum of an epoch's losses over its rows; it stays on the device, and `mean` is the one wait for it."""
+
+    def __init__(self, device: torch.device, start: Tensor | float = 0.0, rows: int = 0) -> None:
+        self.sum = torch.zeros((), device=device) + start
+        self.rows = rows
+        # What the host sees of the sum: itself on a CPU, a copy from some batches ago on a CUDA device.
+        self._seen = self.sum if device.type == "cpu" else torch.zeros((), pin_memory=device.type == "cuda")
+        self._value = self._seen.numpy()
+        self._copied = torch.cuda.Event() if device.type == "cuda" else None
+        self._n_batches = 0
+
+    def add(self, loss: Tensor, rows: int) -> None:
+        """Add the mean loss of one batch."""
+        self.sum.add_(loss, alpha=rows)
+        self.rows += rows
+
+    def is_broken(self) -> bool:
+        """Whether the sum is known to be NaN or infinite, without waiting for the device to tell."""
+        if self._copied is not None:
+            self._n_batches += 1
+            if self._n_batches % CHECKED_EVERY or not self._copied.query():
+                return False
+            broken = not math.isfinite(self._value.item())
+            self._seen.copy_(self.sum, non_blocking=True)
+            self._copied.record()
+            return broken
+        return not math.isfinite(self._value.item())
+
+    def mean(self) -> float:
+        """Return the mean loss over the rows, waiting for the device."""
+        return self.sum.item() / self.rows
+
+
+def best_epoch(history: Sequence[Epoch], metric: str, direction: Direction) -> Epoch:
+    """Return the epoch with the best value of `metric`, the earliest of equals; NaN is never better."""
+    sign = 1 if direction == "maximize" else -1
+
+    def goodness(epoch: Epoch) -> tuple[float, int]:
+        value = sign * epoch.metrics[metric]
+        return (-math.inf if math.isnan(value) else value, -epoch.number)
+
+    return max(history, key=goodness)
 
 
 @torch.inference_mode()
-def predict(model: nn.Module, inputs: Inputs) -> Tensor:
-    """Return the model's outputs (n, ...) for all rows of `inputs`, in eval mode, on their device."""
+def predict(model: nn.Module, inputs: Inputs, predictions: Predictions | None = None) -> Tensor:
+    """Return the model's predictions (n, ...) for all rows of `inputs`, in eval mode, on their device."""
     model.eval()
-    first = (
-        inputs if isinstance(inputs, Tensor) else next(iter(inputs.values() if isinstance(inputs, dict) else inputs))
-    )
-    whole = Split(inputs, first)
-    return torch.cat(
-        [
-            call(model, whole.rows(slice(start, start + EVALUATION_ROWS)).inputs)
-            for start in range(0, len(first), EVALUATION_ROWS)
-        ]
-    )
+    split = Split(inputs, tensors(inputs)[0])
+    batches = Resident(split, _evaluation_rows(split))
+    return torch.cat([_prediction(model, batch.inputs, predictions) for batch in batches.in_order()])
+
+
+def evaluate(
+    model: nn.Module,
+    rows: Rows,
+    metrics: Mapping[str, Metric],
+    predictions: Predictions | None = None,
+    *,
+    precision: Precision = "fp32",
+) -> dict[str, float]:
+    """Return each metric over all rows - not a mean over batches - with the model in eval mode."""
+    batches = batches_of(rows, _evaluation_rows(rows), _device_of(model, rows))
+    return _evaluate(model, batches, metrics, predictions, precision)
 
 
 @torch.inference_mode()
-def evaluate(model: nn.Module, split: Split, metrics: Mapping[str, Metric]) -> dict[str, float]:
-    """Return each metric over the whole split - not a mean over batches - with the model in eval mode."""
+def _evaluate(
+    model: nn.Module,
+    batches: Batches,
+    metrics: Mapping[str, Metric],
+    predictions: Predictions | None,
+    precision: Precision,
+) -> dict[str, float]:
     model.eval()
     for metric in metrics.values():
         metric.reset()
-    for start in range(0, len(split), EVALUATION_ROWS):
-        batch = split.rows(slice(start, start + EVALUATION_ROWS))
-        outputs = call(model, batch.inputs)
+    for batch in batches.in_order():
+        with autocast(batch.targets.device, precision):
+            predicted = _prediction(model, batch.inputs, predictions)
+        if predicted.dtype in (torch.bfloat16, torch.float16):
+            predicted = predicted.float()
         for metric in metrics.values():
-            metric.update(outputs, batch.targets)
+            metric.update(predicted, batch.targets)
     return {name: float(metric.compute()) for name, metric in metrics.items()}
 
 
-def call(model: nn.Module, inputs: Inputs) -> Tensor:
-    """Call the model with one tensor, with a tuple's tensors in order, or with a dict's by name."""
-    if isinstance(inputs, dict):
-        outputs: Tensor = model(**inputs)
-    elif isinstance(inputs, tuple):
-        outputs = model(*inputs)
-    else:
-        outputs = model(inputs)
-    return outputs
+def _prediction(model: nn.Module, inputs: Inputs, predictions: Predictions | None) -> Tensor:
+    outputs = call(model, inputs)
+    predicted: Tensor = outputs if predictions is None else predictions(outputs)
+    return predicted
+
+
+def _evaluation_rows(rows: Rows, at_least: int = 1) -> int:
+    row = rows.rows(slice(0, 1))
+    n_bytes = sum(4 * tensor.numel() for tensor in tensors(row.inputs))
+    return max(at_least, min(EVALUATION_ROWS, EVALUATION_BYTES // max(1, n_bytes)))
+
+
+def _device_of(model: nn.Module, rows: Rows) -> torch.device:
+    """Return the model's device, or that of the rows for a model without tensors. Raises DataError if it has two."""
+    found = {tensor.device for tensor in (*model.parameters(), *model.buffers())}
+    if len(found) > 1:
+        raise DataError(f"a model needs to be on one device, got it on {', '.join(sorted(map(str, found)))}")
+    if found:
+        return found.pop()
+    return rows.targets.device if isinstance(rows, Split) else torch.device("cpu")
+
+
+def _wants_channels_last(model: nn.Module, device: torch.device) -> bool:
+    return device.type == "cuda" and any(isinstance(module, nn.Conv2d) for module in model.modules())
+
+
+def _fits(model: nn.Module, state: State) -> bool:
+    wanted = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    return wanted == {name: tensor.shape for name, tensor in state["model"].items()}
+
+
+def _load_optimizer(optimizer: Optimizer, state: State) -> None:
+    """Load the state, but keep how it is computed, which depends on the device."""
+    how = ("fused", "foreach", "capturable")
+    kept = [{name: group[name] for name in how if name in group} for group in optimizer.param_groups]
+    optimizer.load_state_dict(state)
+    for group, flags in zip(optimizer.param_groups, kept, strict=True):
+        group.update(flags)

@@ -351,6 +351,8 @@ def _describe(name: str, slot: int, event: dict[str, Any], metric: str) -> str |
         return f"trial {event['trial']} given back{reason} (slot {slot})"
     if name == "paused":
         return f"slot {slot} waits: {event['message']}"
+    if name == "note":
+        return f"{event['message']} (slot {slot})"
     if name == "database_away":
         return f"slot {slot}: {event['message']}; trying again"
     return None

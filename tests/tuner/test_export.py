@@ -255,7 +255,7 @@ def test_a_trial_that_says_no_epoch_is_retrained_for_all_of_them(exporting):
             "retraining trial 1 failed: KeyError: 'units' (FILE, line LINE)",
         ),
         (
-            "def build_loss(self, params): return lambda outputs, targets: outputs.sum() * float('nan')",
+            "def build_loss(self, params, train): return lambda outputs, targets: outputs.sum() * float('nan')",
             "retraining trial 1 failed: DivergedError: the training loss is nan in epoch 1",
         ),
         (

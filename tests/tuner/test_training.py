@@ -11,7 +11,8 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score, M
 from tuner import training
 from tuner.data import Split
 from tuner.errors import UsageError
-from tuner.training import DivergedError, call, choose_device, evaluate, fit, predict
+from tuner.steps import call
+from tuner.training import DivergedError, choose_device, evaluate, fit, predict
 
 
 def rows_of(n=70, features=4, classes=3, seed=0):

@@ -1,0 +1,244 @@
+"""Cutting rows into batches: from tensors on the device, or from samples as they are read.
+
+Knows nothing of Optuna or of a database.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, get_worker_info
+
+from tuner.data import Batch, Data, DataError, Inputs, Rows, Samples, Split, concatenate, map_inputs, tensors
+from tuner.seeds import derive_seed, seed_everything
+from tuner.spec import DataPlace
+
+PERMUTED_BYTES = 64 * 2**20
+"""How much of a split is put in the order of an epoch at once; batches are views of that."""
+RESIDENT_SHARE = 0.5
+"""The share of the device's free memory that data may take, so that models and other slots have the rest."""
+MAX_READERS = 8
+PREFETCHED = 4
+"""How many batches each reader is ahead."""
+
+
+class Resident:
+    """Batches of tensors that are on the device already; nothing here waits for it."""
+
+    waited_s = 0.0
+
+    def __init__(self, split: Split, batch_size: int) -> None:
+        self._split = split
+        self._batch_size = batch_size
+        self.order_device = split.targets.device
+
+    def in_order(self) -> Iterator[Batch]:
+        """Yield all rows in their order."""
+        return self._cut(self._split.inputs, self._split.targets)
+
+    def shuffled(self, order: Tensor, first: int = 0, seed: int = 0) -> Iterator[Batch]:  # noqa: ARG002 - for samples
+        """Yield the rows in this order, a tensor of their numbers on the device, from batch `first` on."""
+        order = order[first * self._batch_size :]
+        per_row = max(1, self._split.n_bytes // len(self._split))
+        batches_at_once = max(1, PERMUTED_BYTES // (per_row * self._batch_size))
+        for rows in order.split(batches_at_once * self._batch_size):
+            # One gather for many batches, as one for each costs as much as the step of a small model.
+            yield from self._cut(
+                map_inputs(lambda tensor, rows=rows: tensor.index_select(0, rows), self._split.inputs),  # type: ignore[misc]
+                self._split.targets.index_select(0, rows),
+            )
+
+    def _cut(self, inputs: Inputs, targets: Tensor) -> Iterator[Batch]:
+        columns = zip(*(tensor.split(self._batch_size) for tensor in tensors(inputs)), strict=True)
+        for column, its_targets in zip(columns, targets.split(self._batch_size), strict=True):
+            yield Batch(_like(inputs, column), its_targets)
+
+
+class Streamed:
+    """Batches that a `DataLoader` reads, ahead of training and in processes of its own, and copies to the device.
+
+    `waited_s` is how long the reader of the batches had to wait for them, in all.
+    """
+
+    order_device = torch.device("cpu")
+
+    def __init__(self, samples: Samples, batch_size: int, device: torch.device, readers: int | None = None) -> None:
+        self.waited_s = 0.0
+        self._samples = samples
+        self._batch_size = batch_size
+        self._device = device
+        self._plan: list[_Planned] = []
+        self._loader = _loader(samples, self._plan, device, default_readers() if readers is None else readers)
+
+    def in_order(self) -> Iterator[Batch]:
+        """Yield all rows in their order."""
+        return self.shuffled(torch.arange(len(self._samples)))
+
+    def shuffled(self, order: Tensor, first: int = 0, seed: int = 0) -> Iterator[Batch]:
+        """Yield the rows in this order, a tensor of their numbers, from batch `first` on.
+
+        Random samples follow from `seed` and the number of their batch, whichever process reads them.
+        """
+        self._plan[:] = _planned(order, self._batch_size, seed)[first:]
+        started_at = time.perf_counter()
+        for inputs, targets in self._loader:
+            batch = Batch(
+                map_inputs(lambda tensor: tensor.to(self._device, non_blocking=True), inputs),
+                targets.to(self._device, non_blocking=True),
+            )
+            self.waited_s += time.perf_counter() - started_at
+            yield batch
+            started_at = time.perf_counter()
+
+
+Batches: TypeAlias = Resident | Streamed
+
+
+def batches_of(rows: Rows, batch_size: int, device: torch.device, readers: int | None = None) -> Batches:
+    """Return the batches of `rows` on the device. Raises DataError if they are tensors on another one."""
+    if isinstance(rows, Samples):
+        return Streamed(rows, batch_size, device, readers)
+    found = {tensor.device for tensor in (*tensors(rows.inputs), rows.targets)}
+    if found != {device}:
+        listed = ", ".join(sorted(map(str, found)))
+        raise DataError(f"model and data need to be on one device, got the model on {device} and data on {listed}")
+    return Resident(rows, batch_size)
+
+
+def place(
+    data: Data, device: torch.device, how: DataPlace = "auto", log: Callable[[str], None] = lambda _: None
+) -> Data:
+    """Return the data with train and valid placed by `place_rows`; the test split stays as it is."""
+    train, valid = place_rows((data.train, data.valid), device, how, log)
+    return Data(train, valid, data.test, data.class_names)
+
+
+def place_rows(
+    parts: Sequence[Rows], device: torch.device, how: DataPlace, log: Callable[[str], None]
+) -> tuple[Rows, ...]:
+    """Return the rows where they are trained on: on the device, or to be read and copied to it as needed.
+
+    `auto` keeps them on the device if they fit into half of its free memory. What was chosen is logged. Raises
+    DataError if random samples are to be resident.
+    """
+    wanted, free = sum(_n_bytes(rows) for rows in parts), _free_bytes(device)
+    is_random = any(isinstance(rows, Samples) and rows.random for rows in parts)
+    if how == "resident" and is_random:
+        raise DataError("random samples cannot be resident, as they would be the same in each epoch: use --data stream")
+    fits = wanted <= RESIDENT_SHARE * free or all(_is_on(rows, device) for rows in parts)
+    resident = how == "resident" or (how == "auto" and fits and not is_random)
+    why = f"{_mb(wanted)}, {_mb(free)} free" + (", random" if is_random else "")
+    log(f"data {'resident on' if resident else 'streamed to'} {device} ({why}, --data {how})")
+    return tuple(_make_resident(rows, device) if resident else _make_streamed(rows) for rows in parts)
+
+
+def default_readers() -> int:
+    """Return how many processes read samples: this process's share of the cores, as torch's threads have it."""
+    return min(MAX_READERS, torch.get_num_threads())
+
+
+def _make_resident(rows: Rows, device: torch.device) -> Split:
+    if isinstance(rows, Split):
+        return rows.to(device)
+    if isinstance(rows.dataset, Split):
+        return rows.dataset.to(device)
+    read = Streamed(rows, 256, torch.device("cpu"))
+    return concatenate([Split(*batch) for batch in read.in_order()]).to(device)
+
+
+def _make_streamed(rows: Rows) -> Samples:
+    return Samples(rows.to(torch.device("cpu"))) if isinstance(rows, Split) else rows
+
+
+def _is_on(rows: Rows, device: torch.device) -> bool:
+    return isinstance(rows, Split) and rows.targets.device == device
+
+
+def _n_bytes(rows: Rows) -> int:
+    if isinstance(rows, Split):
+        return rows.n_bytes
+    return rows.rows(slice(0, 1)).n_bytes * len(rows)
+
+
+def _free_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
+    # macOS tells what there is, not what is free of it.
+    pages = "SC_AVPHYS_PAGES" if "SC_AVPHYS_PAGES" in os.sysconf_names else "SC_PHYS_PAGES"
+    return os.sysconf(pages) * os.sysconf("SC_PAGE_SIZE")
+
+
+def _mb(n_bytes: int) -> str:
+    return f"{n_bytes / 2**20:,.0f} MB"
+
+
+def _like(inputs: Inputs, parts: tuple[Tensor, ...]) -> Inputs:
+    if isinstance(inputs, Tensor):
+        return parts[0]
+    return dict(zip(inputs, parts, strict=True)) if isinstance(inputs, dict) else parts
+
+
+class _Planned(NamedTuple):
+    """A batch to be read: its rows, and the seed of what is random in them."""
+
+    seed: int
+    rows: list[int]
+
+
+def _planned(order: Tensor, batch_size: int, seed: int) -> list[_Planned]:
+    return [
+        _Planned(derive_seed(seed, "batch", number), rows.tolist())
+        for number, rows in enumerate(order.split(batch_size))
+    ]
+
+
+class _Reader:
+    """What a reading process reads: a whole batch at a time, checked."""
+
+    def __init__(self, samples: Samples) -> None:
+        self._samples = samples
+
+    def __len__(self) -> int:
+        return len(self._samples)
+
+    def __getitem__(self, row: int) -> Any:
+        raise NotImplementedError  # the loader asks for batches
+
+    def __getitems__(self, planned: _Planned) -> Split:
+        if self._samples.random and get_worker_info() is not None:
+            seed_everything(planned.seed)  # a process that lives on would go on where it was in the last epoch
+        return self._samples.read(planned.rows)
+
+
+def _loader(samples: Samples, plan: list[_Planned], device: torch.device, readers: int) -> Any:
+    in_processes: dict[str, Any] = {}
+    if readers:
+        # By fork where there is one: an objective that was loaded from a file cannot be imported by its name.
+        context = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
+        in_processes = {
+            "persistent_workers": True,
+            "prefetch_factor": PREFETCHED,
+            "multiprocessing_context": context,
+        }
+    return DataLoader(
+        _Reader(samples),  # type: ignore[arg-type]  # it has what the loader needs
+        batch_sampler=plan,  # type: ignore[arg-type]  # what it yields goes to the reader as it is
+        num_workers=readers,
+        collate_fn=_as_pair,  # type: ignore[arg-type]  # it gets what the reader returns
+        pin_memory=device.type == "cuda",
+        generator=torch.Generator(),  # or it would draw from the global one
+        **in_processes,
+    )
+
+
+def _as_pair(split: Split) -> tuple[Inputs, Tensor]:
+    return split.inputs, split.targets
