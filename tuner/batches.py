@@ -88,10 +88,12 @@ class Streamed:
         """
         self._plan[:] = _planned(order, self._batch_size, seed)[first:]
         started_at = time.perf_counter()
-        for inputs, targets in self._loader:
+        for read in self._loader:
+            if isinstance(read, DataError):
+                raise read
             batch = Batch(
-                map_inputs(lambda tensor: tensor.to(self._device, non_blocking=True), inputs),
-                targets.to(self._device, non_blocking=True),
+                map_inputs(lambda tensor: tensor.to(self._device, non_blocking=True), read.inputs),
+                read.targets.to(self._device, non_blocking=True),
             )
             self.waited_s += time.perf_counter() - started_at
             yield batch
@@ -213,10 +215,13 @@ class _Reader:
     def __getitem__(self, row: int) -> Any:
         raise NotImplementedError  # the loader asks for batches
 
-    def __getitems__(self, planned: _Planned) -> Split:
+    def __getitems__(self, planned: _Planned) -> Batch | DataError:
         if self._samples.random and get_worker_info() is not None:
             seed_everything(planned.seed)  # a process that lives on would go on where it was in the last epoch
-        return self._samples.read(planned.rows)
+        try:
+            return self._samples.read(planned.rows).batch
+        except DataError as error:
+            return error  # raised, it would come with the process's traceback in its message
 
 
 def _loader(samples: Samples, plan: list[_Planned], device: torch.device, readers: int) -> Any:
@@ -233,12 +238,12 @@ def _loader(samples: Samples, plan: list[_Planned], device: torch.device, reader
         _Reader(samples),  # type: ignore[arg-type]  # it has what the loader needs
         batch_sampler=plan,  # type: ignore[arg-type]  # what it yields goes to the reader as it is
         num_workers=readers,
-        collate_fn=_as_pair,  # type: ignore[arg-type]  # it gets what the reader returns
+        collate_fn=_as_it_is,  # type: ignore[arg-type]  # it gets what the reader returns
         pin_memory=device.type == "cuda",
         generator=torch.Generator(),  # or it would draw from the global one
         **in_processes,
     )
 
 
-def _as_pair(split: Split) -> tuple[Inputs, Tensor]:
-    return split.inputs, split.targets
+def _as_it_is(read: Batch | DataError) -> Batch | DataError:
+    return read

@@ -62,6 +62,11 @@ class Split:
         return map_inputs(lambda tensor: tensor[row], self.inputs), self.targets[row]
 
     @property
+    def batch(self) -> Batch:
+        """All its rows as one batch."""
+        return Batch(self.inputs, self.targets)
+
+    @property
     def n_bytes(self) -> int:
         """The size of its tensors in bytes."""
         return sum(tensor.numel() * tensor.element_size() for tensor in (*tensors(self.inputs), self.targets))

@@ -39,3 +39,15 @@ def test_prune_scale_prints_both_sides_and_their_ratio() -> None:
     for side in ("stock", "indexed"):
         assert re.search(rf" 50 {side} +(\d+\.\d+ \( *\d+\.\d+ \.\. +\d+\.\d+\) +){{3}}\d+\.\d+", done.stdout)
     assert re.search(r"ratio: should_prune \d+\.\d x, both \d+\.\d x", done.stdout)
+
+
+def test_training_speed_prints_three_sides_and_their_ratios() -> None:
+    arguments = ["--rows", "64", "--repeats", "1", "--batch-sizes", "32", "--device", "cpu"]
+    done = subprocess.run(
+        [sys.executable, BENCHMARKS / "training_speed.py", *arguments], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    for side in ("plain", "ours", "bare"):
+        assert re.search(rf"batch +32 {side} +\d+\.\d+ s \(", done.stdout)
+    assert re.search(r"ratio: ours \d+\.\d+ \(.*\) x plain, \d+\.\d+ \(.*\) of the bare step", done.stdout)
+    assert re.search(r"an epoch of an empty model with report and pruning: \d+\.\d+ ms", done.stdout)

@@ -37,6 +37,52 @@ def objective(trial):
     return x
 """
 
+# Trains 100 batches an epoch, slowly once it is further than the file `gate` beside it says.
+TRAINS = """
+import threading
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from tuner.data import Data, Split
+from tuner.objective import Objective
+
+GATE = Path(__file__).with_name("gate")
+
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(2, 2)
+        self.register_buffer("n_batches", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, x):
+        if self.training:
+            self.n_batches += 1
+            if int(GATE.read_text() or 0) < self.n_batches / 100:
+                threading.Event().wait(0.02)
+        return nn.functional.dropout(self.layer(x), 0.2, self.training)
+
+
+class Trains(Objective):
+    epochs = 5
+
+    def suggest(self, trial):
+        trial.suggest_float("lr", 0.01, 0.1)
+
+    def load_data(self, root):
+        x = torch.randn(200, 2, generator=torch.Generator().manual_seed(0))
+        split = Split(x, (x[:, 0] > 0).long())
+        return Data(split, split, split, class_names=("a", "b"))
+
+    def build_model(self, params):
+        return Model()
+
+    def batch_size(self, params):
+        return 2
+"""
+
 MISBEHAVING = """
 import math, os, subprocess, torch
 
@@ -99,10 +145,10 @@ def running_trial(running: Running) -> dict[str, Any]:
     return running.events("trial_started")[0]
 
 
-def wait_until_running(database: str, name: str, count: int) -> None:
+def wait_until_running(database: str, name: str, count: int, *, reports: int = 1) -> None:
     def reached() -> bool:
         trials = load(database, name).get_trials(states=[TrialState.RUNNING])
-        return sum(bool(trial.intermediate_values) for trial in trials) == count
+        return sum(len(trial.intermediate_values) >= reports for trial in trials) == count
 
     wait_for(reached, f"{count} trials run and report")
 
@@ -152,6 +198,31 @@ def test_interrupted_a_worker_gives_its_trial_back_and_another_resumes_it(
     assert tuner(*worker).code == 0
     (trial,) = load(database, "gated").trials
     assert (trial.state, trial.value, trial.number) == (TrialState.COMPLETE, x, 0)
+
+
+def test_a_trial_that_was_given_back_goes_on_within_its_epoch(tuner: Tuner, database: str, tmp_path: Path) -> None:
+    path = tmp_path / "trains.py"
+    path.write_text(TRAINS)
+    open_gate(path, 2)  # an epoch after these takes 2 s, so that it is interrupted in its midst
+    objective = f"{path}:Trains"
+    assert tuner("create", objective, "--trials", "1").code == 0
+    worker = ("worker", "trains", "--objective", objective, "--log-format", "json", "--device", "cpu")
+    with tuner.start(*worker) as running:
+        wait_until_running(database, "trains", 1, reports=2)
+        running.process.send_signal(signal.SIGTERM)
+        assert running.finish().code == 130
+    (trial,) = load(database, "trains").trials
+    assert (trial.state, trial.intermediate_values) == (TrialState.WAITING, {})
+    (kept,) = (tmp_path / "data" / "checkpoints").glob("study-*/trial-0.pt")
+
+    open_gate(path, 9)
+    with tuner.start(*worker) as running:
+        assert running.finish().code == 0
+    (resumed,) = [event["message"] for event in running.events("note") if "resumed" in event["message"]]
+    assert resumed.startswith("trial 0: resumed after epoch 2, batch ")
+    assert not kept.exists()
+    (trial,) = load(database, "trains").trials
+    assert (trial.state, sorted(trial.intermediate_values)) == (TrialState.COMPLETE, [1, 2, 3, 4, 5])
 
 
 def test_a_slot_that_was_killed_is_started_again_and_its_trial_goes_on(

@@ -1,5 +1,8 @@
 import functools
+import gc
+import importlib.metadata
 import math
+import weakref
 
 import optuna
 import pytest
@@ -18,7 +21,7 @@ from tuner.attempt import (
     load_data,
     run_attempt,
 )
-from tuner.data import Data, Split
+from tuner.data import Data, Samples, Split, class_weights
 from tuner.errors import TunerError
 from tuner.objective import Objective
 from tuner.seeds import derive_seed
@@ -26,7 +29,7 @@ from tuner.spec import Spec
 from tuner.training import DivergedError, Epoch, Interrupted, best_epoch
 
 
-def a_spec(*, epochs=3, metric="accuracy", direction="maximize"):
+def a_spec(*, epochs=3, metric="accuracy", direction="maximize", **training):
     return Spec.model_validate(
         {
             "objective": {"name": "signs", "code_hash": "0"},
@@ -35,6 +38,7 @@ def a_spec(*, epochs=3, metric="accuracy", direction="maximize"):
             "budget": {"trials": 9},
             "epochs": epochs,
             "seed": 11,
+            "training": training,
         }
     )
 
@@ -61,9 +65,10 @@ def study():
     return optuna.create_study(direction="maximize", pruner=optuna.pruners.NopPruner())
 
 
-def attempt(study, objective, *, check=lambda: None, **spec):
+def attempt(study, objective, *, check=lambda: None, checkpoints=None, log=print, **spec):
     """Run the study's next trial and tell its end, as a slot does."""
-    what = TrialObjective.load(a_spec(**spec), objective, "data", torch.device("cpu"))
+    cpu = torch.device("cpu")
+    what = TrialObjective.load(a_spec(**spec), objective, "data", cpu, checkpoints=checkpoints, log=log)
     trial = CheckedTrial(study, study.ask()._trial_id, check)
     outcome = run_attempt(what, trial)
     study.tell(trial, outcome.value, outcome.state)
@@ -292,3 +297,280 @@ def test_a_report_is_checked_before_it_is_written(study):
         trial.report(math.nan, 1)
     trial.report(1.0, 0)
     assert study.trials[0].intermediate_values == {0: 1.0}
+
+
+def interrupt_in_epoch(study, number):
+    def check():
+        if len(study.trials[-1].intermediate_values) == number:
+            raise Interrupted
+
+    return check
+
+
+class Regularized(Signs):
+    def build_model(self, params):
+        return nn.Sequential(nn.Linear(2, 8), nn.Dropout(0.2), nn.Linear(8, 2))
+
+
+def test_a_trial_that_was_given_back_goes_on_and_reports_its_history_without_asking_the_pruner(tmp_path):
+    def a_study():
+        study = optuna.create_study(direction="maximize", pruner=optuna.pruners.NopPruner())
+        study.enqueue_trial({"lr": 0.05})
+        return study
+
+    asked = []
+
+    class Remembers(optuna.pruners.BasePruner):
+        def prune(self, study, trial):
+            asked.append(trial.last_step)
+            return False
+
+    wanted = attempt(a_study(), Regularized(), epochs=6)[1]
+    first = a_study()
+    with pytest.raises(Interrupted):
+        attempt(first, Regularized(), epochs=6, check=interrupt_in_epoch(first, 3), checkpoints=tmp_path)
+    again = a_study()  # a released trial's reports are deleted
+    again.pruner = Remembers()
+    lines = []
+    outcome, trial = attempt(again, Regularized(), epochs=6, checkpoints=tmp_path, log=lines.append)
+    assert trial.intermediate_values == wanted.intermediate_values
+    assert trial.value == wanted.value
+    assert asked == [4, 5]
+    assert outcome.attrs["epochs"] == 6
+    assert "trial 0: resumed after epoch 3, batch 0" in lines
+
+
+@pytest.mark.parametrize("changed", [{"params": {"lr": 0.06}}, {"epochs": 5}, {"precision": "bf16"}])
+def test_a_checkpoint_that_another_trial_left_is_not_gone_on_from(tmp_path, changed):
+    def a_study(params):
+        study = optuna.create_study(direction="maximize")
+        study.enqueue_trial(params)
+        return study
+
+    first = a_study({"lr": 0.05})
+    with pytest.raises(Interrupted):
+        attempt(first, Signs(), epochs=6, check=interrupt_in_epoch(first, 3), checkpoints=tmp_path)
+    lines = []
+    study = a_study(changed.pop("params", {"lr": 0.05}))
+    attempt(study, Signs(), **{"epochs": 6, **changed}, checkpoints=tmp_path, log=lines.append)
+    assert f"the checkpoint {tmp_path / 'trial-0.pt'} is of another training, starting again" in lines
+
+
+def test_a_trial_records_what_it_cost(study):
+    attrs = attempt(study, Signs(), epochs=2)[0].attrs
+    assert attrs["samples_per_s"] > 0
+    assert attrs["peak_memory_mb"] > 100
+    assert attrs["versions"]["torch"] == importlib.metadata.version("torch")
+    assert 0 < attrs["train_s"] + attrs["evaluate_s"] <= attrs["seconds"]
+    assert attrs["wait_s"] == 0
+
+
+def test_a_pruned_trial_records_what_it_cost_too(study):
+    study.pruner = _PruneAt(2)
+    attrs = attempt(study, Signs(), epochs=5)[0].attrs
+    assert attrs["epochs"] == 2
+    assert attrs["samples_per_s"] > 0
+
+
+def test_a_trial_that_stops_improving_ends_early_with_its_best(study):
+    class Forgets(Signs):
+        def build_metrics(self, data):
+            return {"accuracy": _Falling()}
+
+    outcome, trial = attempt(study, Forgets(), epochs=20, patience=3)
+    assert sorted(trial.intermediate_values) == [1, 2, 3, 4]
+    assert (outcome.value, outcome.attrs["epoch"], outcome.attrs["epochs"]) == (-1.0, 1, 4)
+
+
+class _Falling(Metric):
+    n = 0
+
+    def update(self, outputs, targets):
+        self.n -= 1
+
+    def compute(self):
+        return torch.tensor(float(self.n))
+
+
+@pytest.mark.filterwarnings("ignore:The ``compute`` method of metric:UserWarning")
+@pytest.mark.parametrize("metric", [math.nan, math.inf])
+def test_a_metric_that_is_no_number_fails_the_trial_as_nan(study, metric):
+    class Broken(Signs):
+        def build_metrics(self, data):
+            return {"accuracy": _Constant(metric)}
+
+    outcome, trial = attempt(study, Broken())
+    assert (trial.state, outcome.attrs["failure"]) == (TrialState.FAIL, "nan")
+
+
+def test_out_of_memory_is_told_apart_and_leaves_none_behind(study):
+    models = []
+
+    class Huge(Signs):
+        def build_model(self, params):
+            model = super().build_model(params)
+            models.append(weakref.ref(model))
+            return model
+
+        def build_loss(self, params, train):
+            return lambda outputs, targets: outputs.sum() + torch.empty(1 << 60).sum()
+
+    gc.disable()  # or it may free them by chance
+    try:
+        outcome, _ = attempt(study, Huge())
+    finally:
+        gc.enable()
+    assert outcome.attrs["failure"] == "oom"
+    assert "\n" not in outcome.attrs["failure_message"]
+    assert [model() for model in models] == [None]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_out_of_memory_on_a_cuda_device_leaves_none_behind(study):
+    class Huge(Signs):
+        def build_loss(self, params, train):
+            return lambda outputs, targets: outputs.sum() + torch.empty(1 << 50, device="cuda").sum()
+
+    what = TrialObjective.load(a_spec(), Huge(), "data", torch.device("cuda", 0))
+    before = torch.cuda.memory_allocated()
+    outcome = run_attempt(what, CheckedTrial(study, study.ask()._trial_id, lambda: None))
+    assert outcome.attrs["failure"] == "oom"
+    assert torch.cuda.memory_allocated() == before
+
+
+class Read(Signs):
+    """Signs whose rows are samples; one of them is broken."""
+
+    def load_data(self, root):
+        data = super().load_data(root)
+        rows = data.train.inputs.clone()
+        rows[33] = math.nan
+        return Data(Samples(list(zip(rows, data.train.targets, strict=True))), data.valid, data.test, data.class_names)
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_broken_samples_fail_the_trial_naming_objective_split_and_cause(study):
+    outcome, _ = attempt(study, Read(), data="stream")
+    assert outcome.attrs["failure"] == "user_error"
+    assert outcome.attrs["failure_message"] == (
+        "Read: the train split needs finite numbers, got NaN or infinity: clean the data"
+    )
+
+
+class _Raises:
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, row):
+        return (torch.zeros(2), 0) if row == 0 else {}[f"no file {row}"]
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_what_a_data_set_raises_while_it_is_read_is_told_in_one_line(study):
+    class Missing(Signs):
+        def load_data(self, root):
+            data = super().load_data(root)
+            return Data(Samples(_Raises()), data.valid, data.test, data.class_names)
+
+    message = attempt(study, Missing(), data="stream")[0].attrs["failure_message"]
+    assert message.startswith("KeyError: 'no file ")
+    assert "\n" not in message
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_broken_samples_that_fit_are_found_before_the_first_epoch(study):
+    with pytest.raises(TunerError, match=r"^Read: the train split needs finite numbers, got NaN or infinity"):
+        attempt(study, Read())
+
+
+@pytest.fixture
+def put_back():
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def test_determinism_is_turned_on_for_a_study_that_asks_for_it(study, put_back, monkeypatch):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    attempt(study, Signs(), deterministic=True)
+    assert torch.are_deterministic_algorithms_enabled()
+    attempt(study, Signs())
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+@pytest.mark.parametrize(
+    ("make", "told"),
+    [
+        (lambda path: path.write_bytes(b"cut o"), "Broken.load_data("),
+        (lambda path: path.mkdir(), "IsADirectoryError"),
+        (lambda path: None, "FileNotFoundError"),
+    ],
+)
+def test_a_data_directory_that_cannot_be_read_is_told_in_one_line(tmp_path, make, told):
+    class Broken(Signs):
+        def load_data(self, root):
+            return torch.load(root / "rows.pt", weights_only=True)
+
+    make(tmp_path / "rows.pt")
+    with pytest.raises(TunerError) as caught:
+        load_data(Broken(), tmp_path)
+    assert told in str(caught.value)
+    assert str(tmp_path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+class Several(Signs):
+    """Two inputs by name, two outputs, and a loss of both."""
+
+    def suggest(self, trial):
+        trial.suggest_float("lr", 0.01, 0.1)
+        if trial.suggest_categorical("clips", [True, False]):
+            trial.suggest_float("max_grad_norm", 0.1, 1.0)
+
+    def load_data(self, root):
+        data = super().load_data(root)
+        splits = [
+            Split({"x": split.inputs[:, :1], "y": split.inputs[:, 1:]}, split.targets) for _, split in data.splits()
+        ]
+        return Data(*splits, class_names=data.class_names)
+
+    def build_model(self, params):
+        return _Two()
+
+    def build_loss(self, params, train):
+        weights = class_weights(train, 2).to(train.targets.device)
+
+        def loss(outputs, targets):
+            classes, size = outputs
+            return nn.functional.cross_entropy(classes, targets, weights) + 0.1 * size.square().mean()
+
+        return loss
+
+    def prediction(self, outputs):
+        return outputs[0]
+
+
+class _Two(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(2, 3)
+
+    def forward(self, *, x, y):
+        outputs = self.layer(torch.cat([x, y], 1))
+        return outputs[:, :2], outputs[:, 2]
+
+
+@pytest.mark.parametrize("clips", [True, False])
+def test_an_objective_of_several_inputs_and_outputs_needs_no_loop_of_its_own(study, clips):
+    study.enqueue_trial({"lr": 0.1, "clips": clips, "max_grad_norm": 0.5})
+    outcome, trial = attempt(study, Several(), epochs=8)
+    assert trial.state == TrialState.COMPLETE
+    assert ("max_grad_norm" in trial.params) == clips
+    assert outcome.value > 0.8
+
+
+def test_a_model_of_several_outputs_without_a_prediction_is_told_what_to_override(study):
+    class NoPrediction(Several):
+        prediction = Objective.prediction
+
+    outcome, _ = attempt(study, NoPrediction())
+    assert "got tuple: override prediction(outputs)" in outcome.attrs["failure_message"]

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from tuner.data import Data, DataError, Split, join, map_inputs, split_rows, tensors
+from tuner.data import Data, DataError, Samples, Split, class_weights, join, map_inputs, split_rows, tensors
 
 
 def a_split(rows=4, *, kind="tensor", first=0.0, targets=None):
@@ -170,3 +170,30 @@ def test_the_splits_follow_from_the_seed(seed):
     assert in_splits(split_rows(ROWS, LABELS, seed=seed)) != in_splits(
         split_rows(ROWS, LABELS, seed=seed - 1 if seed else 1)
     )
+
+
+def test_samples_are_joined_with_samples_and_with_tensors():
+    split = a_split(2)
+    samples = Samples(a_split(3, first=100.0))
+    for first, second, wanted in ((split, samples, [0, 3, 100, 103, 106]), (samples, split, [100, 103, 106, 0, 3])):
+        joined = join(first, second)
+        assert isinstance(joined, Samples)
+        assert joined.rows(slice(None)).inputs[:, 0].tolist() == wanted
+
+
+def test_a_fingerprint_tells_samples_apart_too():
+    def data(first):
+        samples = Samples(a_split(first=first))
+        return Data(samples, samples, samples)
+
+    assert data(0.0).fingerprint() == data(0.0).fingerprint() != data(1.0).fingerprint()
+
+
+def test_each_class_weighs_the_same_in_all():
+    weights = class_weights(a_split(4, targets=torch.tensor([0, 0, 0, 2])), 4)
+    assert weights.tolist() == pytest.approx([4 / 12, 0.0, 1.0, 0.0])
+
+
+def test_samples_have_no_class_weights():
+    with pytest.raises(DataError, match="count them once in load_data"):
+        class_weights(Samples(a_split()), 2)

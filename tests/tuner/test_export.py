@@ -502,6 +502,58 @@ def test_a_model_with_constants_and_buffers_is_exported(exporting):
     assert tuner.load_model(exporting.output)(torch.zeros(3, 3)).shape == (3, 2)
 
 
+TWO_OUTPUTS = """
+    class Two(Model):
+        def __init__(self):
+            super().__init__(4)
+            self.size = nn.Linear(3, 1)
+
+        def forward(self, x, y=None):
+            classes = super().forward(x, y)
+            return {"classes": classes, "size": self.size(x if y is None else torch.cat([x, y.float()], 1))}
+
+    def loss(outputs, targets):
+        return nn.functional.cross_entropy(outputs["classes"], targets) + outputs["size"].square().mean()
+
+    Signs.build_model = lambda self, params: Two()
+    Signs.build_loss = lambda self, params, train: loss
+    Signs.prediction = lambda self, outputs: outputs["classes"]
+"""
+
+
+@pytest.mark.parametrize("kind", ["tensor", "tuple", "dict"])
+def test_a_model_of_several_outputs_is_exported_as_its_prediction(exporting, kind):
+    exporting.start(code(kind=kind, more=TWO_OUTPUTS), name=kind)
+    exporting()
+    inputs = exporting.objective.load_data(None).test.inputs
+    loaded = tuner.load_model(exporting.output)
+    found = loaded(**inputs) if kind == "dict" else loaded(*tensors(inputs))
+    assert found.shape == (40, 2)
+    assert "size.weight" in load_file(exporting.output / WEIGHTS)
+
+
+def test_an_objective_of_samples_is_exported_with_its_test_figure(exporting):
+    exporting.start(
+        code(
+            more="""
+            from tuner.data import Samples
+
+            in_memory = Signs.load_data
+
+            def load_data(self, root):
+                data = in_memory(self, root)
+                return Data(*(Samples(split) for _, split in data.splits()), class_names=data.class_names)
+
+            Signs.load_data = load_data
+            """
+        )
+    )
+    manifest = exporting().manifest
+    assert (manifest.data["train"], manifest.data["test"]) == (40, 40)
+    assert 0 < manifest.test["accuracy"] <= 1
+    assert [described.shape for described in manifest.inputs] == [(3,)]
+
+
 def test_the_manifest_is_moved_last(exporting, monkeypatch):
     moved = []
     replace = os.replace

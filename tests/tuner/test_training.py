@@ -5,14 +5,14 @@ import pytest
 import torch
 from sklearn import metrics as sk
 from torch import nn
-from torchmetrics import MeanSquaredError
+from torchmetrics import MeanMetric, MeanSquaredError
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score, MulticlassRecall
 
 from tuner import training
 from tuner.data import Split
 from tuner.errors import UsageError
 from tuner.steps import call
-from tuner.training import DivergedError, choose_device, evaluate, fit, predict
+from tuner.training import DivergedError, Options, Run, choose_device, evaluate, fit, predict
 
 
 def rows_of(n=70, features=4, classes=3, seed=0):
@@ -233,3 +233,104 @@ def test_a_device_that_is_not_here_is_refused(name):
 
 def test_without_a_name_the_best_device_that_works_is_taken():
     assert float(torch.ones(2, device=choose_device()).sum()) == 2
+
+
+def ends(accuracies, *, patience, direction="maximize", metric="accuracy", epochs=9):
+    """Train with a validation whose values are these, and return how many epochs ran."""
+    values = iter(accuracies)
+
+    class Told(MeanMetric):
+        def update(self, outputs, targets):
+            super().update(next(values))
+
+    run = Run(options=Options(patience=patience), metric=metric, direction=direction)
+    rows = rows_of(8)
+    return len(
+        train(nn.Linear(4, 3), rows, rows, metrics={"accuracy": Told(nan_strategy="disable")}, epochs=epochs, run=run)
+    )
+
+
+@pytest.mark.parametrize(
+    ("accuracies", "patience", "direction", "count"),
+    [
+        ([0.1, 0.5, 0.4, 0.5, 0.9], 2, "maximize", 4),
+        ([0.1, 0.5, 0.4, 0.6, 0.5, 0.5], 2, "maximize", 6),
+        ([0.5, 0.1, 0.4, 0.2], 2, "minimize", 4),
+        ([0.5, 0.4], 1, "maximize", 2),
+        ([math.nan, math.nan, 0.1, math.nan, math.nan], 2, "maximize", 5),
+        ([0.5] * 9, None, "maximize", 9),
+    ],
+)
+def test_training_ends_when_no_epoch_was_better_for_so_many(accuracies, patience, direction, count):
+    assert ends(accuracies, patience=patience, direction=direction) == count
+
+
+def test_a_loss_that_is_no_number_ends_the_epoch_at_its_batch():
+    losses = iter([1.0] * 2 + [float("nan")] * 99)
+    trained = []
+
+    def loss(outputs, _):
+        trained.append(1)
+        return outputs.sum() * 0 + next(losses)
+
+    with pytest.raises(DivergedError, match="the training loss is nan in epoch 1"):
+        train(a_model(), rows_of(), loss=loss)
+    assert len(trained) == 3
+
+
+def test_the_schedule_may_follow_the_metric():
+    model = nn.Linear(4, 3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    rows = rows_of(8)
+    train(
+        model,
+        rows,
+        rows,
+        metrics={"zero": MeanMetric(nan_strategy="disable")},
+        predictions=lambda outputs: outputs[:, 0] * 0,
+        optimizer=optimizer,
+        scheduler=torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=0, factor=0.5),
+        run=Run(metric="zero"),
+    )
+    assert optimizer.param_groups[0]["lr"] == 0.25
+
+
+class _Pair(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x):
+        y = self.layer(x)
+        return {"classes": y[:, :3], "size": y[:, 3]}
+
+
+def test_a_loss_gets_all_that_a_model_returns_and_metrics_get_the_prediction():
+    rows, seen = rows_of(), set()
+
+    def loss(outputs, targets):
+        seen.update(outputs)
+        sizes = nn.functional.mse_loss(outputs["size"], targets.float())
+        return nn.functional.cross_entropy(outputs["classes"], targets) + 0.1 * sizes
+
+    model = _Pair()
+    history = train(model, rows, rows, loss=loss, predictions=lambda outputs: outputs["classes"])
+    assert seen == {"classes", "size"}
+    guessed = predict(model, rows.inputs, lambda outputs: outputs["classes"]).argmax(1)
+    assert history[-1].metrics["accuracy"] == pytest.approx(float((guessed == rows.targets).float().mean()))
+
+
+@pytest.mark.parametrize(("n_bytes", "rows_at_once"), [(16, 1), (160, 10), (2**30, 50)])
+def test_evaluation_takes_as_many_rows_as_fit(monkeypatch, n_bytes, rows_at_once):
+    monkeypatch.setattr(training, "EVALUATION_BYTES", n_bytes)
+    seen = []
+    model = nn.Linear(4, 3)
+    model.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
+    evaluate(model, rows_of(50), accuracy())
+    assert seen == [rows_at_once] * (50 // rows_at_once)
+
+
+def test_an_epoch_tells_how_many_rows_it_took_and_how_long():
+    epochs = train(a_model(), rows_of(33), rows_of(5), batch_size=16)
+    assert [epoch.rows for epoch in epochs] == [32, 32, 32]
+    assert all(epoch.train_s > 0 and epoch.evaluate_s > 0 and epoch.wait_s == 0 for epoch in epochs)

@@ -1,0 +1,218 @@
+import pytest
+import torch
+from torch import nn
+
+from tuner import batches, training
+from tuner.batches import Resident, Streamed, batches_of, place
+from tuner.data import Data, DataError, Samples, Split, tensors
+
+CPU = torch.device("cpu")
+# Readers are forked where that works, and Python 3.12 warns of any fork with a thread about.
+pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+
+
+def a_split(n=10, *, kind="tensor"):
+    one = torch.arange(n * 3, dtype=torch.uint8).reshape(n, 3)
+    inputs = {"tensor": one, "tuple": (one, one[:, :1].float()), "dict": {"x": one, "y": one[:, :1].float()}}[kind]
+    return Split(inputs, torch.arange(n))
+
+
+class Pairs:
+    """Samples as a data set gives them; `broken` rows hold NaN, `wrong` ones have a label that is no class."""
+
+    def __init__(self, n=10, *, broken=(), wrong=()):
+        self.n = n
+        self.broken = broken
+        self.wrong = wrong
+
+    def __len__(self):
+        return self.n
+
+    def __getitem__(self, row):
+        return torch.full((2,), float("nan") if row in self.broken else float(row)), 5 if row in self.wrong else row % 2
+
+
+class Noisy(Pairs):
+    def __getitem__(self, row):
+        return torch.rand(2), row % 2
+
+
+KINDS = pytest.mark.parametrize("kind", ["tensor", "tuple", "dict"])
+READERS = pytest.mark.parametrize("readers", [0, 2])
+
+
+def listed(found):
+    return [batch.targets.tolist() for batch in found]
+
+
+@KINDS
+@pytest.mark.parametrize("permuted_bytes", [1, 40, 2**26])
+def test_resident_batches_are_the_rows_in_the_order_of_the_epoch(monkeypatch, kind, permuted_bytes):
+    monkeypatch.setattr(batches, "PERMUTED_BYTES", permuted_bytes)
+    split = a_split(kind=kind)
+    order = torch.tensor([3, 1, 4, 0, 5, 9, 2, 6, 8, 7])
+    found = list(Resident(split, 4).shuffled(order))
+    assert listed(found) == [[3, 1, 4, 0], [5, 9, 2, 6], [8, 7]]
+    for batch in found:
+        assert type(batch.inputs) is type(split.inputs)
+        for whole, part in zip(tensors(split.inputs), tensors(batch.inputs), strict=True):
+            assert part.dtype == whole.dtype
+            assert torch.equal(part, whole[batch.targets])
+
+
+def test_batches_are_views_of_rows_that_were_gathered_at_once():
+    first, second, third = Resident(a_split(), 4).shuffled(torch.arange(10).flip(0))
+    assert {batch.inputs.untyped_storage().data_ptr() for batch in (first, second, third)} == {
+        first.inputs.untyped_storage().data_ptr()
+    }
+
+
+@READERS
+@KINDS
+def test_streamed_batches_are_the_resident_ones(kind, readers):
+    split = a_split(kind=kind)
+    order = torch.randperm(10)
+    streamed = Streamed(Samples(split), 4, CPU, readers)
+    for first in (0, 2):
+        resident = list(Resident(split, 4).shuffled(order, first))
+        found = list(streamed.shuffled(order, first))
+        assert listed(found) == listed(resident)
+        assert type(found[0].inputs) is type(split.inputs)
+        for ours, theirs in zip(found, resident, strict=True):
+            for one, other in zip(tensors(ours.inputs), tensors(theirs.inputs), strict=True):
+                assert torch.equal(one, other)
+                assert one.dtype == other.dtype
+    assert streamed.waited_s > 0
+
+
+def fitted(rows, valid=None, **changes):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(2, 4), nn.BatchNorm1d(4), nn.Dropout(0.3), nn.Linear(4, 2))
+    history = training.fit(
+        model,
+        rows,
+        valid,
+        **{
+            "optimizer": torch.optim.SGD(model.parameters(), lr=0.1),
+            "loss": nn.CrossEntropyLoss(),
+            "metrics": {},
+            "epochs": 2,
+            "batch_size": 8,
+            "seed": 3,
+            **changes,
+        },
+    )
+    return model.state_dict(), history
+
+
+def assert_equal(one, other):
+    assert {name for name in one if not torch.equal(one[name], other[name])} == set()
+
+
+def test_training_gives_the_same_from_samples_as_from_tensors():
+    pairs = Pairs(30)
+    split = Samples(pairs).rows(slice(None))
+    (resident, one), (streamed, other) = fitted(split, split), fitted(Samples(pairs), Samples(pairs))
+    assert_equal(resident, streamed)
+    assert one == other
+    assert sum(epoch.wait_s for epoch in one) == 0 < sum(epoch.wait_s for epoch in other)
+
+
+def test_random_samples_that_other_processes_read_follow_from_the_seed_and_change_with_the_epoch():
+    def epochs():
+        streamed = Streamed(Samples(Noisy(), random=True), 4, CPU, readers=2)
+        return [torch.cat([batch.inputs for batch in streamed.shuffled(torch.arange(10), 0, seed)]) for seed in (1, 2)]
+
+    first, again = epochs(), epochs()
+    assert torch.equal(first[0], again[0])
+    assert torch.equal(first[1], again[1])
+    assert not torch.equal(first[0], first[1])
+    later = Streamed(Samples(Noisy(), random=True), 4, CPU, readers=1).shuffled(torch.arange(10), 1, 2)
+    assert torch.equal(torch.cat([batch.inputs for batch in later]), first[1][4:])
+
+
+def some_data(rows):
+    return Data(rows, rows, Samples(Pairs(3)))
+
+
+@pytest.mark.parametrize(
+    ("rows", "how", "share", "kind", "told"),
+    [
+        (Samples(Pairs()), "auto", 0.5, Split, "data resident on cpu (0 MB, "),
+        (Samples(Pairs()), "auto", 0.0, Samples, "data streamed to cpu (0 MB, "),
+        (Samples(Pairs()), "stream", 0.5, Samples, "--data stream"),
+        (Samples(Pairs()), "resident", 0.0, Split, "--data resident"),
+        (Samples(Noisy(), random=True), "auto", 0.5, Samples, "free, random, --data auto"),
+        (Samples(Pairs()).rows(slice(None)), "auto", 0.0, Split, "data resident on cpu"),
+        (Samples(Pairs()).rows(slice(None)), "stream", 0.5, Samples, "data streamed to cpu"),
+    ],
+)
+def test_rows_are_resident_if_they_fit_unless_told_otherwise(monkeypatch, rows, how, share, kind, told):
+    monkeypatch.setattr(batches, "RESIDENT_SHARE", share)
+    lines = []
+    placed = place(some_data(rows), CPU, how, lines.append)
+    assert (type(placed.train), type(placed.valid), type(placed.test)) == (kind, kind, Samples)
+    assert [told in line for line in lines] == [True]
+    wanted, found = (data.train.rows(slice(None)) for data in (some_data(rows), placed))
+    assert torch.equal(found.targets, wanted.targets)
+    if not getattr(rows, "random", False):
+        assert torch.equal(found.inputs, wanted.inputs)
+
+
+def test_random_samples_cannot_be_resident():
+    with pytest.raises(DataError, match="random samples cannot be resident"):
+        place(some_data(Samples(Noisy(), random=True)), CPU, "resident")
+
+
+@pytest.mark.parametrize(
+    ("train", "told"),
+    [
+        (Pairs(20, broken=[17]), "the train split needs finite numbers, got NaN or infinity: clean the data"),
+        (Pairs(20, wrong=[17]), "labels need to be in 0..1, got 0..5 in the train split: check class_names"),
+    ],
+)
+@READERS
+def test_a_sample_that_cannot_be_trained_on_is_told_with_its_split_in_one_line(train, told, readers):
+    data = Data(Samples(train), Samples(Pairs()), Samples(Pairs()), class_names=("even", "odd"))
+    with pytest.raises(DataError) as caught:
+        list(Streamed(data.train, 4, CPU, readers).in_order())
+    assert str(caught.value) == told
+
+
+class Odd:
+    def __init__(self, *samples):
+        self.samples = samples
+
+    def __len__(self):
+        return len(self.samples)
+
+    def __getitem__(self, row):
+        return self.samples[row]
+
+
+@pytest.mark.parametrize(
+    ("samples", "told"),
+    [
+        ([(object(), 1)], "a sample of the train split needs to be (inputs, target)"),
+        ([torch.zeros(3)], "a sample of the train split needs to be (inputs, target)"),
+        ([(torch.zeros(3), 1, 2)], "a sample of the train split needs to be (inputs, target)"),
+        ([], "the train split needs at least one row"),
+        ([(torch.zeros(5), 1)], "all splits need rows of the same shapes and types"),
+    ],
+)
+def test_samples_of_another_form_are_refused_before_training(samples, told):
+    with pytest.raises(DataError) as caught:
+        Data(Samples(Odd(*samples)), Samples(Pairs()), Samples(Pairs()))
+    assert told in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_rows_on_another_device_than_the_model_are_refused():
+    with pytest.raises(DataError, match="got the model on meta and data on cpu"):
+        batches_of(a_split(), 4, torch.device("meta"))
+
+
+def test_a_model_on_two_devices_is_refused():
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2, device="meta"))
+    with pytest.raises(DataError, match="a model needs to be on one device, got it on cpu, meta"):
+        training.evaluate(model, Samples(Pairs()).rows(slice(None)), {})
