@@ -54,7 +54,7 @@ class Pixels(nn.Module):
     """Scales pixels of a batch to 0..1 where it is computed on, as ToDtype(scale=True) does for each image."""
 
     def forward(self, images: Tensor) -> Tensor:
-        return images.flatten(1).float().div_(255)
+        return images.flatten(1) / 255
 
 
 def mlp(first: nn.Module, device: torch.device) -> nn.Module:

@@ -26,7 +26,7 @@ from tuner import training
 from tuner.batches import place
 from tuner.checkpoint import Checkpoint
 from tuner.data import Data, DataError
-from tuner.errors import TunerError
+from tuner.errors import TunerError, first_line
 from tuner.objective import Objective
 from tuner.record import Record
 from tuner.registry import FunctionObjective
@@ -148,14 +148,14 @@ def run_attempt(what: TrialObjective, trial: CheckedTrial) -> Outcome:
     except (StorageError, SQLAlchemyError) as error:
         if is_outage(error):
             raise
-        outcome = _failed("user_error", f"the database refused it: {_first_line(error)}")
+        outcome = _failed("user_error", f"the database refused it: {first_line(error)}")
     except training.DivergedError as error:
         outcome = _failed("nan", str(error))
     except DataError as error:
         outcome = _failed("user_error", f"{type(what.objective).__name__}: {error}")
     except (Exception, SystemExit) as error:  # noqa: BLE001 - foreign code: what it raises fails its trial alone
         if _is_out_of_memory(error):
-            outcome = _failed("oom", _first_line(error) or "out of memory")
+            outcome = _failed("oom", first_line(error) or "out of memory")
         else:
             outcome = _failed("user_error", with_line(error, what.objective))
     if outcome.attrs.get("failure") == "oom":
@@ -184,10 +184,7 @@ def with_line(error: BaseException, objective: Objective | FunctionObjective) ->
         file = ""  # a callable object, such as a functools.partial
     frames = traceback.extract_tb(error.__traceback__)
     place = ([frame for frame in frames if frame.filename == file] or frames)[-1]
-    lines = str(error).strip().splitlines() or [""]
-    # What a process that reads samples raised comes with its traceback, the message last.
-    message = f"{type(error).__name__}: {lines[0]}" if "Original Traceback" not in str(error) else lines[-1]
-    return f"{message} ({place.filename}, line {place.lineno})"
+    return f"{type(error).__name__}: {first_line(error)} ({place.filename}, line {place.lineno})"
 
 
 def _run(what: TrialObjective, trial: CheckedTrial, seed: int, record: Record) -> tuple[float, dict[str, Any]]:
@@ -262,10 +259,6 @@ def _checked_value(value: object) -> float:
     if not math.isfinite(number):
         raise training.DivergedError(f"the objective returned {number}")
     return number
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().partition("\n")[0]
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

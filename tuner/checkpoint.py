@@ -18,6 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tuner.errors import first_line
+
 State = dict[str, Any]
 
 CHECKPOINT_EVERY_S = 30.0
@@ -52,7 +54,8 @@ class Checkpoint:
         except FileNotFoundError:
             return None
         except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-            self._log(f"the checkpoint {self._path} cannot be read, starting again: {_first_line(error)}")
+            reason = f"{type(error).__name__}: {first_line(error)}"
+            self._log(f"the checkpoint {self._path} cannot be read, starting again: {reason}")
             return None
         if not isinstance(saved, dict) or saved.get("identity") != self._identity:
             self._log(f"the checkpoint {self._path} is of another training, starting again")
@@ -151,7 +154,3 @@ def _sync_directory(directory: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def _first_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"

@@ -13,6 +13,8 @@ from typing import Any, NamedTuple, Protocol, TypeAlias
 import torch
 from torch import Tensor
 
+from tuner.errors import first_line
+
 Inputs: TypeAlias = Tensor | tuple[Tensor, ...] | dict[str, Tensor]
 
 READ_ROWS = 1024
@@ -281,9 +283,9 @@ def _collate(samples: list[Any], name: str) -> Split:
     try:
         inputs, targets = default_collate(samples)
     except (TypeError, ValueError, RuntimeError) as error:
-        reason = str(error).partition("\n")[0]
         raise DataError(
-            f"a sample of the {name} split needs to be (inputs, target), tensors of one shape in all rows: {reason}"
+            f"a sample of the {name} split needs to be (inputs, target), tensors of one shape in all rows:"
+            f" {first_line(error)}"
         ) from error
     return Split(tuple(inputs) if isinstance(inputs, list) else inputs, targets)
 

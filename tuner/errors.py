@@ -5,6 +5,11 @@ from __future__ import annotations
 EXIT_FAILED, EXIT_USAGE, EXIT_UNREACHABLE, EXIT_INTERRUPTED = 1, 2, 3, 130
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message."""
+    return str(error).strip().partition("\n")[0]
+
+
 class TunerError(Exception):
     """The command failed; the message says what was wanted, what was found and what to do."""
 

@@ -36,7 +36,7 @@ from tuner.errors import EXIT_UNREACHABLE, TunerError
 from tuner.registry import build_objective, find_objective, is_objective_class
 from tuner.sampling import build_pruner, build_sampler
 from tuner.spec import PrunerSpec
-from tuner.study import Study, check_code, open_study
+from tuner.study import Study, check_code, checkpoint_directory, open_study
 from tuner.training import Interrupted, choose_device
 
 T = TypeVar("T")
@@ -142,7 +142,7 @@ class Slot:
             objective,
             self._config.data_dir,
             device,
-            checkpoints=self._config.data_dir / "checkpoints" / f"study-{study.study_id}",
+            checkpoints=checkpoint_directory(self._config.data_dir, study.study_id),
             log=lambda line: self._emit(Event(event="note", message=line)),
         )
 

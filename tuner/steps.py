@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeAlias
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from tuner.data import Batch, Inputs, map_inputs, tensors
+from tuner.errors import first_line
 from tuner.spec import Precision
 
 Loss: TypeAlias = Callable[[Any, Tensor], Tensor]
@@ -123,7 +125,7 @@ class Step:
             self._optimizer.zero_grad(set_to_none=True)
             self._model = self._eager_model
             loss = self._gradients(batch)
-            self._log(f"--compile: not compiled, {_first_line(error)}")
+            self._log(f"--compile: not compiled, {type(error).__name__}: {first_line(error)}")
         self._update()
         self._optimizer.zero_grad(set_to_none=True)
         return loss
@@ -135,7 +137,9 @@ class Step:
         for group in self._optimizer.param_groups:
             if "capturable" in group:
                 group["capturable"] = True  # keeps its count of steps on the device
-        self._graph = _Graph(self._optimizer)
+        # The first steps and an epoch's last are not captured, of which torch warns those who forgot to capture any.
+        warnings.filterwarnings("ignore", message="This instance was constructed with capturable=True")
+        self._graph = _Graph(self._optimizer, self._device)
 
     def _cannot_capture(self) -> str | None:
         if self._device.type != "cuda":
@@ -155,7 +159,7 @@ class Step:
         except RuntimeError as error:  # a sync, an allocation or a library call that cannot be captured
             self._graph = None
             self._optimizer.zero_grad(set_to_none=True)
-            self._log(f"--cuda-graphs: each step is launched by itself, {_first_line(error)}")
+            self._log(f"--cuda-graphs: each step is launched by itself, {type(error).__name__}: {first_line(error)}")
             return self._take(batch)
 
     def _captured(self, batch: Batch) -> Tensor:
@@ -171,9 +175,9 @@ class _Graph:
     one, the step is captured anew.
     """
 
-    def __init__(self, optimizer: Optimizer) -> None:
+    def __init__(self, optimizer: Optimizer, device: torch.device) -> None:
         self._optimizer = optimizer
-        self._stream = torch.cuda.Stream()
+        self._stream = torch.cuda.Stream(device)
         self._graph: torch.cuda.CUDAGraph | None = None
         self._settings: list[dict[str, Any]] = []
         self._steps = 0
@@ -199,8 +203,13 @@ class _Graph:
         self._settings = self._numbers()
         self.batch = Batch(map_inputs(torch.clone, batch.inputs), batch.targets.clone())
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=self._stream):
-            self._loss = step()
+        before = torch.cuda.current_stream()
+        try:
+            # Thread-local: what the threads of a DataLoader do meanwhile is no part of it.
+            with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
+                self._loss = step()
+        finally:
+            torch.cuda.set_stream(before)  # torch leaves its own as it is when a capture fails
         self._optimizer.zero_grad(set_to_none=True)  # the graph keeps its own gradients
         self._graph = graph
         return self.replay(batch)
@@ -246,7 +255,3 @@ def _shapes(batch: Batch) -> list[torch.Size]:
 
 def _channels_last(tensor: Tensor) -> Tensor:
     return tensor.contiguous(memory_format=torch.channels_last) if tensor.dim() == 4 else tensor
-
-
-def _first_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"

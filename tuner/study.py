@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sqlalchemy import Engine
@@ -117,6 +118,11 @@ def create_or_join(engine: Engine, name: str, spec: Spec, *, allow_code_change: 
             " give the same options to join it, or --study NAME for a study of its own"
         )
     return study, False
+
+
+def checkpoint_directory(data_dir: Path, study_id: int) -> Path:
+    """Return the directory that holds the checkpoints of the study's running trials, while there are any."""
+    return data_dir / "checkpoints" / f"study-{study_id}"
 
 
 def check_code(study: Study, source: ObjectiveSource, *, allow_code_change: bool) -> None:

@@ -6,7 +6,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing, nullcontext
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -47,8 +47,8 @@ class Interrupted(Exception):  # noqa: N818 - not an error: a request, like Keyb
 class Options:
     """How to train, whatever the objective. `channels_last` None: for models with 2-d convolutions on CUDA.
 
-    Training ends `patience` epochs after the best one so far. `data` says where rows are kept while training;
-    they are put there before (`tuner.batches.place`).
+    Training ends `patience` epochs after the best one so far. `data` and `deterministic` are seen to before, by
+    `tuner.batches.place` and `tuner.seeds.set_deterministic`.
     """
 
     precision: Precision = "fp32"
@@ -100,19 +100,22 @@ class Run:
 
 
 def choose_device(name: str | None = None) -> torch.device:
-    """Return the device `name`, or the best there is: cuda, then mps, then cpu.
+    """Return the device `name`, or the best there is: cuda, then mps, then cpu; a CUDA device becomes torch's current.
 
     Raises UsageError if there is no such device here.
     """
     if name:
         try:
-            return torch.empty(0, device=name).device
+            device = torch.empty(0, device=name).device
         except (RuntimeError, AssertionError) as error:
             reason = str(error).partition("\n")[0]
             raise UsageError(f"--device needs a device of this machine, got {name!r}: {reason}") from error
-    if torch.cuda.is_available():
-        return torch.empty(0, device="cuda").device  # with its number, as its tensors have it
-    return torch.empty(0, device="mps" if torch.backends.mps.is_available() else "cpu").device
+    else:
+        best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        device = torch.empty(0, device=best).device  # with its number, as its tensors have it
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return device
 
 
 def fit(
@@ -163,7 +166,10 @@ def fit(
     )
     training = _Training(model, train, optimizer, scheduler, step, device, batch_size=batch_size, seed=seed, run=run)
     batches = None if valid is None else batches_of(valid, _evaluation_rows(valid, batch_size), device)
-    with nullcontext() if run.checkpoint is None else closing(run.checkpoint):
+    with ExitStack() as stack:
+        for opened in (run.checkpoint, training, batches):
+            if opened is not None:
+                stack.callback(opened.close)
         try:
             training.resume()
             while len(training.history) < epochs and not training.has_stalled():
@@ -241,6 +247,10 @@ class _Training:
             train_s=time.perf_counter() - started_at,
             wait_s=self._batches.waited_s - waited_s,
         )
+
+    def close(self) -> None:
+        """End the processes that read the rows."""
+        self._batches.close()
 
     def end_epoch(self, epoch: Epoch) -> None:
         """Take the epoch into the history, and step the schedule."""
@@ -373,8 +383,8 @@ def evaluate(
     precision: Precision = "fp32",
 ) -> dict[str, float]:
     """Return each metric over all rows - not a mean over batches - with the model in eval mode."""
-    batches = batches_of(rows, _evaluation_rows(rows), _device_of(model, rows))
-    return _evaluate(model, batches, metrics, predictions, precision)
+    with closing(batches_of(rows, _evaluation_rows(rows), _device_of(model, rows))) as batches:
+        return _evaluate(model, batches, metrics, predictions, precision)
 
 
 @torch.inference_mode()
@@ -433,6 +443,5 @@ def _load_optimizer(optimizer: Optimizer, state: State) -> None:
     """Load the state, but keep how it is computed, which depends on the device."""
     how = ("fused", "foreach", "capturable")
     kept = [{name: group[name] for name in how if name in group} for group in optimizer.param_groups]
-    optimizer.load_state_dict(state)
-    for group, flags in zip(optimizer.param_groups, kept, strict=True):
-        group.update(flags)
+    groups = [{**group, **flags} for group, flags in zip(state["param_groups"], kept, strict=True)]
+    optimizer.load_state_dict({**state, "param_groups": groups})

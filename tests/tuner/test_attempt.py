@@ -473,7 +473,8 @@ def test_what_a_data_set_raises_while_it_is_read_is_told_in_one_line(study):
             return Data(Samples(_Raises()), data.valid, data.test, data.class_names)
 
     message = attempt(study, Missing(), data="stream")[0].attrs["failure_message"]
-    assert message.startswith("KeyError: 'no file ")
+    assert message.startswith("Missing: the train split cannot be read: KeyError: 'no file ")
+    assert f"{__file__}, line " in message
     assert "\n" not in message
 
 

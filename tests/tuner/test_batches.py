@@ -38,6 +38,22 @@ class Noisy(Pairs):
 
 
 KINDS = pytest.mark.parametrize("kind", ["tensor", "tuple", "dict"])
+
+
+@pytest.fixture
+def streamed():
+    """Make streamed batches, whose readers end with the test."""
+    made = []
+
+    def make(*arguments):
+        made.append(Streamed(*arguments))
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.close()
+
+
 READERS = pytest.mark.parametrize("readers", [0, 2])
 
 
@@ -69,20 +85,20 @@ def test_batches_are_views_of_rows_that_were_gathered_at_once():
 
 @READERS
 @KINDS
-def test_streamed_batches_are_the_resident_ones(kind, readers):
+def test_streamed_batches_are_the_resident_ones(streamed, kind, readers):
     split = a_split(kind=kind)
     order = torch.randperm(10)
-    streamed = Streamed(Samples(split), 4, CPU, readers)
+    from_samples = streamed(Samples(split), 4, CPU, readers)
     for first in (0, 2):
         resident = list(Resident(split, 4).shuffled(order, first))
-        found = list(streamed.shuffled(order, first))
+        found = list(from_samples.shuffled(order, first))
         assert listed(found) == listed(resident)
         assert type(found[0].inputs) is type(split.inputs)
         for ours, theirs in zip(found, resident, strict=True):
             for one, other in zip(tensors(ours.inputs), tensors(theirs.inputs), strict=True):
                 assert torch.equal(one, other)
                 assert one.dtype == other.dtype
-    assert streamed.waited_s > 0
+    assert from_samples.waited_s > 0
 
 
 def fitted(rows, valid=None, **changes):
@@ -118,16 +134,16 @@ def test_training_gives_the_same_from_samples_as_from_tensors():
     assert sum(epoch.wait_s for epoch in one) == 0 < sum(epoch.wait_s for epoch in other)
 
 
-def test_random_samples_that_other_processes_read_follow_from_the_seed_and_change_with_the_epoch():
+def test_random_samples_that_other_processes_read_follow_from_the_seed_and_change_with_the_epoch(streamed):
     def epochs():
-        streamed = Streamed(Samples(Noisy(), random=True), 4, CPU, readers=2)
-        return [torch.cat([batch.inputs for batch in streamed.shuffled(torch.arange(10), 0, seed)]) for seed in (1, 2)]
+        rows = streamed(Samples(Noisy(), random=True), 4, CPU, 2)
+        return [torch.cat([batch.inputs for batch in rows.shuffled(torch.arange(10), 0, seed)]) for seed in (1, 2)]
 
     first, again = epochs(), epochs()
     assert torch.equal(first[0], again[0])
     assert torch.equal(first[1], again[1])
     assert not torch.equal(first[0], first[1])
-    later = Streamed(Samples(Noisy(), random=True), 4, CPU, readers=1).shuffled(torch.arange(10), 1, 2)
+    later = streamed(Samples(Noisy(), random=True), 4, CPU, 1).shuffled(torch.arange(10), 1, 2)
     assert torch.equal(torch.cat([batch.inputs for batch in later]), first[1][4:])
 
 
@@ -172,10 +188,10 @@ def test_random_samples_cannot_be_resident():
     ],
 )
 @READERS
-def test_a_sample_that_cannot_be_trained_on_is_told_with_its_split_in_one_line(train, told, readers):
+def test_a_sample_that_cannot_be_trained_on_is_told_with_its_split_in_one_line(streamed, train, told, readers):
     data = Data(Samples(train), Samples(Pairs()), Samples(Pairs()), class_names=("even", "odd"))
     with pytest.raises(DataError) as caught:
-        list(Streamed(data.train, 4, CPU, readers).in_order())
+        list(streamed(data.train, 4, CPU, readers).in_order())
     assert str(caught.value) == told
 
 
