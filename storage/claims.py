@@ -275,7 +275,7 @@ def _lease() -> ReturningInsert[int]:
 def _give_back(conn: Connection, whose: ColumnElement[bool], max_attempts: int, *, attempts_back: int = 0) -> int:
     """Set running trials, by their leases, to waiting, or to failed where all their attempts are used up.
 
-    Returns how many there were. What a waiting trial had reported goes: the next attempt starts from its first step,
+    Returns how many there were. What a waiting trial had reported goes: the next attempt reports from its first step,
     and a pruner would take the old values for its own.
     """
     # Locked, so that a holder who ends a trial now either has ended it before or finds that it is not his any more.

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, TypeAlias
 
 import torch
@@ -229,20 +229,14 @@ class _Graph:
         ]
 
 
-class _on:  # noqa: N801 - a context manager, used as a function
+@contextmanager
+def _on(stream: torch.cuda.Stream) -> Iterator[None]:
     """Run a block on another stream, in order with what comes before and after it."""
-
-    def __init__(self, stream: torch.cuda.Stream) -> None:
-        self._inner = torch.cuda.stream(stream)
-        self._stream = stream
-
-    def __enter__(self) -> None:
-        self._stream.wait_stream(torch.cuda.current_stream())
-        self._inner.__enter__()
-
-    def __exit__(self, *error: Any) -> None:
-        self._inner.__exit__(*error)
-        torch.cuda.current_stream().wait_stream(self._stream)
+    usual = torch.cuda.current_stream(stream.device)
+    stream.wait_stream(usual)
+    with torch.cuda.stream(stream):
+        yield
+    usual.wait_stream(stream)
 
 
 def _tensors(batch: Batch) -> tuple[Tensor, ...]:

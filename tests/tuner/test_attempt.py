@@ -11,7 +11,7 @@ from optuna.trial import TrialState
 from torch import nn
 from torchmetrics import MeanMetric, Metric
 
-from storage.errors import LeaseLostError, UnreachableError
+from storage.errors import LeaseLostError, StudyHaltedError, UnreachableError
 from tuner.attempt import (
     MAX_MESSAGE_CHARS,
     MAX_STEP,
@@ -575,3 +575,22 @@ def test_a_model_of_several_outputs_without_a_prediction_is_told_what_to_overrid
 
     outcome, _ = attempt(study, NoPrediction())
     assert "got tuple: override prediction(outputs)" in outcome.attrs["failure_message"]
+
+
+@pytest.mark.parametrize(
+    ("error", "kept"),
+    [
+        (Interrupted(), True),
+        (StudyHaltedError("paused"), True),
+        (UnreachableError("away"), True),
+        (LeaseLostError("lost"), False),  # whoever has the trial now writes its checkpoint
+    ],
+)
+def test_a_trial_that_another_worker_will_resume_leaves_its_checkpoint(study, tmp_path, error, kept):
+    def check():
+        if study.trials[-1].intermediate_values:
+            raise error
+
+    with pytest.raises(type(error)):
+        attempt(study, Signs(), check=check, checkpoints=tmp_path)
+    assert (tmp_path / "trial-0.pt").exists() == kept

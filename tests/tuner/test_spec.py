@@ -4,7 +4,8 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from tuner.errors import TunerError
-from tuner.spec import Spec, differences, first_problem, parse_spec
+from tuner.spec import Spec, TrainingSpec, differences, first_problem, parse_spec
+from tuner.training import Options
 
 
 def a_spec(**changes):
@@ -39,6 +40,20 @@ def test_a_spec_has_the_defaults_of_the_readme():
     spec = a_spec()
     assert (spec.sampler.name, spec.pruner.name, spec.seed, spec.retry.max_attempts) == ("tpe", "median", 0, 3)
     assert (spec.budget.timeout_s, spec.budget.max_failures) == (None, 10)
+
+
+def test_a_spec_that_was_stored_before_training_had_settings_reads_as_the_defaults():
+    stored = a_spec().model_dump(mode="json")
+    del stored["training"]
+    training = parse_spec(stored, "digits").training
+    assert (training.precision, training.data, training.patience) == ("fp32", "auto", None)
+    assert (training.compile, training.cuda_graphs, training.deterministic) == (False, False, False)
+
+
+def test_every_setting_of_training_reaches_it():
+    training = TrainingSpec(precision="bf16", patience=3, data="stream", compile=True, cuda_graphs=True)
+    options = Options(**training.model_dump())
+    assert {name: getattr(options, name) for name in TrainingSpec.model_fields} == training.model_dump()
 
 
 def test_a_spec_cannot_be_changed():

@@ -8,7 +8,7 @@ from storage import StudyNotFoundError, open_engine, open_storage
 from storage.errors import StudyExistsError
 from tuner.errors import TunerError, UsageError
 from tuner.registry import find_objective
-from tuner.spec import Budget
+from tuner.spec import Budget, TrainingSpec
 from tuner.study import best_of, check_code, create_or_join, create_study, open_study, plan
 
 
@@ -87,6 +87,10 @@ def test_a_plan_that_cannot_work_names_the_option(changes, told):
     [
         ({"options": {"a": 3, "b": 4}}, "--set: the plain function mine.py:loss has no options, got a, b"),
         ({"epochs": 3}, "--epochs: the plain function mine.py:loss trains as long as it likes"),
+        (
+            {"training": TrainingSpec(cuda_graphs=True)},
+            "--cuda-graphs: the plain function mine.py:loss trains as it likes",
+        ),
     ],
 )
 def test_a_plan_of_a_plain_function_takes_no_options_of_objectives(function, changes, told):
