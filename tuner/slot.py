@@ -161,7 +161,9 @@ class Slot:
         with Lease(self._engine, held) as lease:
 
             def check() -> None:
-                if self._is_abandoned() or lease.lost.is_set():
+                if lease.lost.is_set():
+                    raise LeaseLostError(f"the lease on trial id {held.trial_id} was lost: another worker may run it")
+                if self._is_abandoned():
                     raise Interrupted
 
             try:
