@@ -12,20 +12,24 @@ from sqlalchemy import (
     ColumnElement,
     Connection,
     Double,
+    Insert,
     Select,
+    Update,
     and_,
     bindparam,
     cast,
     delete,
     func,
     insert,
+    literal,
     select,
     text,
     true,
     update,
 )
+from sqlalchemy.dialects.postgresql import UUID
 from sqlalchemy.dialects.postgresql import insert as upsert
-from sqlalchemy.sql.dml import ReturningInsert, ReturningUpdate
+from sqlalchemy.sql.dml import ReturningInsert
 
 from storage.errors import StudyNotFoundError
 from storage.sessions import Sessions
@@ -232,43 +236,45 @@ def _standing(conn: Connection, study_id: int) -> Standing:
 
 
 def _hand_out(conn: Connection, study_id: int, standing: Standing, worker: str) -> Claim:
+    token = uuid.uuid4()
+    lease = {"token": token, "worker": worker}
     row = None
     if standing.oldest_waiting is not None:
         # Stock Optuna takes waiting trials without the study's lock; then ours is a new one.
-        row = conn.execute(_start(), {"the_trial": standing.oldest_waiting}).one_or_none()
+        row = conn.execute(_start(), {"the_trial": standing.oldest_waiting, **lease}).one_or_none()
     if row is None:
-        row = conn.execute(_create(), {"study_id": study_id, "number": standing.n_trials}).one()
-    token = uuid.uuid4()
-    attempt = conn.execute(_lease(), {"trial_id": row.trial_id, "token": token, "worker": worker}).scalar_one()
-    return Claim(trial_id=row.trial_id, number=row.number, attempt=attempt, token=token)
+        row = conn.execute(_create(), {"the_study": study_id, "next_number": standing.n_trials, **lease}).one()
+    return Claim(trial_id=row.trial_id, number=row.number, attempt=row.attempts, token=token)
 
 
 @cache
-def _start() -> ReturningUpdate[int, int | None]:
-    return (
+def _start() -> ReturningInsert[Any]:
+    return _leased(
         update(trials)
         .where(trials.c.trial_id == bindparam("the_trial"), trials.c.state == "WAITING")
         .values(state="RUNNING", datetime_start=_utc_now())
-        .returning(trials.c.trial_id, trials.c.number)
     )
 
 
 @cache
-def _create() -> ReturningInsert[int, int | None]:
-    values = {"study_id": bindparam("study_id"), "number": bindparam("number"), "state": "RUNNING"}
-    return insert(trials).values(**values, datetime_start=_utc_now()).returning(trials.c.trial_id, trials.c.number)
+def _create() -> ReturningInsert[Any]:
+    values = {"study_id": bindparam("the_study"), "number": bindparam("next_number"), "state": "RUNNING"}
+    return _leased(insert(trials).values(**values, datetime_start=_utc_now()))
 
 
-@cache
-def _lease() -> ReturningInsert[int]:
-    lease = {"token": bindparam("token"), "worker": bindparam("worker"), "expires_at": _in_lease_time()}
+def _leased(handing_out: Insert | Update) -> ReturningInsert[Any]:
+    """Write the lease in the statement that makes the trial run; returns the trial and its `attempts`."""
+    trial = handing_out.returning(trials.c.trial_id, trials.c.number).cte("trial")
+    lease = {"token": bindparam("token", type_=UUID), "worker": bindparam("worker"), "expires_at": _in_lease_time()}
     return (
         upsert(tuner_leases)
-        .values(trial_id=bindparam("trial_id"), attempts=1, **lease)
+        .from_select(["trial_id", "attempts", *lease], select(trial.c.trial_id, literal(1), *lease.values()))
         .on_conflict_do_update(
             index_elements=[tuner_leases.c.trial_id], set_={"attempts": tuner_leases.c.attempts + 1, **lease}
         )
-        .returning(tuner_leases.c.attempts)
+        .returning(
+            tuner_leases.c.trial_id, tuner_leases.c.attempts, select(trial.c.number).scalar_subquery().label("number")
+        )
     )
 
 

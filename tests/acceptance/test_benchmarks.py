@@ -39,3 +39,14 @@ def test_prune_scale_prints_both_sides_and_their_ratio() -> None:
     for side in ("stock", "indexed"):
         assert re.search(rf" 50 {side} +(\d+\.\d+ \( *\d+\.\d+ \.\. +\d+\.\d+\) +){{3}}\d+\.\d+", done.stdout)
     assert re.search(r"ratio: should_prune \d+\.\d x, both \d+\.\d x", done.stdout)
+
+
+def test_worker_load_prints_both_sides_and_their_ratio(database: str) -> None:
+    arguments = ["--storage", database, "--workers", "2", "--seconds", "0.5", "--rounds", "1", "--history", "10"]
+    done = subprocess.run(
+        [sys.executable, BENCHMARKS / "worker_load.py", *arguments], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    for side in ("stock", "ours"):
+        assert re.search(rf" 2 {side}( +\d+\.\d+){{3}}( +(\d+\.\d+ / \d+\.\d+|-)){{4}} +0\n", done.stdout), done.stdout
+    assert re.search(r" 2 ratio( +\d+\.\d+){3}", done.stdout)

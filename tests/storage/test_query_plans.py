@@ -10,6 +10,7 @@ from filling import fill
 from optuna.distributions import FloatDistribution
 from optuna.study import StudyDirection
 from optuna.trial import TrialState
+from psycopg2.extensions import TRANSACTION_STATUS_IDLE
 from sqlalchemy import event, text
 
 from storage import PostgresStorage, claims
@@ -35,10 +36,12 @@ def plans_of(storage: PostgresStorage, call: Any) -> list[dict[str, Any]]:
     plans: list[dict[str, Any]] = []
 
     def explain(conn, cursor, statement, parameters, context, executemany):
+        if statement.startswith(("BEGIN", "COMMIT")):
+            return
         # Run and undone before it is run.
-        begin, undo = ("BEGIN", "ROLLBACK")
-        if not cursor.connection.autocommit:
-            begin, undo = ("SAVEPOINT before", "ROLLBACK TO before")
+        begin, undo = ("SAVEPOINT before", "ROLLBACK TO before")
+        if cursor.connection.info.transaction_status == TRANSACTION_STATUS_IDLE and cursor.connection.autocommit:
+            begin, undo = ("BEGIN", "ROLLBACK")
         with cursor.connection.cursor() as explaining:
             explaining.execute(begin)
             explaining.execute(f"EXPLAIN (ANALYZE, FORMAT JSON) {statement}", parameters)
