@@ -12,57 +12,16 @@ from __future__ import annotations
 
 import argparse
 import os
-import platform
-import statistics
-import tempfile
-import time
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Callable
 
 import optuna
 from filling import N_PARAMS, fill
-from optuna.storages import BaseStorage, RDBStorage, get_storage
-from sqlalchemy import text
+from measuring import Times, database, print_machine, print_sides, stock, timed
+from optuna.storages import BaseStorage
 
-from storage import EmbeddedServer, PostgresStorage, ensure_schema, open_engine, parse_url
-from storage.engine import engine_options
-
-Times = dict[str, list[float]]
-
-
-@contextmanager
-def database(url: str | None) -> Iterator[str]:
-    if url is not None:
-        yield url
-        return
-    with tempfile.TemporaryDirectory() as directory:
-        server = EmbeddedServer(Path(directory) / "data")
-        try:
-            server.start()
-            yield server.url()
-        finally:
-            server.destroy()
-
-
-def stock(url: str) -> BaseStorage:
-    parsed = parse_url(url)
-    return get_storage(
-        RDBStorage(
-            parsed.render_as_string(hide_password=False),
-            engine_kwargs=engine_options(parsed, read_only=False, application_name="stock"),
-            skip_table_creation=True,
-        )
-    )
-
-
-@contextmanager
-def timed(times: Times, name: str) -> Iterator[None]:
-    start = time.perf_counter()
-    yield
-    times[name].append(1000 * (time.perf_counter() - start))
+from storage import PostgresStorage, open_engine
 
 
 def run_trial(study: optuna.Study, times: Times) -> None:
@@ -116,13 +75,7 @@ def measure(url: str, n_trials: int, repeats: int, firsts: int) -> None:
     for _ in range(repeats):
         for side, optuna_study in studies.items():
             run_trial(optuna_study, measured[side])
-    heads = "".join(f"{side + ': median':>15}{'min':>10}{'max':>10}" for side in sides)
-    print(f"\n  {f'{n_trials} finished trials':<32}{heads}{'ratio':>7}")
-    for what in measured["ours"]:
-        row = [measured[side][what] for side in sides]
-        medians = [statistics.median(values) for values in row]
-        shown = "".join(f"{statistics.median(v):>15.2f}{min(v):>10.2f}{max(v):>10.2f}" for v in row)
-        print(f"  {what:<32}{shown}{medians[0] / medians[1]:>7.1f}")
+    print_sides(f"{n_trials} finished trials, ms", measured["stock"], measured["ours"])
     optuna.delete_study(study_name=name, storage=PostgresStorage(url))
     engine.dispose()
 
@@ -137,13 +90,7 @@ def main() -> None:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     warnings.filterwarnings("ignore", message="Heartbeat of storage")  # of asking without optimize, as tuner does
     with database(options.storage) as url:
-        engine = open_engine(url)
-        ensure_schema(engine)
-        with engine.connect() as conn:
-            version = conn.scalar(text("SHOW server_version"))
-        engine.dispose()
-        cores = os.cpu_count()
-        print(f"{platform.machine()}, {cores} cores, Python {platform.python_version()}, PostgreSQL {version}; ms")
+        print_machine(url)
         for n_trials in options.sizes:
             measure(url, n_trials, options.repeats, options.firsts)
 

@@ -30,6 +30,17 @@ def test_storage_scale_prints_both_sides_and_their_ratio(database: str) -> None:
         assert re.search(rf"{what}( +\d+\.\d+){{7}}", done.stdout), what
 
 
+def test_reading_prints_both_sides_and_their_ratio(database: str) -> None:
+    arguments = ["--storage", database, "--sizes", "30", "--repeats", "1"]
+    done = subprocess.run(
+        [sys.executable, BENCHMARKS / "reading.py", *arguments], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    for what in ("tuner best", "tuner status", "tuner studies", "page, first", "page, again", "first read by a worker"):
+        assert re.search(rf"{what}( +\d+\.\d+){{7}}", done.stdout), what
+    assert re.search(r"its memory, MB( +\d+\.\d+){6}", done.stdout)  # too little, at this size, for a ratio
+
+
 def test_prune_scale_prints_both_sides_and_their_ratio() -> None:
     arguments = ["--sizes", "50", "--steps", "3", "--trials", "1"]
     done = subprocess.run(
