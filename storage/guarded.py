@@ -29,6 +29,7 @@ from sqlalchemy import (
     bindparam,
     cast,
     func,
+    or_,
     select,
     true,
     update,
@@ -239,9 +240,9 @@ def _set_state_and_values(state: TrialState, *, leased: bool) -> Insert:
 
 def _locked(states: Sequence[str], leased: bool, *columns: ColumnElement[Any]) -> Select[Any]:
     """Select the trial and its lease, to be locked: none if the trial is not in one of the states, or not ours."""
-    query = select(trials.c.trial_id, *columns).where(
-        trials.c.trial_id == bindparam("the_trial"), trials.c.state.in_(states)
-    )
+    # An IN would have SQLAlchemy write the statement anew for each execution: 0.05 ms of a report's 0.7.
+    is_in_states = or_(*(trials.c.state == state for state in states))
+    query = select(trials.c.trial_id, *columns).where(trials.c.trial_id == bindparam("the_trial"), is_in_states)
     if not leased:
         return query
     ours = and_(tuner_leases.c.trial_id == trials.c.trial_id, tuner_leases.c.token == bindparam("the_token"))
