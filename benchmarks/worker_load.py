@@ -1,6 +1,6 @@
 """What many workers get done at once on one PostgreSQL: Optuna's RDBStorage and ours, side by side.
 
-    python benchmarks/worker_load.py [--storage URL] [--workers 8 32 64] [--seconds 10] [--rounds 3] [--history 200]
+    python benchmarks/worker_load.py [--storage URL] [--workers 8 32 64] [--seconds 10] [--rounds 3] [--history 10000]
 
 Each worker is a process that runs trials which train nothing: claim (stock: ask), 20 times report and should_prune with
 the median pruner, whose answer is not followed, and tell. All have connected and run a trial before they start
@@ -15,90 +15,30 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import os
-import platform
 import random
 import statistics
 import threading
 import time
 import warnings
 from collections import defaultdict
-from collections.abc import Callable
 from multiprocessing.queues import Queue
 from multiprocessing.synchronize import Barrier
-from typing import Protocol
 
 import optuna
 from filling import fill
+from measuring import Times, database, print_machine, timed
 from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
-from optuna.storages import RDBStorage, get_storage
-from sqlalchemy import Engine, text
+from optuna.samplers import RandomSampler
+from sqlalchemy import Engine
 from sqlalchemy.exc import SQLAlchemyError
-from storage_scale import Times, database, timed
+from workers import SIDES, Side
 
-from storage import PostgresStorage, StorageError, claims, ensure_schema, open_engine, parse_url, studies
-from storage.pruning import IndexedPercentilePruner
+from storage import PostgresStorage, StorageError, open_engine, studies
 
 N_REPORTS = 20
-BUDGET = claims.Budget(trials=10**9, timeout_s=None, max_failures=0, max_attempts=1)
 ERRORS = (StorageError, StorageInternalError, SQLAlchemyError, UpdateFinishedTrialError)
 CALLS = ("claim", "report", "should_prune", "tell")
 Outcome = tuple[Times, list[str]]  # the times of each call in milliseconds, and errors
-
-
-class Side(Protocol):
-    """A worker's connection to the study."""
-
-    def claim(self) -> optuna.Trial:
-        """Start a trial."""
-
-    def tell(self, trial: optuna.Trial, value: float) -> None:
-        """End a trial."""
-
-
-class Stock:
-    """A worker as Optuna's documentation has it."""
-
-    def __init__(self, url: str, name: str) -> None:
-        storage = get_storage(RDBStorage(parse_url(url).render_as_string(hide_password=False)))
-        self._study = optuna.load_study(
-            study_name=name,
-            storage=storage,
-            sampler=optuna.samplers.RandomSampler(),
-            pruner=optuna.pruners.MedianPruner(),
-        )
-
-    def claim(self) -> optuna.Trial:
-        return self._study.ask()
-
-    def tell(self, trial: optuna.Trial, value: float) -> None:
-        self._study.tell(trial, value)
-
-
-class Ours:
-    """A worker that calls what a slot of tuner's does."""
-
-    def __init__(self, url: str, name: str) -> None:
-        self._storage = PostgresStorage(url)
-        study_id = self._storage.get_study_id_from_name(name)
-        self._study = optuna.load_study(
-            study_name=name,
-            storage=self._storage,
-            sampler=optuna.samplers.RandomSampler(),
-            pruner=IndexedPercentilePruner(self._storage.engine, study_id, 50.0),
-        )
-
-    def claim(self) -> optuna.Trial:
-        held = claims.claim(self._storage.sessions, self._study._study_id, BUDGET, f"worker {os.getpid()}")
-        assert isinstance(held, claims.Claim)
-        self._storage.hold(held)
-        return optuna.Trial(self._study, held.trial_id)
-
-    def tell(self, trial: optuna.Trial, value: float) -> None:
-        self._storage.set_trial_user_attrs(trial._trial_id, {"seconds": 0.0, "seed": trial.number})
-        self._study.tell(trial, value)
-
-
-SIDES: dict[str, Callable[[str, str], Side]] = {"stock": Stock, "ours": Ours}
 
 
 def run_trial(side: Side, times: Times, until: float) -> None:
@@ -127,7 +67,7 @@ def work(side_name: str, url: str, study: str, seconds: float, start: Barrier, r
     def run_one(until: float) -> None:
         nonlocal side
         try:
-            side = side or SIDES[side_name](url, study)
+            side = side or SIDES[side_name](url, study, RandomSampler())
             run_trial(side, times, until)
         except ERRORS as error:
             errors.append(" ".join(str(error).split()))
@@ -204,16 +144,12 @@ def main() -> None:
     parser.add_argument("--workers", type=int, nargs="+", default=[8, 32, 64])
     parser.add_argument("--seconds", type=float, default=10.0)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--history", type=int, default=200, help="finished trials that a study starts with")
+    parser.add_argument("--history", type=int, default=10_000, help="finished trials that a study starts with")
     options = parser.parse_args()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     with database(options.storage) as url:
         engine = open_engine(url)
-        ensure_schema(engine)
-        with engine.connect() as conn:
-            version = conn.scalar(text("SHOW server_version"))
-        cores = os.cpu_count()
-        print(f"{platform.machine()}, {cores} cores, Python {platform.python_version()}, PostgreSQL {version}; ms")
+        print_machine(url)
         heads = "".join(f"{call + ' p50 / p99':>20}" for call in CALLS)
         print(f"{'workers':>7} {'':<6}{'trials/s':>9}{'min':>9}{'max':>9}{heads}{'errors':>8}")
         for n_workers in options.workers:

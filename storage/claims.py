@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import json
 import uuid
 from dataclasses import dataclass
@@ -63,12 +64,16 @@ class Budget:
 
 @dataclass(frozen=True, kw_only=True)
 class Claim:
-    """The right to run one trial, until the lease runs out. `attempt` counts from 1."""
+    """The right to run one trial, until the lease runs out. `attempt` counts from 1.
+
+    `started` is when, in naive UTC, for a trial that the claim created; None for one that had waited.
+    """
 
     trial_id: int
     number: int
     attempt: int
     token: uuid.UUID
+    started: dt.datetime | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -238,13 +243,14 @@ def _standing(conn: Connection, study_id: int) -> Standing:
 def _hand_out(conn: Connection, study_id: int, standing: Standing, worker: str) -> Claim:
     token = uuid.uuid4()
     lease = {"token": token, "worker": worker}
-    row = None
+    row, started = None, None
     if standing.oldest_waiting is not None:
         # Stock Optuna takes waiting trials without the study's lock; then ours is a new one.
         row = conn.execute(_start(), {"the_trial": standing.oldest_waiting, **lease}).one_or_none()
     if row is None:
         row = conn.execute(_create(), {"the_study": study_id, "next_number": standing.n_trials, **lease}).one()
-    return Claim(trial_id=row.trial_id, number=row.number, attempt=row.attempts, token=token)
+        started = row.datetime_start
+    return Claim(trial_id=row.trial_id, number=row.number, attempt=row.attempts, token=token, started=started)
 
 
 @cache
@@ -264,7 +270,7 @@ def _create() -> ReturningInsert[Any]:
 
 def _leased(handing_out: Insert | Update) -> ReturningInsert[Any]:
     """Write the lease in the statement that makes the trial run; returns the trial and its `attempts`."""
-    trial = handing_out.returning(trials.c.trial_id, trials.c.number).cte("trial")
+    trial = handing_out.returning(trials.c.trial_id, trials.c.number, trials.c.datetime_start).cte("trial")
     lease = {"token": bindparam("token", type_=UUID), "worker": bindparam("worker"), "expires_at": _in_lease_time()}
     return (
         upsert(tuner_leases)
@@ -273,7 +279,12 @@ def _leased(handing_out: Insert | Update) -> ReturningInsert[Any]:
             index_elements=[tuner_leases.c.trial_id], set_={"attempts": tuner_leases.c.attempts + 1, **lease}
         )
         .returning(
-            tuner_leases.c.trial_id, tuner_leases.c.attempts, select(trial.c.number).scalar_subquery().label("number")
+            tuner_leases.c.trial_id,
+            tuner_leases.c.attempts,
+            *(
+                select(column).scalar_subquery().label(column.name)
+                for column in (trial.c.number, trial.c.datetime_start)
+            ),
         )
     )
 
