@@ -69,6 +69,7 @@ class Claim:
     `started` is when, in naive UTC, for a trial that the claim created; None for one that had waited.
     """
 
+    study_id: int
     trial_id: int
     number: int
     attempt: int
@@ -250,7 +251,14 @@ def _hand_out(conn: Connection, study_id: int, standing: Standing, worker: str) 
     if row is None:
         row = conn.execute(_create(), {"the_study": study_id, "next_number": standing.n_trials, **lease}).one()
         started = row.datetime_start
-    return Claim(trial_id=row.trial_id, number=row.number, attempt=row.attempts, token=token, started=started)
+    return Claim(
+        study_id=study_id,
+        trial_id=row.trial_id,
+        number=row.number,
+        attempt=row.attempts,
+        token=token,
+        started=started,
+    )
 
 
 @cache

@@ -98,10 +98,12 @@ class PostgresStorage(StudyStorage, BaseHeartbeat):
         It is read once, and from then on is what we have written to it.
         """
         self._held[claim.trial_id] = HeldTrial(claim)
+        self._study_of[claim.trial_id] = claim.study_id
 
     def let_go(self, claim: Claim) -> None:
         """From now on write to the trial as any Optuna client does."""
         self._held.pop(claim.trial_id, None)
+        self._study_of.pop(claim.trial_id, None)
 
     def follow(self, finished: FinishedTrials) -> None:
         """From now on let reports of held trials tell it what has finished since it was told last."""

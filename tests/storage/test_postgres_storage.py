@@ -336,7 +336,6 @@ def test_a_report_is_one_statement_and_so_are_the_other_writes(storage, study_id
     storage.set_trial_state_values(warm, TrialState.COMPLETE, [1.0])
     held = claimed(storage, study_id)
     storage.hold(held)
-    storage._study_of[held.trial_id] = study_id  # as after the trial's first param
     several = {"attributes": lambda storage, trial: storage.set_trial_user_attrs(trial, {"a": 1, "b": 2})}
     for name, write in list({**several, **WRITES}.items())[:6]:
         with statements(storage) as sent:
