@@ -121,7 +121,7 @@ def claim(sessions: Sessions, study_id: int, budget: Budget, worker: str) -> Cla
     """
 
     def work(conn: Connection) -> Claim | NothingToClaim:
-        _lock(conn, study_id)
+        lock(conn, study_id)
         standing = _standing(conn, study_id)
         if standing.expired:
             _give_back(conn, and_(trials.c.study_id == study_id, _IS_EXPIRED), budget.max_attempts)
@@ -183,14 +183,20 @@ def live_leases(study_id: int) -> Select[int, str | None]:
     )
 
 
-def _lock(conn: Connection, study_id: int) -> None:
+def lock(conn: Connection, study_id: int) -> None:
+    """Lock the study's row until the transaction ends, as stock Optuna does to create a trial.
+
+    Raises StudyNotFoundError if the study was deleted.
+    """
     row = conn.execute(select(studies.c.study_id).where(studies.c.study_id == study_id).with_for_update())
     if row.one_or_none() is None:
         raise _deleted(study_id)
 
 
 def _deleted(study_id: int) -> StudyNotFoundError:
-    return StudyNotFoundError(f"study {study_id} was deleted while it ran; nothing is left to do")
+    return StudyNotFoundError(
+        f"study id {study_id} was deleted: nothing is left to do; 'tuner studies' lists the others"
+    )
 
 
 @cache

@@ -10,26 +10,12 @@ from optuna.pruners import MedianPruner
 from optuna.trial import TrialState, create_trial
 from sqlalchemy import event
 
-from storage import PostgresStorage, claims, finished, studies
+from storage import claims, finished, studies
 from storage.claims import Budget, Claim
 from storage.finished import FinishedTrials
 from storage.pruning import IndexedPercentilePruner
 
 BUDGET = Budget(trials=1000, timeout_s=None, max_failures=3, max_attempts=2)
-
-
-@pytest.fixture
-def storage(database):
-    storage = PostgresStorage(database)
-    yield storage
-    storage.engine.dispose()
-
-
-@pytest.fixture
-def other(database):
-    storage = PostgresStorage(database)
-    yield storage
-    storage.engine.dispose()
 
 
 @pytest.fixture

@@ -51,13 +51,6 @@ changes = st.one_of(
 
 
 @pytest.fixture
-def storage(database: str) -> Iterator[PostgresStorage]:
-    storage = PostgresStorage(database)
-    yield storage
-    storage.engine.dispose()
-
-
-@pytest.fixture
 def engine(storage: PostgresStorage) -> Engine:
     return storage.engine
 
