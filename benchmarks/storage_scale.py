@@ -2,128 +2,104 @@
 
     python benchmarks/storage_scale.py [--storage URL] [--sizes 1000 10000 50000] [--repeats 20] [--firsts 3]
 
-Fills each study by bulk SQL with finished trials of 5 params and up to 20 steps, and then times, in turns, a storage
-object that has read the study before: ask, report, should_prune with the median pruner, 5 suggests by the random
-sampler, tell. The first reading by a new storage object is timed apart. Prints median, minimum and maximum in
-milliseconds, and stock's median over ours. Without --storage, starts an embedded PostgreSQL for the time of the run.
+Fills each study by bulk SQL with finished trials of 5 params and up to 20 steps, and then times, in turns, a worker of
+each side that has run a trial before: claim (stock: ask), 5 suggests by the random sampler, 20 times report and
+should_prune with the median pruner, tell. Apart from these: what a new worker takes from nothing to its first trial,
+the first reading of the study by a new storage object, and what a TPE sampler's suggest takes, which grows with the
+study by itself. Prints median, minimum and maximum in milliseconds, and stock's median over ours. Without --storage,
+starts an embedded PostgreSQL for the time of the run.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
-import platform
-import statistics
-import tempfile
-import time
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
 
 import optuna
-from filling import N_PARAMS, fill
-from optuna.storages import BaseStorage, RDBStorage, get_storage
-from sqlalchemy import text
+from filling import N_PARAMS, N_STEPS, fill
+from measuring import Times, database, print_machine, print_sides, timed
+from optuna.samplers import BaseSampler, RandomSampler, TPESampler
+from workers import SIDES, Side
 
-from storage import EmbeddedServer, PostgresStorage, ensure_schema, open_engine, parse_url
-from storage.engine import engine_options
-
-Times = dict[str, list[float]]
+from storage import open_engine, studies
 
 
-@contextmanager
-def database(url: str | None) -> Iterator[str]:
-    if url is not None:
-        yield url
-        return
-    with tempfile.TemporaryDirectory() as directory:
-        server = EmbeddedServer(Path(directory) / "data")
-        try:
-            server.start()
-            yield server.url()
-        finally:
-            server.destroy()
-
-
-def stock(url: str) -> BaseStorage:
-    parsed = parse_url(url)
-    return get_storage(
-        RDBStorage(
-            parsed.render_as_string(hide_password=False),
-            engine_kwargs=engine_options(parsed, read_only=False, application_name="stock"),
-            skip_table_creation=True,
-        )
-    )
-
-
-@contextmanager
-def timed(times: Times, name: str) -> Iterator[None]:
-    start = time.perf_counter()
-    yield
-    times[name].append(1000 * (time.perf_counter() - start))
-
-
-def run_trial(study: optuna.Study, times: Times) -> None:
-    """Run one trial of one report, as study.ask and study.tell do."""
-    with timed(times, "ask"):
-        trial = study.ask()
+def run_trial(side: Side, times: Times) -> None:
+    """Run one trial to its end."""
+    with timed(times, "claim"):
+        trial = side.claim()
     with timed(times, f"{N_PARAMS} suggests"):
         for number in range(1, N_PARAMS + 1):
             trial.suggest_float(f"x{number}", 0, 1)
-    for step in range(6, 9):
+    for step in range(N_STEPS):
         with timed(times, "report"):
             trial.report(0.5, step)
         with timed(times, "should_prune"):
             trial.should_prune()
     with timed(times, "tell"):
-        study.tell(trial, 0.5)
+        side.tell(trial, 0.5)
 
 
-def first_read(make: Callable[[], BaseStorage], study_id: int, times: Times, *, whole: bool) -> None:
-    storage = make()
-    name = "first read, values of steps too" if whole else "first read"
-    with timed(times, name):
-        trials = storage.get_all_trials(study_id, deepcopy=False)
-        if whole:
-            assert trials[0].intermediate_values
-    assert trials
+def add_sums(times: Times) -> None:
+    """Add what a report and a decision take together, and a trial without its decisions."""
+    reports, decisions = times["report"], times["should_prune"]
+    times["report + should_prune"] = [sum(pair) for pair in zip(reports, decisions, strict=True)]
+    all_reports = [sum(reports[start : start + N_STEPS]) for start in range(0, len(reports), N_STEPS)]
+    others = zip(times["claim"], times[f"{N_PARAMS} suggests"], all_reports, times["tell"], strict=True)
+    times[f"claim, suggests, {N_STEPS} reports, tell"] = [sum(parts) for parts in others]
 
 
-def measure(url: str, n_trials: int, repeats: int, firsts: int) -> None:
+def measure_first(url: str, name: str, times: dict[str, Times]) -> None:
+    """Time a new worker of each side up to its first trial, and its first reading of all trials."""
+    for side_name, make in SIDES.items():
+        with timed(times[side_name], "new worker's first claim"):
+            side = make(url, name, RandomSampler())
+            trial = side.claim()
+        side.tell(trial, 0.5)
+        side.close()
+        side = make(url, name, RandomSampler())
+        with timed(times[side_name], "first read of all trials"):
+            side.study.get_trials(deepcopy=False)
+        side.close()
+
+
+def measure_sampler(url: str, name: str, sampler: BaseSampler, repeats: int, times: dict[str, Times]) -> None:
+    """Time the first suggest of a trial, for which a sampler reads the finished trials."""
+    sides = {side_name: make(url, name, sampler) for side_name, make in SIDES.items()}
+    for turn in range(repeats + 1):
+        for side_name, side in sides.items():
+            trial = side.claim()
+            with timed(times[side_name] if turn else defaultdict(list), "TPE's first suggest"):
+                trial.suggest_float("x1", 0, 1)
+            side.tell(trial, 0.5)
+    for side in sides.values():
+        side.close()
+
+
+def measure(url: str, n_trials: int, options: argparse.Namespace) -> None:
     name = f"scale-{n_trials}-{os.getpid()}"
-    sides: dict[str, Callable[[], BaseStorage]] = {"stock": lambda: stock(url), "ours": lambda: PostgresStorage(url)}
-    measured: dict[str, Times] = {side: defaultdict(list) for side in sides}
+    times: dict[str, Times] = {side: defaultdict(list) for side in SIDES}
     engine = open_engine(url)
-    study = optuna.create_study(storage=PostgresStorage(url), study_name=name)
-    fill(engine, study._study_id, n_trials)
-    for _ in range(firsts):
-        for side, make in sides.items():
-            for whole in (False, True):
-                first_read(make, study._study_id, measured[side], whole=whole)
-    studies = {
-        side: optuna.load_study(
-            study_name=name,
-            storage=make(),
-            sampler=optuna.samplers.RandomSampler(),
-            pruner=optuna.pruners.MedianPruner(),
-        )
-        for side, make in sides.items()
-    }
-    for warm in studies.values():
-        run_trial(warm, defaultdict(list))
-    for _ in range(repeats):
-        for side, optuna_study in studies.items():
-            run_trial(optuna_study, measured[side])
-    heads = "".join(f"{side + ': median':>15}{'min':>10}{'max':>10}" for side in sides)
-    print(f"\n  {f'{n_trials} finished trials':<32}{heads}{'ratio':>7}")
-    for what in measured["ours"]:
-        row = [measured[side][what] for side in sides]
-        medians = [statistics.median(values) for values in row]
-        shown = "".join(f"{statistics.median(v):>15.2f}{min(v):>10.2f}{max(v):>10.2f}" for v in row)
-        print(f"  {what:<32}{shown}{medians[0] / medians[1]:>7.1f}")
-    optuna.delete_study(study_name=name, storage=PostgresStorage(url))
+    study = studies.create_study(engine, name, "minimize", {"version": 1}, {}, "value")
+    fill(engine, study.study_id, n_trials)
+    for _ in range(options.firsts):
+        measure_first(url, name, times)
+    sides = {side_name: make(url, name, RandomSampler()) for side_name, make in SIDES.items()}
+    for side in sides.values():
+        run_trial(side, defaultdict(list))
+    for _ in range(options.repeats):
+        for side_name, side in sides.items():
+            run_trial(side, times[side_name])
+    for side_name, side in sides.items():
+        add_sums(times[side_name])
+        side.close()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        measure_sampler(url, name, TPESampler(seed=0, multivariate=False), options.firsts, times)
+    print_sides(f"{n_trials} finished trials, ms", times["stock"], times["ours"])
+    optuna.delete_study(study_name=name, storage=SIDES["ours"](url, name, RandomSampler()).study._storage)
     engine.dispose()
 
 
@@ -132,20 +108,13 @@ def main() -> None:
     parser.add_argument("--storage", default=os.environ.get("TUNER_STORAGE"))
     parser.add_argument("--sizes", type=int, nargs="+", default=[1000, 10_000])
     parser.add_argument("--repeats", type=int, default=20)
-    parser.add_argument("--firsts", type=int, default=3, help="how often a new storage object reads the study")
+    parser.add_argument("--firsts", type=int, default=3, help="how often a new worker joins")
     options = parser.parse_args()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    warnings.filterwarnings("ignore", message="Heartbeat of storage")  # of asking without optimize, as tuner does
     with database(options.storage) as url:
-        engine = open_engine(url)
-        ensure_schema(engine)
-        with engine.connect() as conn:
-            version = conn.scalar(text("SHOW server_version"))
-        engine.dispose()
-        cores = os.cpu_count()
-        print(f"{platform.machine()}, {cores} cores, Python {platform.python_version()}, PostgreSQL {version}; ms")
+        print_machine(url)
         for n_trials in options.sizes:
-            measure(url, n_trials, options.repeats, options.firsts)
+            measure(url, n_trials, options)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import json
 import uuid
 from dataclasses import dataclass
@@ -12,20 +13,24 @@ from sqlalchemy import (
     ColumnElement,
     Connection,
     Double,
+    Insert,
     Select,
+    Update,
     and_,
     bindparam,
     cast,
     delete,
     func,
     insert,
+    literal,
     select,
     text,
     true,
     update,
 )
+from sqlalchemy.dialects.postgresql import UUID
 from sqlalchemy.dialects.postgresql import insert as upsert
-from sqlalchemy.sql.dml import ReturningInsert, ReturningUpdate
+from sqlalchemy.sql.dml import ReturningInsert
 
 from storage.errors import StudyNotFoundError
 from storage.sessions import Sessions
@@ -59,12 +64,17 @@ class Budget:
 
 @dataclass(frozen=True, kw_only=True)
 class Claim:
-    """The right to run one trial, until the lease runs out. `attempt` counts from 1."""
+    """The right to run one trial, until the lease runs out. `attempt` counts from 1.
 
+    `started` is when, in naive UTC, for a trial that the claim created; None for one that had waited.
+    """
+
+    study_id: int
     trial_id: int
     number: int
     attempt: int
     token: uuid.UUID
+    started: dt.datetime | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,7 +121,7 @@ def claim(sessions: Sessions, study_id: int, budget: Budget, worker: str) -> Cla
     """
 
     def work(conn: Connection) -> Claim | NothingToClaim:
-        _lock(conn, study_id)
+        lock(conn, study_id)
         standing = _standing(conn, study_id)
         if standing.expired:
             _give_back(conn, and_(trials.c.study_id == study_id, _IS_EXPIRED), budget.max_attempts)
@@ -173,14 +183,20 @@ def live_leases(study_id: int) -> Select[int, str | None]:
     )
 
 
-def _lock(conn: Connection, study_id: int) -> None:
+def lock(conn: Connection, study_id: int) -> None:
+    """Lock the study's row until the transaction ends, as stock Optuna does to create a trial.
+
+    Raises StudyNotFoundError if the study was deleted.
+    """
     row = conn.execute(select(studies.c.study_id).where(studies.c.study_id == study_id).with_for_update())
     if row.one_or_none() is None:
         raise _deleted(study_id)
 
 
 def _deleted(study_id: int) -> StudyNotFoundError:
-    return StudyNotFoundError(f"study {study_id} was deleted while it ran; nothing is left to do")
+    return StudyNotFoundError(
+        f"study id {study_id} was deleted: nothing is left to do; 'tuner studies' lists the others"
+    )
 
 
 @cache
@@ -232,43 +248,58 @@ def _standing(conn: Connection, study_id: int) -> Standing:
 
 
 def _hand_out(conn: Connection, study_id: int, standing: Standing, worker: str) -> Claim:
-    row = None
+    token = uuid.uuid4()
+    lease = {"token": token, "worker": worker}
+    row, started = None, None
     if standing.oldest_waiting is not None:
         # Stock Optuna takes waiting trials without the study's lock; then ours is a new one.
-        row = conn.execute(_start(), {"the_trial": standing.oldest_waiting}).one_or_none()
+        row = conn.execute(_start(), {"the_trial": standing.oldest_waiting, **lease}).one_or_none()
     if row is None:
-        row = conn.execute(_create(), {"study_id": study_id, "number": standing.n_trials}).one()
-    token = uuid.uuid4()
-    attempt = conn.execute(_lease(), {"trial_id": row.trial_id, "token": token, "worker": worker}).scalar_one()
-    return Claim(trial_id=row.trial_id, number=row.number, attempt=attempt, token=token)
-
-
-@cache
-def _start() -> ReturningUpdate[int, int | None]:
-    return (
-        update(trials)
-        .where(trials.c.trial_id == bindparam("the_trial"), trials.c.state == "WAITING")
-        .values(state="RUNNING", datetime_start=_utc_now())
-        .returning(trials.c.trial_id, trials.c.number)
+        row = conn.execute(_create(), {"the_study": study_id, "next_number": standing.n_trials, **lease}).one()
+        started = row.datetime_start
+    return Claim(
+        study_id=study_id,
+        trial_id=row.trial_id,
+        number=row.number,
+        attempt=row.attempts,
+        token=token,
+        started=started,
     )
 
 
 @cache
-def _create() -> ReturningInsert[int, int | None]:
-    values = {"study_id": bindparam("study_id"), "number": bindparam("number"), "state": "RUNNING"}
-    return insert(trials).values(**values, datetime_start=_utc_now()).returning(trials.c.trial_id, trials.c.number)
+def _start() -> ReturningInsert[Any]:
+    return _leased(
+        update(trials)
+        .where(trials.c.trial_id == bindparam("the_trial"), trials.c.state == "WAITING")
+        .values(state="RUNNING", datetime_start=_utc_now())
+    )
 
 
 @cache
-def _lease() -> ReturningInsert[int]:
-    lease = {"token": bindparam("token"), "worker": bindparam("worker"), "expires_at": _in_lease_time()}
+def _create() -> ReturningInsert[Any]:
+    values = {"study_id": bindparam("the_study"), "number": bindparam("next_number"), "state": "RUNNING"}
+    return _leased(insert(trials).values(**values, datetime_start=_utc_now()))
+
+
+def _leased(handing_out: Insert | Update) -> ReturningInsert[Any]:
+    """Write the lease in the statement that makes the trial run; returns the trial and its `attempts`."""
+    trial = handing_out.returning(trials.c.trial_id, trials.c.number, trials.c.datetime_start).cte("trial")
+    lease = {"token": bindparam("token", type_=UUID), "worker": bindparam("worker"), "expires_at": _in_lease_time()}
     return (
         upsert(tuner_leases)
-        .values(trial_id=bindparam("trial_id"), attempts=1, **lease)
+        .from_select(["trial_id", "attempts", *lease], select(trial.c.trial_id, literal(1), *lease.values()))
         .on_conflict_do_update(
             index_elements=[tuner_leases.c.trial_id], set_={"attempts": tuner_leases.c.attempts + 1, **lease}
         )
-        .returning(tuner_leases.c.attempts)
+        .returning(
+            tuner_leases.c.trial_id,
+            tuner_leases.c.attempts,
+            *(
+                select(column).scalar_subquery().label(column.name)
+                for column in (trial.c.number, trial.c.datetime_start)
+            ),
+        )
     )
 
 

@@ -10,7 +10,7 @@ from sqlalchemy import Connection, delete, func, insert, select, text, update
 
 from storage import claims
 from storage.claims import StudyState
-from storage.errors import LiveTrialsError, StudyNotFoundError
+from storage.errors import LiveTrialsError
 from storage.sessions import Sessions
 from storage.tables import (
     studies,
@@ -48,7 +48,7 @@ def set_state(sessions: Sessions, study_id: int, state: StudyState) -> int:
     """
 
     def work(conn: Connection) -> int:
-        lock(conn, study_id)
+        claims.lock(conn, study_id)
         conn.execute(update(tuner_studies).where(tuner_studies.c.study_id == study_id).values(state=state))
         return len(conn.execute(claims.live_leases(study_id)).all())
 
@@ -64,7 +64,7 @@ def enqueue(sessions: Sessions, study_id: int, params: Mapping[str, Any]) -> int
     fixed = json.dumps({checked_name(name, "a param's name"): value for name, value in params.items()})
 
     def work(conn: Connection) -> int:
-        lock(conn, study_id)
+        claims.lock(conn, study_id)
         next_number = select(func.coalesce(func.max(trials.c.number) + 1, 0)).where(trials.c.study_id == study_id)
         values = {"study_id": study_id, "number": next_number.scalar_subquery(), "state": "WAITING"}
         trial = conn.execute(insert(trials).values(values).returning(trials.c.trial_id, trials.c.number)).one()
@@ -84,7 +84,7 @@ def delete_study(sessions: Sessions, study_id: int, *, force: bool = False) -> N
     """
 
     def work(conn: Connection) -> None:
-        lock(conn, study_id)
+        claims.lock(conn, study_id)
         live = conn.execute(claims.live_leases(study_id)).all()
         if live and not force:
             numbers = ", ".join(str(row.number) for row in live[:5]) + (", ..." if len(live) > 5 else "")
@@ -107,10 +107,3 @@ def delete_rows(conn: Connection, study_id: int) -> None:
         conn.execute(delete(table).where(table.c.trial_id.in_(of_study)))
     for table in (trials, *_OF_STUDY, studies):
         conn.execute(delete(table).where(table.c.study_id == study_id))
-
-
-def lock(conn: Connection, study_id: int) -> None:
-    """Lock the study's row until the transaction ends, as a claim does, and stock Optuna to create a trial."""
-    row = conn.execute(select(studies.c.study_id).where(studies.c.study_id == study_id).with_for_update())
-    if row.one_or_none() is None:
-        raise StudyNotFoundError(f"study {study_id} was deleted; 'tuner studies' lists those there are")

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import re
+import select
+import time
 from typing import TYPE_CHECKING, Any, Final
 
 from sqlalchemy import URL, CreateEnginePlugin, Engine, create_engine, event
 from sqlalchemy.dialects import plugins
-from sqlalchemy.exc import ArgumentError, OperationalError
+from sqlalchemy.exc import ArgumentError, InvalidatePoolError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
 from storage.errors import AuthenticationError, InvalidURLError, NoDatabaseError, StorageError, UnreachableError
@@ -16,6 +18,8 @@ from storage.url import mask_url, parse_url
 
 if TYPE_CHECKING:
     from sqlalchemy.engine import ExceptionContext
+    from sqlalchemy.engine.interfaces import DBAPIConnection
+    from sqlalchemy.pool import ConnectionPoolEntry
 
 CONNECTIONS_PER_PROCESS: Final = 2
 
@@ -28,6 +32,9 @@ _CONNECT_ARGS: Final[dict[str, str | int]] = {
     "keepalives_count": 3,
     "tcp_user_timeout": 30_000,  # milliseconds; libpq ignores it where the system has none (macOS)
 }
+_IDLE_S: Final = 1.0
+"""After how long in the pool a connection is tried before it is used, in case the network has dropped it."""
+
 _SESSION_SETTINGS: Final = {
     "TimeZone": "UTC",
     "statement_timeout": "60s",
@@ -61,7 +68,6 @@ def engine_options(url: URL, read_only: bool, application_name: str) -> dict[str
         "connect_args": connect_args,
         "max_overflow": CONNECTIONS_PER_PROCESS - 1,
         "plugins": [_PLUGIN],
-        "pool_pre_ping": True,
         "pool_size": 1,
         "use_native_hstore": False,  # saves one query a connection: it would look for the hstore type
     }
@@ -98,8 +104,7 @@ class _ConnectionErrors(CreateEnginePlugin):
         url = engine.url
 
         def explain(context: ExceptionContext) -> StorageError | None:
-            # A failed ping makes the pool connect again, and that attempt's error is the one to tell.
-            if context.is_pre_ping or context.sqlalchemy_exception is None:
+            if context.sqlalchemy_exception is None:
                 return None
             if context.connection is None:
                 return _connection_error(context.original_exception, url)
@@ -109,17 +114,43 @@ class _ConnectionErrors(CreateEnginePlugin):
             return None
 
         event.listen(engine, "handle_error", explain)
-        event.listen(engine, "checkin", _forget_isolation)
+        _listen_to_pool(engine)
 
 
-def _forget_isolation(connection: Any, _record: object) -> None:
-    """Give the connection back as it was made, in the server's own isolation level.
+def _listen_to_pool(engine: Engine) -> None:
+    """Hand out connections only if they look alive, and take them back as they were made.
 
-    SQLAlchemy leaves it in that level by its name, and psycopg2 then sends a SET whenever autocommit goes off: a
-    report took four requests instead of two, and a connection lost during the last made a call fail that was done.
+    Not by `pool_pre_ping`: asking the server before each statement doubles what a distant one costs.
     """
-    if connection is not None and not connection.closed:
-        connection.set_session(isolation_level="DEFAULT", autocommit=False)
+    dialect = engine.dialect
+
+    def note_use(_: object, record: ConnectionPoolEntry) -> None:
+        record.info["used_at"] = time.monotonic()
+
+    def ping(connection: DBAPIConnection, record: ConnectionPoolEntry, _: object) -> None:
+        try:
+            if time.monotonic() - record.info["used_at"] > _IDLE_S or _has_something_to_say(connection):
+                dialect.do_ping(connection)
+        except dialect.loaded_dbapi.Error as error:
+            raise InvalidatePoolError from error  # the pool connects anew, and then tells that attempt's error
+
+    def forget_isolation(connection: DBAPIConnection | None, _: object) -> None:
+        # SQLAlchemy sets the server's own isolation level by its name, and then psycopg2 sends a SET whenever
+        # autocommit goes off: a report took four requests, and one lost after it made a call fail that was done.
+        if connection is not None and not connection.closed:
+            connection.set_session(isolation_level="DEFAULT", autocommit=False)
+
+    event.listen(engine, "connect", note_use)
+    event.listen(engine, "checkout", ping)
+    event.listen(engine, "checkin", forget_isolation)
+    event.listen(engine, "checkin", note_use)
+
+
+def _has_something_to_say(idle: Any) -> bool:
+    """Whether the server sent something that nobody asked for: that it ended the session, as a rule."""
+    poll = select.poll()
+    poll.register(idle, select.POLLIN)
+    return bool(poll.poll(0))
 
 
 _PLUGIN: Final = "tuner_connection_errors"

@@ -24,19 +24,21 @@ from sqlalchemy import (
     Select,
     Table,
     Text,
-    Update,
     and_,
     bindparam,
     cast,
     func,
+    null,
+    or_,
     select,
     true,
     update,
 )
 from sqlalchemy.dialects.postgresql import ARRAY, insert
-from sqlalchemy.sql.dml import ReturningInsert
+from sqlalchemy.sql.dml import ReturningInsert, ReturningUpdate
 
 from storage.errors import LeaseLostError
+from storage.finished import CHANGED
 from storage.frozen import UNFINISHED
 from storage.tables import (
     trial_intermediate_values,
@@ -71,14 +73,20 @@ class Write:
 
     def run_returning(self, conn: Connection) -> Row[Any] | None:
         """Return what the statement returns of the row written, None if the trial was not ours to write to."""
-        return conn.execute(self.statement, self.values).one_or_none()
+        return conn.execute(self.statement, self.values).first()
 
 
-def report(trial_id: int, token: uuid.UUID | None, step: int, value: float) -> Write:
-    """Write an intermediate value, over an earlier one of the same step; returns the `state` of a study of ours."""
+def report(
+    trial_id: int, token: uuid.UUID | None, step: int, value: float, seen: Mapping[str, Any] | None = None
+) -> Write:
+    """Write an intermediate value, over an earlier one of the same step.
+
+    Returns the `state` of a study of ours and, with parameters of CHANGED in `seen`, its rows as `changed`.
+    """
     number, kind = stored(value)
     values = {"new_step": step, "new_intermediate_value": number, "new_intermediate_value_type": kind}
-    return _write(_report(leased=token is not None), trial_id, token, values)
+    statement = _report(leased=token is not None, bringing_changes=seen is not None)
+    return _write(statement, trial_id, token, {**values, **(seen or {})})
 
 
 def param(trial_id: int, token: uuid.UUID | None, name: str, internal: float, distribution_json: str) -> Write:
@@ -101,12 +109,15 @@ def attributes(table: Table, trial_id: int, token: uuid.UUID | None, values_json
 
 
 def start(trial_id: int, token: uuid.UUID | None) -> Write:
-    """Set a waiting trial to running."""
+    """Set a waiting trial to running; returns when, as `at`."""
     return _write(_set_state(TrialState.RUNNING, leased=token is not None), trial_id, token, {})
 
 
 def set_state(trial_id: int, token: uuid.UUID | None, state: TrialState, objectives: Sequence[float] | None) -> Write:
-    """Set an unfinished trial to a state other than running; its values, if any, in the same statement."""
+    """Set an unfinished trial to a state other than running; its values, if any, in the same statement.
+
+    Returns when it ended, as `at`.
+    """
     leased = token is not None
     if not objectives:
         return _write(_set_state(state, leased=leased), trial_id, token, {})
@@ -165,7 +176,7 @@ def _upsert(table: Table, key: tuple[str, ...], columns: tuple[str, ...], *, ove
 
 
 @cache
-def _report(*, leased: bool) -> ReturningInsert[str]:
+def _report(*, leased: bool, bringing_changes: bool) -> ReturningInsert[Any]:
     upsert = _upsert(
         trial_intermediate_values,
         ("trial_id", "step"),
@@ -175,7 +186,9 @@ def _report(*, leased: bool) -> ReturningInsert[str]:
     )
     of_study = trials.c.study_id == tuner_studies.c.study_id
     state = select(tuner_studies.c.state).join(trials, of_study).where(trials.c.trial_id == bindparam("the_trial"))
-    return upsert.returning(state.scalar_subquery().label("state"))
+    changed = CHANGED.subquery()
+    rows = select(func.json_agg(func.json_build_array(*changed.c))) if bringing_changes else select(null())
+    return upsert.returning(state.scalar_subquery().label("state"), rows.scalar_subquery().label("changed"))
 
 
 @cache
@@ -196,7 +209,7 @@ def _set_attributes(table: Table, *, leased: bool) -> Insert:
 
 
 @cache
-def _set_state(state: TrialState, *, leased: bool) -> Update:
+def _set_state(state: TrialState, *, leased: bool) -> ReturningUpdate[Any]:
     changes: dict[str, Any] = {"state": state.name}
     if state == TrialState.RUNNING:
         changes["datetime_start"] = utc_now()
@@ -205,7 +218,9 @@ def _set_state(state: TrialState, *, leased: bool) -> Update:
     # An UPDATE by itself would not lock the lease, and look at it as it was before a wait for the trial's row.
     states = ("WAITING",) if state == TrialState.RUNNING else UNFINISHED
     ours = _locked(states, leased).with_for_update().cte("ours")
+    at = trials.c.datetime_start if state == TrialState.RUNNING else trials.c.datetime_complete
     statement = update(trials).values(changes).where(trials.c.trial_id == ours.c.trial_id)
+    statement = statement.returning(trials.c.trial_id, at.label("at"))
     if not (leased and state.is_finished()):
         return statement
     # The lease ends with the trial; its token stays, by which the holder knows a repeated write for his own.
@@ -214,7 +229,7 @@ def _set_state(state: TrialState, *, leased: bool) -> Update:
 
 
 @cache
-def _set_state_and_values(state: TrialState, *, leased: bool) -> Insert:
+def _set_state_and_values(state: TrialState, *, leased: bool) -> ReturningInsert[Any]:
     given = (
         func.unnest(
             cast(bindparam("new_objectives"), ARRAY(trial_values.c.objective.type)),
@@ -224,7 +239,7 @@ def _set_state_and_values(state: TrialState, *, leased: bool) -> Insert:
         .table_valued("objective", "value", "value_type", name="given")
         .render_derived()
     )
-    ended = _set_state(state, leased=leased).returning(trials.c.trial_id).cte("ended")
+    ended = _set_state(state, leased=leased).cte("ended")
     statement = insert(trial_values).from_select(
         ["trial_id", "objective", "value", "value_type"],
         select(ended.c.trial_id, given.c.objective, given.c.value, given.c.value_type).select_from(
@@ -234,14 +249,14 @@ def _set_state_and_values(state: TrialState, *, leased: bool) -> Insert:
     return statement.on_conflict_do_update(
         index_elements=["trial_id", "objective"],
         set_={"value": statement.excluded.value, "value_type": statement.excluded.value_type},
-    ).execution_options(preserve_rowcount=True)
+    ).returning(select(ended.c.at).scalar_subquery().label("at"))
 
 
 def _locked(states: Sequence[str], leased: bool, *columns: ColumnElement[Any]) -> Select[Any]:
     """Select the trial and its lease, to be locked: none if the trial is not in one of the states, or not ours."""
-    query = select(trials.c.trial_id, *columns).where(
-        trials.c.trial_id == bindparam("the_trial"), trials.c.state.in_(states)
-    )
+    # An IN would have SQLAlchemy write the statement anew for each execution: 0.05 ms of a report's 0.7.
+    is_in_states = or_(*(trials.c.state == state for state in states))
+    query = select(trials.c.trial_id, *columns).where(trials.c.trial_id == bindparam("the_trial"), is_in_states)
     if not leased:
         return query
     ours = and_(tuner_leases.c.trial_id == trials.c.trial_id, tuner_leases.c.token == bindparam("the_token"))

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import uuid
-from collections.abc import Mapping
+import datetime as dt
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from optuna.distributions import BaseDistribution
-from optuna.trial import FrozenTrial
+from optuna.trial import FrozenTrial, TrialState
 
+from storage.claims import Claim
 from storage.frozen import copied, external_of
+from storage.values import local_time
 
 
 class HeldTrial:
@@ -18,9 +20,9 @@ class HeldTrial:
     What another client writes to a trial that is not its own, such as a note, is not seen by the holder.
     """
 
-    def __init__(self, token: uuid.UUID) -> None:
-        self.token = token
-        self._trial: FrozenTrial | None = None
+    def __init__(self, claim: Claim) -> None:
+        self.token = claim.token
+        self._trial = None if claim.started is None else _new_trial(claim, claim.started)
 
     def read(self) -> FrozenTrial | None:
         """Return a copy of the trial, None before it was read."""
@@ -29,6 +31,13 @@ class HeldTrial:
     def keep(self, trial: FrozenTrial) -> None:
         """Keep the trial as it was read just now."""
         self._trial = copied(trial)
+
+    def end(self, state: TrialState, values: Sequence[float] | None, at: dt.datetime | None) -> None:
+        """Set how the trial ended, and when: naive UTC."""
+        if self._trial is not None:
+            self._trial.state = state
+            self._trial.values = None if values is None else [float(value) for value in values]
+            self._trial.datetime_complete = local_time(at)
 
     def forget(self) -> None:
         """Have the trial read anew next time."""
@@ -49,3 +58,20 @@ class HeldTrial:
         """Add what was written."""
         if self._trial is not None:
             (self._trial.system_attrs if system else self._trial.user_attrs).update(attrs)
+
+
+def _new_trial(claim: Claim, started: dt.datetime) -> FrozenTrial:
+    """Return a trial that the claim has just created."""
+    return FrozenTrial(
+        number=claim.number,
+        state=TrialState.RUNNING,
+        value=None,
+        datetime_start=local_time(started),
+        datetime_complete=None,
+        params={},
+        distributions={},
+        user_attrs={},
+        system_attrs={},
+        intermediate_values={},
+        trial_id=claim.trial_id,
+    )

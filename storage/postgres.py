@@ -12,12 +12,13 @@ from optuna.distributions import BaseDistribution, check_distribution_compatibil
 from optuna.storages._heartbeat import BaseHeartbeat
 from optuna.study._study_direction import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
-from sqlalchemy import URL, Connection, Engine, Table, func, literal, select, text
+from sqlalchemy import URL, Connection, Engine, Row, Table, func, literal, select, text
 from sqlalchemy.dialects.postgresql import insert as upsert
 
 from storage import guarded
 from storage.engine import open_engine
 from storage.errors import InvalidWriteError, StorageError, StudyHaltedError
+from storage.finished import FinishedTrials
 from storage.frozen import copied, load_trial
 from storage.held import HeldTrial
 from storage.new_trials import create_trial, known_distribution
@@ -86,6 +87,7 @@ class PostgresStorage(StudyStorage, BaseHeartbeat):
         self.sessions = Sessions(self.engine, retry or Backoff(is_away=is_away))
         self._lock = threading.Lock()
         self._caches: dict[int, StudyCache] = {}
+        self._follower: FinishedTrials | None = None
         self._study_of: dict[int, int] = {}  # by trial id, of trials written to
         self._n_objectives: dict[int, int] = {}  # by study id
         self._distributions: dict[tuple[int, str], BaseDistribution] = {}  # by study id and param
@@ -95,11 +97,17 @@ class PostgresStorage(StudyStorage, BaseHeartbeat):
 
         It is read once, and from then on is what we have written to it.
         """
-        self._held[claim.trial_id] = HeldTrial(claim.token)
+        self._held[claim.trial_id] = HeldTrial(claim)
+        self._study_of[claim.trial_id] = claim.study_id
 
     def let_go(self, claim: Claim) -> None:
         """From now on write to the trial as any Optuna client does."""
         self._held.pop(claim.trial_id, None)
+        self._study_of.pop(claim.trial_id, None)
+
+    def follow(self, finished: FinishedTrials) -> None:
+        """From now on let reports of held trials tell it what has finished since it was told last."""
+        self._follower = finished
 
     def _lease(self, trial_id: int) -> tuple[HeldTrial | None, uuid.UUID | None]:
         held = self._held.get(trial_id)
@@ -171,10 +179,14 @@ class PostgresStorage(StudyStorage, BaseHeartbeat):
         def work(conn: Connection) -> bool:
             if values is not None:
                 self._check_n_values(conn, trial_id, len(values))
-            if write.run(conn) > 0:
+            written = write.run_returning(conn)
+            if written is not None and held is not None:
+                held.end(state, values, written.at)
+            if written is not None:
                 return True
             now = guarded.standing(conn, trial_id)
-            if token is not None and now.token == token and now.state == state:
+            if held is not None and now.token == token and now.state == state:
+                held.forget()
                 return True  # by an earlier call of the holder, whose answer was lost
             guarded.check_writable(trial_id, now, token)
             return False
@@ -182,7 +194,6 @@ class PostgresStorage(StudyStorage, BaseHeartbeat):
         if held is None:
             # Nothing tells a write done twice from two.
             return self.sessions.transaction(work)
-        held.forget()
         return self.sessions.statement(work)
 
     def _check_n_values(self, conn: Connection, trial_id: int, n_values: int) -> None:
@@ -197,20 +208,23 @@ class PostgresStorage(StudyStorage, BaseHeartbeat):
     def set_trial_intermediate_value(self, trial_id: int, step: int, intermediate_value: float) -> None:
         """Report a value. Raises StudyHaltedError, once it is written, to the holder of a lease in a halted study."""
         held, token = self._lease(trial_id)
-        write = guarded.report(trial_id, token, checked_step(step), intermediate_value)
+        follower = None if held is None else self._follower
+        seen = None if follower is None else follower.seen()
+        write = guarded.report(trial_id, token, checked_step(step), intermediate_value, seen)
 
-        def work(conn: Connection) -> str | None:
+        def work(conn: Connection) -> Row[Any]:
             written = write.run_returning(conn)
             if written is None:
                 raise _refusal(conn, trial_id, token)
-            state: str | None = written.state
-            return state
+            return written
 
-        state = self.sessions.statement(work)
+        written = self.sessions.statement(work)
         if held is not None:
             held.add_report(step, float(intermediate_value))
-        if held is not None and state in ("paused", "stopped"):
-            raise StudyHaltedError(f"the study was {state}: trial id {trial_id} is to be given back")
+        if follower is not None:
+            follower.learn(written.changed or (), trial_id, step)
+        if held is not None and written.state in ("paused", "stopped"):
+            raise StudyHaltedError(f"the study was {written.state}: trial id {trial_id} is to be given back")
 
     def set_trial_user_attr(self, trial_id: int, key: str, value: Any) -> None:
         self._set_trial_attrs(trial_user_attributes, trial_id, {key: value})

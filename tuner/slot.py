@@ -30,7 +30,7 @@ from storage.engine import is_outage
 from storage.errors import LeaseLostError, StorageError, StudyHaltedError, UnreachableError
 from storage.postgres import PostgresStorage
 from storage.pruning import IndexedPercentilePruner
-from storage.sessions import Backoff, Retry, Sessions
+from storage.sessions import Backoff, Sessions
 from tuner.attempt import CheckedTrial, TrialObjective, run_attempt
 from tuner.errors import EXIT_UNREACHABLE, TunerError
 from tuner.registry import build_objective, find_objective, is_objective_class
@@ -103,7 +103,7 @@ class Slot:
             study_name=study.name,
             storage=self._storage,
             sampler=build_sampler(study.spec.sampler, study.spec.seed, 0),
-            pruner=pruner_on(self._engine, study.study_id, study.spec.pruner, self._retry),
+            pruner=pruner_on(self._storage, study.study_id, study.spec.pruner),
         )
         self._emit(Event(event="ready"))
         ran = 0
@@ -169,7 +169,7 @@ class Slot:
 
             def check() -> None:
                 if lease.lost.is_set():  # whoever holds the trial now has its checkpoint too
-                    raise LeaseLostError(f"the lease on trial {held.number} was lost")
+                    raise LeaseLostError(f"the lease on trial id {held.trial_id} was lost: another worker may run it")
                 if self._is_abandoned():
                     raise Interrupted
 
@@ -247,13 +247,13 @@ class Lease:
                 continue  # the database is away: the lease may outlast it; the next renewal tells
 
 
-def pruner_on(engine: Engine, study_id: int, spec: PrunerSpec, retry: Retry | None = None) -> BasePruner:
+def pruner_on(storage: PostgresStorage, study_id: int, spec: PrunerSpec) -> BasePruner:
     """Return the study's pruner; for `median` and `percentile` one that decides the same, and reads less."""
     pruner = build_pruner(spec)  # refuses settings that Optuna's does not have
     if not isinstance(pruner, PercentilePruner):
         return pruner
     settings: dict[str, Any] = {"percentile": 50.0, **spec.settings}
-    return IndexedPercentilePruner(engine, study_id, **settings, retry=retry)
+    return IndexedPercentilePruner(storage, study_id, **settings)
 
 
 def _first_line(error: BaseException) -> str:

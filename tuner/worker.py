@@ -228,6 +228,7 @@ class Worker:
         name = event.pop("event")
         if name == "trial_started":
             self._held[slot] = claims.Claim(
+                study_id=self._study.study_id,
                 trial_id=event.pop("trial_id"),
                 number=event["trial"],
                 attempt=event["attempt"],

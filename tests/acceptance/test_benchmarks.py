@@ -26,19 +26,30 @@ def test_storage_scale_prints_both_sides_and_their_ratio(database: str) -> None:
         [sys.executable, BENCHMARKS / "storage_scale.py", *arguments], capture_output=True, text=True, check=False
     )
     assert (done.returncode, done.stderr) == (0, "")
-    for what in ("first read", "report", "should_prune", "tell"):
+    for what in ("first claim", "first read of all trials", "report", "should_prune", "tell", "TPE's first suggest"):
         assert re.search(rf"{what}( +\d+\.\d+){{7}}", done.stdout), what
 
 
-def test_prune_scale_prints_both_sides_and_their_ratio() -> None:
-    arguments = ["--sizes", "50", "--steps", "3", "--trials", "1"]
+def test_reading_prints_both_sides_and_their_ratio(database: str) -> None:
+    arguments = ["--storage", database, "--sizes", "30", "--repeats", "1"]
     done = subprocess.run(
-        [sys.executable, BENCHMARKS / "prune_scale.py", *arguments], capture_output=True, text=True, check=False
+        [sys.executable, BENCHMARKS / "reading.py", *arguments], capture_output=True, text=True, check=False
     )
-    assert done.returncode == 0, done.stderr
-    for side in ("stock", "indexed"):
-        assert re.search(rf" 50 {side} +(\d+\.\d+ \( *\d+\.\d+ \.\. +\d+\.\d+\) +){{3}}\d+\.\d+", done.stdout)
-    assert re.search(r"ratio: should_prune \d+\.\d x, both \d+\.\d x", done.stdout)
+    assert (done.returncode, done.stderr) == (0, "")
+    for what in ("tuner best", "tuner status", "tuner studies", "page, first", "page, again", "first read by a worker"):
+        assert re.search(rf"{what}( +\d+\.\d+){{7}}", done.stdout), what
+    assert re.search(r"its memory, MB( +\d+\.\d+){6}", done.stdout)  # too little, at this size, for a ratio
+
+
+def test_worker_load_prints_both_sides_and_their_ratio(database: str) -> None:
+    arguments = ["--storage", database, "--workers", "2", "--seconds", "0.5", "--rounds", "1", "--history", "10"]
+    done = subprocess.run(
+        [sys.executable, BENCHMARKS / "worker_load.py", *arguments], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    for side in ("stock", "ours"):
+        assert re.search(rf" 2 {side}( +\d+\.\d+){{3}}( +(\d+\.\d+ / \d+\.\d+|-)){{4}} +0\n", done.stdout), done.stdout
+    assert re.search(r" 2 ratio( +\d+\.\d+){3}", done.stdout)
 
 
 def test_training_speed_prints_three_sides_and_their_ratios() -> None:

@@ -182,7 +182,7 @@ def test_a_worker_whose_study_is_deleted_by_force_ends_with_one_line(
         assert deleted.json() == {"study": "gated", "deleted": True, "trials": 1}
         done = running.finish()
     assert done.code == 1
-    assert "was deleted while it ran; nothing is left to do" in done.error()
+    assert "was deleted: nothing is left to do" in done.error()
 
 
 X = optuna.distributions.FloatDistribution(0, 1)

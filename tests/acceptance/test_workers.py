@@ -322,6 +322,34 @@ def test_a_slot_that_lost_its_lease_writes_nothing(tuner: Tuner, database: str, 
     assert [event["attempt"] for event in running.events("trial_ended")] == [2]
 
 
+def test_a_slot_that_was_frozen_for_longer_than_its_lease_is_fenced_and_goes_on(
+    tuner: Tuner, database: str, study_file: Path
+) -> None:
+    assert tuner("create", f"{study_file}:objective", "--trials", "2").code == 0
+    arguments = ("worker", "gated", "--objective", f"{study_file}:objective", "--log-format", "json")
+    with tuner.start(*arguments) as frozen:
+        wait_until_running(database, "gated", 1)
+        (slot,) = children(frozen.process.pid)
+        os.kill(slot, signal.SIGSTOP)
+        engine = open_engine(database)
+        with engine.begin() as conn:  # as after a minute
+            conn.execute(text("update tuner_leases set expires_at = now() - interval '1 second'"))
+        engine.dispose()
+        with tuner.start(*arguments) as healthy:
+            wait_for(lambda: bool(healthy.events("trial_started")), "another worker takes the trial")
+            wait_until_running(database, "gated", 1)
+            os.kill(slot, signal.SIGCONT)
+            wait_for(lambda: bool(frozen.events("trial_released")), "the frozen one finds that it has lost it")
+            open_gate(study_file, 10)
+            done = [frozen.finish(), healthy.finish()]
+    assert [finished.code for finished in done] == [0, 0], done
+    assert "the lease on trial id" in frozen.events("trial_released")[0]["message"]
+    assert [event["attempt"] for event in healthy.events("trial_started") if event["trial"] == 0] == [2]
+    ended = [event["trial"] for running in (frozen, healthy) for event in running.events("trial_ended")]
+    assert sorted(ended) == [0, 1]
+    assert [trial.state for trial in load(database, "gated").trials] == [TrialState.COMPLETE] * 2
+
+
 def test_a_run_outlives_an_immediate_restart_of_the_database(tmp_path: Path, study_file: Path) -> None:
     server = EmbeddedServer(tmp_path / "home")
     tuner = Tuner({"TUNER_DATA_DIR": str(tmp_path / "home")}, tmp_path)

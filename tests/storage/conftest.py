@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from storage import EmbeddedServer, embedded
+from storage import EmbeddedServer, PostgresStorage, embedded
 
 AS_ROOT = os.geteuid() == 0
 
@@ -58,3 +58,19 @@ def killable(killable_server):
 def owner(server):
     """The system's user that the shared server's files belong to."""
     return pwd.getpwuid(server.status().directory.stat().st_uid)
+
+
+@pytest.fixture
+def storage(database):
+    """A storage on the test's database."""
+    storage = PostgresStorage(database)
+    yield storage
+    storage.engine.dispose()
+
+
+@pytest.fixture
+def other(database):
+    """Another client's storage on the test's database."""
+    storage = PostgresStorage(database)
+    yield storage
+    storage.engine.dispose()

@@ -190,7 +190,7 @@ def test_a_trial_whose_worker_was_killed_runs_again_with_its_number_and_params(
     trial = optuna.Trial(study, first._trial_id)
     x = trial.suggest_float("x", 0, 1)
     trial.report(0.5, step=7)
-    expire(engine, Claim(trial_id=first._trial_id, number=0, attempt=1, token=uuid.uuid4()))
+    expire(engine, Claim(study_id=1, trial_id=first._trial_id, number=0, attempt=1, token=uuid.uuid4()))
 
     again = claim(engine, study_id)
     assert (again.number, again.attempt) == (0, 2)

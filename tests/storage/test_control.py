@@ -23,16 +23,9 @@ from storage import (
 from storage.claims import Budget, Claim, NothingToClaim
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    pass
 
 BUDGET = Budget(trials=10, timeout_s=None, max_failures=3, max_attempts=2)
-
-
-@pytest.fixture
-def storage(database: str) -> Iterator[PostgresStorage]:
-    storage = PostgresStorage(database)
-    yield storage
-    storage.engine.dispose()
 
 
 @pytest.fixture
@@ -120,7 +113,7 @@ def test_deleting_by_force_takes_the_trial_from_its_holder(storage, study_id):
     ],
 )
 def test_a_study_that_is_not_there_is_told(storage, call):
-    with pytest.raises(StudyNotFoundError, match="'tuner studies' lists those there are"):
+    with pytest.raises(StudyNotFoundError, match="'tuner studies' lists the others"):
         call(storage.sessions)
 
 

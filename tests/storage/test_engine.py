@@ -4,6 +4,7 @@ import time
 import traceback
 
 import pytest
+from proxy import Proxy
 from sqlalchemy import text
 from sqlalchemy.exc import DataError, IntegrityError, InternalError
 
@@ -215,3 +216,24 @@ def test_a_bad_parameter_is_an_error_of_the_url(server_url, engine_of, query):
 
 def test_an_engine_does_not_show_its_password(engine_of):
     assert SECRET not in repr(engine_of(f"postgresql://ann:{SECRET}@db/tuner"))
+
+
+def test_a_connection_is_asked_whether_it_lives_only_after_it_idled(database, engine_of, monkeypatch):
+    proxy = Proxy(database)
+    try:
+        engine = engine_of(proxy.url)
+        with engine.connect() as conn:
+            conn.execute(text("SELECT 2"))
+        proxy.forget()
+        for number, level in enumerate(("AUTOCOMMIT", "REPEATABLE READ", "AUTOCOMMIT")):
+            with engine.execution_options(isolation_level=level).connect() as conn:
+                conn.execute(text(f"SELECT {number}"))
+        begin = "BEGIN ISOLATION LEVEL REPEATABLE READ"
+        assert proxy.queries == ["SELECT 0", begin, "SELECT 1", "ROLLBACK", "SELECT 2"]
+        proxy.forget()
+        monkeypatch.setattr("storage.engine._IDLE_S", 0)
+        with engine.connect() as conn:
+            conn.execute(text("SELECT 4"))
+        assert proxy.queries == ["SELECT 1", "BEGIN", "SELECT 4", "ROLLBACK"]
+    finally:
+        proxy.close()

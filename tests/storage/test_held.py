@@ -9,7 +9,7 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution, Int
 from optuna.trial import TrialState
 from sqlalchemy import event
 
-from storage import PostgresStorage, claims, studies
+from storage import claims, studies
 from storage.claims import Budget, Claim
 
 BUDGET = Budget(trials=10, timeout_s=None, max_failures=3, max_attempts=2)
@@ -26,20 +26,6 @@ WRITES = {
     "attrs": lambda storage, trial: storage.set_trial_user_attrs(trial, {"a": 1, "b": None}),
     "system": lambda storage, trial: storage.set_trial_system_attr(trial, "s", [math.inf]),
 }
-
-
-@pytest.fixture
-def other(database):
-    storage = PostgresStorage(database)
-    yield storage
-    storage.engine.dispose()
-
-
-@pytest.fixture
-def storage(database):
-    storage = PostgresStorage(database)
-    yield storage
-    storage.engine.dispose()
 
 
 @pytest.fixture

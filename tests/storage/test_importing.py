@@ -271,7 +271,7 @@ def test_a_name_that_another_study_has_is_refused_before_anything_is_written(jou
     storage.engine.dispose()
     with pytest.raises(StudyExistsError, match=r"'taken' in .* was not imported from there; --study NAME --as NEWNAME"):
         imported(journal, target)
-    assert [record.name for record in studies.list_studies(target)] == ["taken"]
+    assert [summary.study.name for summary in studies.summaries(target)] == ["taken"]
     assert [trial.value for trial in here(target, "taken")[1]] == [2.0]
     assert imported(journal, target, "taken", new_name="theirs")[0].study == "theirs"
     assert [trial.value for trial in here(target, "theirs")[1]] == [1.0]

@@ -336,7 +336,6 @@ def test_a_report_is_one_statement_and_so_are_the_other_writes(storage, study_id
     storage.set_trial_state_values(warm, TrialState.COMPLETE, [1.0])
     held = claimed(storage, study_id)
     storage.hold(held)
-    storage._study_of[held.trial_id] = study_id  # as after the trial's first param
     several = {"attributes": lambda storage, trial: storage.set_trial_user_attrs(trial, {"a": 1, "b": 2})}
     for name, write in list({**several, **WRITES}.items())[:6]:
         with statements(storage) as sent:
@@ -344,10 +343,10 @@ def test_a_report_is_one_statement_and_so_are_the_other_writes(storage, study_id
         assert len(sent) == 1, (name, sent)
     with statements(storage) as sent:
         storage.create_new_trial(study_id)
-    assert len(sent) == 3  # the study's lock, the trial, the transaction's id
+    assert len(sent) == 4  # BEGIN with the transaction's id, the study's lock, the trial, COMMIT
     with statements(storage) as sent:
         claimed(storage, study_id)
-    assert len(sent) == 5  # the study's lock, how it stands, the trial, the lease, the transaction's id
+    assert len(sent) == 5  # BEGIN with the transaction's id, the study's lock, how it stands, trial and lease, COMMIT
 
 
 def test_reading_takes_as_many_statements_for_many_trials_as_for_one(storage, study_id, open_one):

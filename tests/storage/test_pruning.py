@@ -20,8 +20,9 @@ from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState, create_trial
 from sqlalchemy import Engine, event, text
 
-from storage import open_engine
-from storage.pruning import IndexedPercentilePruner, _Reports
+from storage import PostgresStorage
+from storage.finished import Reports
+from storage.pruning import IndexedPercentilePruner
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -50,10 +51,8 @@ changes = st.one_of(
 
 
 @pytest.fixture
-def engine(database: str) -> Iterator[Engine]:
-    engine = open_engine(database)
-    yield engine
-    engine.dispose()
+def engine(storage: PostgresStorage) -> Engine:
+    return storage.engine
 
 
 @pytest.fixture
@@ -126,8 +125,10 @@ def numpys_warnings_ignored() -> Iterator[None]:
         yield
 
 
-def indexed(engine: Engine, study: optuna.Study, percentile: float = 50.0, **settings: int) -> IndexedPercentilePruner:
-    return IndexedPercentilePruner(engine, study._study_id, percentile, **settings)
+def indexed(
+    storage: PostgresStorage, study: optuna.Study, percentile: float = 50.0, **settings: int
+) -> IndexedPercentilePruner:
+    return IndexedPercentilePruner(storage, study._study_id, percentile, **settings)
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -140,6 +141,7 @@ def indexed(engine: Engine, study: optuna.Study, percentile: float = 50.0, **set
 )
 def test_it_decides_as_optunas_percentile_pruner_while_the_study_changes(
     database: str,
+    storage: PostgresStorage,
     engine: Engine,
     direction: str,
     configurations: list[tuple[float, dict[str, int]]],
@@ -147,7 +149,7 @@ def test_it_decides_as_optunas_percentile_pruner_while_the_study_changes(
 ) -> None:
     study = a_study(database, direction)
     pruners = [
-        (PercentilePruner(percentile, **settings), indexed(engine, study, percentile, **settings))
+        (PercentilePruner(percentile, **settings), indexed(storage, study, percentile, **settings))
         for percentile, settings in configurations
     ]
     unfinished: list[int] = []
@@ -162,7 +164,7 @@ def test_it_decides_as_optunas_percentile_pruner_while_the_study_changes(
 
 @pytest.mark.parametrize("direction", ["minimize", "maximize"])
 def test_it_decides_as_optunas_percentile_pruner_with_any_settings(
-    database: str, engine: Engine, direction: str
+    database: str, storage: PostgresStorage, direction: str
 ) -> None:
     """With trials that report most steps, so that each setting decides something."""
     study = a_study(database, direction)
@@ -175,7 +177,7 @@ def test_it_decides_as_optunas_percentile_pruner_with_any_settings(
         pruners.append(
             (
                 PercentilePruner(percentile, **settings, n_min_trials=least),
-                indexed(engine, study, percentile, **settings, n_min_trials=least),
+                indexed(storage, study, percentile, **settings, n_min_trials=least),
             )
         )
 
@@ -200,7 +202,7 @@ def test_it_decides_as_optunas_percentile_pruner_with_any_settings(
 @settings(max_examples=1000, deadline=None)
 @given(batches=st.lists(st.lists(values, max_size=40), max_size=3), percentile=percentiles)
 def test_a_percentile_is_numpys_to_the_last_bit(batches: list[list[float]], percentile: float) -> None:
-    reports = _Reports()
+    reports = Reports()
     for batch in batches:
         reports.add(struct.pack(f">{len(batch)}d", *batch))
         reports.percentile(50)  # sorts
@@ -215,10 +217,10 @@ def test_a_percentile_is_numpys_to_the_last_bit(batches: list[list[float]], perc
 
 @pytest.mark.parametrize("direction", ["minimize", "maximize"])
 def test_trials_that_report_and_ask_get_the_median_pruners_answers(
-    database: str, engine: Engine, direction: str
+    database: str, storage: PostgresStorage, direction: str
 ) -> None:
     study = a_study(database, direction, MedianPruner(n_startup_trials=2, n_warmup_steps=1))
-    ours = indexed(engine, study, n_startup_trials=2, n_warmup_steps=1)
+    ours = indexed(storage, study, n_startup_trials=2, n_warmup_steps=1)
     random = np.random.default_rng(0)
     decisions = []
     study.enqueue_trial({})
@@ -235,9 +237,9 @@ def test_trials_that_report_and_ask_get_the_median_pruners_answers(
     assert False in decisions
 
 
-def test_a_trial_that_finishes_after_later_ones_counts_from_then_on(database: str, engine: Engine) -> None:
+def test_a_trial_that_finishes_after_later_ones_counts_from_then_on(database: str, storage: PostgresStorage) -> None:
     study = a_study(database)
-    ours = indexed(engine, study, n_startup_trials=2)
+    ours = indexed(storage, study, n_startup_trials=2)
     early = study.ask()
     early.report(0.0, 0)
     study.add_trial(a_trial(TrialState.COMPLETE, {0: 2.0}))
@@ -247,20 +249,22 @@ def test_a_trial_that_finishes_after_later_ones_counts_from_then_on(database: st
     assert not ours.prune(study, a_running_trial({0: 0.9}))
 
 
-def test_before_any_trial_completed_not_even_one_without_numbers_is_pruned(database: str, engine: Engine) -> None:
+def test_before_any_trial_completed_not_even_one_without_numbers_is_pruned(
+    database: str, storage: PostgresStorage
+) -> None:
     study = a_study(database)
     study.add_trial(a_trial(TrialState.PRUNED, {0: 1.0}))
     alone = a_running_trial({0: math.nan})
-    ours = indexed(engine, study, n_startup_trials=0)
+    ours = indexed(storage, study, n_startup_trials=0)
     assert not ours.prune(study, alone)
     assert not MedianPruner(n_startup_trials=0).prune(study, alone)
     study.add_trial(a_trial(TrialState.COMPLETE, {}))
     assert ours.prune(study, alone)
 
 
-def test_trials_of_other_studies_do_not_count(database: str, engine: Engine) -> None:
+def test_trials_of_other_studies_do_not_count(database: str, storage: PostgresStorage) -> None:
     study, other = a_study(database), a_study(database)
-    ours = indexed(engine, study, n_startup_trials=1)
+    ours = indexed(storage, study, n_startup_trials=1)
     study.add_trial(a_trial(TrialState.COMPLETE, {0: 1.0}))
     assert not ours.prune(study, a_running_trial({0: 0.5}))
     other.add_trial(a_trial(TrialState.COMPLETE, {0: -1.0}))
@@ -268,9 +272,9 @@ def test_trials_of_other_studies_do_not_count(database: str, engine: Engine) -> 
     assert not ours.prune(study, a_running_trial({0: 0.5}))
 
 
-def test_a_study_that_was_deleted_does_not_crash_it(database: str, engine: Engine) -> None:
+def test_a_study_that_was_deleted_does_not_crash_it(database: str, storage: PostgresStorage) -> None:
     study = a_study(database)
-    ours, fresh = indexed(engine, study, n_startup_trials=1), indexed(engine, study, n_startup_trials=1)
+    ours, fresh = indexed(storage, study, n_startup_trials=1), indexed(storage, study, n_startup_trials=1)
     study.add_trial(a_trial(TrialState.COMPLETE, {0: 1.0}))
     study.ask()
     assert ours.prune(study, a_running_trial({0: 2.0}))
@@ -279,9 +283,9 @@ def test_a_study_that_was_deleted_does_not_crash_it(database: str, engine: Engin
     assert not fresh.prune(study, a_running_trial({0: 2.0}))
 
 
-def test_a_refresh_that_failed_is_made_again(database: str, engine: Engine) -> None:
+def test_a_refresh_that_failed_is_made_again(database: str, storage: PostgresStorage, engine: Engine) -> None:
     study = a_study(database)
-    ours = indexed(engine, study, n_startup_trials=1)
+    ours = indexed(storage, study, n_startup_trials=1)
     study.add_trial(a_trial(TrialState.COMPLETE, {0: 1.0}))
 
     @event.listens_for(engine, "before_cursor_execute")
@@ -296,17 +300,17 @@ def test_a_refresh_that_failed_is_made_again(database: str, engine: Engine) -> N
 
 
 @pytest.mark.parametrize("bad", [{"percentile": 101.0}, {"n_startup_trials": -1}, {"interval_steps": 0}])
-def test_settings_are_refused_as_optuna_refuses_them(engine: Engine, bad: dict[str, Any]) -> None:
+def test_settings_are_refused_as_optuna_refuses_them(storage: PostgresStorage, bad: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"Percentile|Number of startup|interval"):
-        IndexedPercentilePruner(engine, 1, **{"percentile": 50.0, **bad})
+        IndexedPercentilePruner(storage, 1, **{"percentile": 50.0, **bad})
 
 
 @pytest.mark.parametrize("trials", [10, 1000])
 def test_a_decision_is_one_statement_whatever_the_size_of_the_study(
-    database: str, engine: Engine, statements: list[tuple[str, Any]], trials: int
+    database: str, storage: PostgresStorage, engine: Engine, statements: list[tuple[str, Any]], trials: int
 ) -> None:
     study = a_large_study(database, engine, trials)
-    ours = indexed(engine, study)
+    ours = indexed(storage, study)
     statements.clear()
     ours.prune(study, a_running_trial({0: 0.5}))
     assert len(statements) == 2
@@ -317,19 +321,21 @@ def test_a_decision_is_one_statement_whatever_the_size_of_the_study(
 
 
 def test_a_decision_that_needs_no_other_trial_reads_nothing(
-    database: str, engine: Engine, statements: list[tuple[str, Any]]
+    database: str, storage: PostgresStorage, statements: list[tuple[str, Any]]
 ) -> None:
     study = a_study(database)
-    ours = indexed(engine, study, n_warmup_steps=3, interval_steps=2)
+    ours = indexed(storage, study, n_warmup_steps=3, interval_steps=2)
     statements.clear()
     for reported in ({}, {2: 1.0}, {3: 1.0, 4: 1.0}):
         assert not ours.prune(study, a_running_trial(reported))
     assert statements == []
 
 
-def test_history_is_not_read_again(database: str, engine: Engine, statements: list[tuple[str, Any]]) -> None:
+def test_history_is_not_read_again(
+    database: str, storage: PostgresStorage, engine: Engine, statements: list[tuple[str, Any]]
+) -> None:
     study = a_large_study(database, engine, 100)
-    ours = indexed(engine, study)
+    ours = indexed(storage, study)
     asked = [a_running_trial({step: value / 20}) for step in range(5) for value in range(20)]
     before = [ours.prune(study, trial) for trial in asked]
     assert True in before
@@ -346,11 +352,11 @@ def test_history_is_not_read_again(database: str, engine: Engine, statements: li
 
 
 def test_a_refresh_finds_what_changed_by_indexes(
-    database: str, engine: Engine, statements: list[tuple[str, Any]]
+    database: str, storage: PostgresStorage, engine: Engine, statements: list[tuple[str, Any]]
 ) -> None:
     study = a_large_study(database, engine, 4000)
     running = [study._storage.create_new_trial(study._study_id) for _ in range(3)]
-    ours = indexed(engine, study)
+    ours = indexed(storage, study)
     ours.prune(study, a_running_trial({0: 0.5}))
     a_large_study(database, engine, 4000)  # whose ids are above those of the first
     study._storage.set_trial_intermediate_value(running[1], 0, 0.5)

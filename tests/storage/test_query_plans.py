@@ -10,10 +10,12 @@ from filling import fill
 from optuna.distributions import FloatDistribution
 from optuna.study import StudyDirection
 from optuna.trial import TrialState
+from psycopg2.extensions import TRANSACTION_STATUS_IDLE
 from sqlalchemy import event, text
 
 from storage import PostgresStorage, claims
 from storage.claims import Budget
+from storage.finished import FinishedTrials
 
 N_TRIALS = 3000
 # More than what a trial has, and less than any part of a study's history.
@@ -35,10 +37,12 @@ def plans_of(storage: PostgresStorage, call: Any) -> list[dict[str, Any]]:
     plans: list[dict[str, Any]] = []
 
     def explain(conn, cursor, statement, parameters, context, executemany):
+        if statement.startswith(("BEGIN", "COMMIT")):
+            return
         # Run and undone before it is run.
-        begin, undo = ("BEGIN", "ROLLBACK")
-        if not cursor.connection.autocommit:
-            begin, undo = ("SAVEPOINT before", "ROLLBACK TO before")
+        begin, undo = ("SAVEPOINT before", "ROLLBACK TO before")
+        if cursor.connection.info.transaction_status == TRANSACTION_STATUS_IDLE and cursor.connection.autocommit:
+            begin, undo = ("BEGIN", "ROLLBACK")
         with cursor.connection.cursor() as explaining:
             explaining.execute(begin)
             explaining.execute(f"EXPLAIN (ANALYZE, FORMAT JSON) {statement}", parameters)
@@ -72,7 +76,6 @@ CALLS = {
     "param": lambda storage, trial: storage.set_trial_param(trial, "x1", 0.5, FloatDistribution(0, 1)),
     "attribute": lambda storage, trial: storage.set_trial_user_attr(trial, "key", 1),
     "finish": lambda storage, trial: storage.set_trial_state_values(trial, TrialState.COMPLETE, [1.0]),
-    "get": lambda storage, trial: storage.get_trial(trial),
     "number": lambda storage, trial: storage.get_trial_number_from_id(trial),
     "create": lambda storage, trial: storage.create_new_trial(2),
     "refresh": lambda storage, trial: storage.get_all_trials(2, deepcopy=False),
@@ -81,16 +84,29 @@ CALLS = {
 }
 
 
+def test_reading_one_trial_reads_few_rows(storage):
+    trial_id = storage.get_trial_id_from_study_id_trial_number(2, N_TRIALS // 2)
+    check_reads_few_rows(plans_of(storage, lambda: storage.get_trial(trial_id)))
+
+
 @pytest.mark.parametrize("call", CALLS.values(), ids=list(CALLS))
 def test_a_frequent_call_reads_few_rows_whatever_the_size_of_the_study(storage, call):
-    held = claims.claim(
-        storage.sessions, 2, Budget(trials=10**6, timeout_s=None, max_failures=9, max_attempts=3), "test"
-    )
+    held = claims.claim(storage.sessions, 2, BUDGET, "test")
     storage.hold(held)
     storage.record_heartbeat(held.trial_id)
     storage.get_all_trials(2, deepcopy=False)
     plans = plans_of(storage, lambda: call(storage, held.trial_id))
     check_reads_few_rows(plans)
+
+
+def test_a_report_that_brings_along_what_finished_reads_few_rows(storage):
+    held = claims.claim(storage.sessions, 2, BUDGET, "test")
+    storage.hold(held)
+    index = FinishedTrials(storage.sessions, 2)
+    with index.up_to_date(held.trial_id, 0):
+        assert index.count > N_TRIALS / 2
+    storage.follow(index)
+    check_reads_few_rows(plans_of(storage, lambda: storage.set_trial_intermediate_value(held.trial_id, 1, 0.5)))
 
 
 def test_the_check_finds_a_plan_that_reads_a_whole_study(storage):

@@ -71,7 +71,8 @@ def test_an_unknown_study_is_named_in_the_error(engine: Engine) -> None:
 
 def test_a_study_of_stock_optuna_has_no_spec(engine: Engine, database: str) -> None:
     optuna.create_study(study_name="theirs", storage=open_storage(database), direction="maximize")
-    (record,) = studies.list_studies(engine)
+    (summary,) = studies.summaries(engine)
+    record = summary.study
     assert (record.name, record.direction, record.spec) == ("theirs", "maximize", None)
 
 

@@ -17,7 +17,7 @@ def test_an_unknown_name_is_an_attribute_error():
     ("statement", "absent"),
     [
         ("import tuner", ("torch", "optuna", "pydantic", "sqlalchemy")),
-        ("import tuner.cli.app", ("torch", "optuna")),
+        ("import tuner.cli.app", ("torch", "optuna", "numpy", "rich")),
         ("import tuner.study, tuner.registry, tuner.progress, tuner.doctor", ("torch", "optuna")),
         ("import tuner.sampling", ("torch",)),
         ("import tuner.cli.importing, storage.importing", ("torch",)),

@@ -1,6 +1,6 @@
 import pytest
 
-from storage import open_engine
+from storage import PostgresStorage
 from storage.pruning import IndexedPercentilePruner
 from tuner.errors import UsageError
 from tuner.sampling import build_pruner, pruner_spec
@@ -9,11 +9,11 @@ from tuner.spec import PrunerSpec
 
 
 @pytest.fixture
-def engine():
-    """An engine that nothing connects."""
-    engine = open_engine("postgresql://nobody@localhost:1/none")
-    yield engine
-    engine.dispose()
+def storage():
+    """A storage that nothing connects."""
+    storage = PostgresStorage("postgresql://nobody@localhost:1/none")
+    yield storage
+    storage.engine.dispose()
 
 
 @pytest.mark.parametrize(
@@ -25,19 +25,19 @@ def engine():
         "percentile:percentile=10.0,n_startup_trials=0,n_min_trials=2",
     ],
 )
-def test_median_and_percentile_are_decided_from_an_index_with_the_specs_settings(engine, text):
+def test_median_and_percentile_are_decided_from_an_index_with_the_specs_settings(storage, text):
     spec = pruner_spec(text, epochs=20)
-    ours = pruner_on(engine, 1, spec)
+    ours = pruner_on(storage, 1, spec)
     assert isinstance(ours, IndexedPercentilePruner)
     assert vars(ours).items() >= vars(build_pruner(spec)).items()
 
 
 @pytest.mark.parametrize("name", ["hyperband", "asha", "none"])
-def test_the_other_pruners_are_optunas(engine, name):
+def test_the_other_pruners_are_optunas(storage, name):
     spec = pruner_spec(name, epochs=20)
-    assert type(pruner_on(engine, 1, spec)) is type(build_pruner(spec))
+    assert type(pruner_on(storage, 1, spec)) is type(build_pruner(spec))
 
 
-def test_a_setting_that_the_pruner_does_not_have_is_refused(engine):
+def test_a_setting_that_the_pruner_does_not_have_is_refused(storage):
     with pytest.raises(UsageError, match="--pruner median has no setting 'percentile'"):
-        pruner_on(engine, 1, PrunerSpec(name="median", settings={"percentile": 10.0}))
+        pruner_on(storage, 1, PrunerSpec(name="median", settings={"percentile": 10.0}))

@@ -9,15 +9,13 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Annotated, Self
 
 import typer
-from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-from rich.progress import Progress as Bars
 
 from tuner.cli.reading import print_json, printable
 from tuner.cli.settings import Settings, command
-from tuner.progress import PLAIN_INTERVAL_S
+from tuner.log import PLAIN_INTERVAL_S
 
 if TYPE_CHECKING:
+    from rich.progress import Progress as Bars
     from rich.progress import TaskID
 
     from storage.importing import Imported
@@ -99,6 +97,9 @@ class _Progress:
         self._tasks: dict[str, TaskID] = {}
         self._shown_at = time.monotonic()
         if log.format == "text" and log.console.is_terminal:
+            from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+            from rich.progress import Progress as Bars
+
             columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
             self._bars = Bars(*columns, console=log.console)
 
@@ -117,6 +118,8 @@ class _Progress:
         """Show that so many trials of a study are done."""
         if self._bars is not None:
             if study not in self._tasks:
+                from rich.markup import escape
+
                 # Its name is data, and no markup of rich.
                 self._tasks[study] = self._bars.add_task(escape(printable(study)), total=total)
             self._bars.update(self._tasks[study], completed=done)
