@@ -5,9 +5,13 @@ Nothing here knows of Optuna or of a database.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import torch
@@ -237,7 +241,7 @@ def class_weights(train: Rows, n_classes: int) -> Tensor:
 
 
 def split_rows(
-    inputs: Tensor,
+    inputs: Inputs,
     targets: Tensor,
     *,
     class_names: tuple[str, ...] = (),
@@ -250,20 +254,49 @@ def split_rows(
     `valid` and `test` are fractions of all rows. With `class_names` every split gets its share of each
     class (stratified).
     """
+    stratified = bool(class_names)
+    rest, test_ = split_in_two(Split(inputs, targets), test, stratified=stratified, seed=seed)
+    train, valid_ = split_in_two(rest, valid / (1 - test), stratified=stratified, seed=seed)
+    return Data(train, valid_, test_, class_names)
+
+
+def split_in_two(rows: Split, second: float, *, stratified: bool = False, seed: int = 0) -> tuple[Split, Split]:
+    """Shuffle rows into two parts, the same way for the same seed; `second` is the fraction of the second part.
+
+    `stratified` gives both parts their share of each target, which has to be a class.
+    """
     from sklearn.model_selection import train_test_split
 
-    labels = targets.numpy() if class_names else None
-    state = seed % 2**32  # all that scikit-learn takes
-    rest, test_rows = train_test_split(range(len(targets)), test_size=test, random_state=state, stratify=labels)
-    train_rows, valid_rows = train_test_split(
-        rest,
-        test_size=valid / (1 - test),
-        random_state=state,
-        stratify=None if labels is None else labels[rest],
+    parts = train_test_split(
+        range(len(rows)),
+        test_size=second,
+        random_state=seed % 2**32,  # all that scikit-learn takes
+        stratify=rows.targets.numpy() if stratified else None,
     )
-    whole = Split(inputs, targets)
-    train, valid_, test_ = (whole.rows(torch.tensor(rows)) for rows in (train_rows, valid_rows, test_rows))
-    return Data(train, valid_, test_, class_names)
+    one, other = (rows.rows(torch.tensor(part)) for part in parts)
+    return one, other
+
+
+@contextmanager
+def downloading(name: str, directory: Path) -> Iterator[None]:
+    """Let the block read a data set from `directory`, or download it there, in one process at a time.
+
+    Raises DataError, in one line, if the data set is neither there nor to be had.
+    """
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        handle = os.open(directory, os.O_RDONLY)
+        try:
+            with suppress(OSError):  # a network file system may lock no directories
+                fcntl.flock(handle, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(handle)
+    except (OSError, RuntimeError) as error:
+        raise DataError(
+            f"{name} is not in {directory} and cannot be downloaded ({' '.join(str(error).split())}):"
+            " copy it there from a machine that has it, or connect this one to the network"
+        ) from error
 
 
 def _by_name(split: Split) -> dict[str, Tensor]:

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     import optuna
     from torchmetrics import Metric
 
+__all__ = ["Loss", "Objective", "Params", "fastest"]
+
 Params = Mapping[str, Any]
 
 
@@ -90,7 +92,7 @@ class Objective(BaseModel, ABC):
         return outputs
 
     def build_optimizer(self, model: nn.Module, params: Params) -> Optimizer:
-        """Return the optimizer; `tuner.steps.fastest` makes a fused one where there is one.
+        """Return the optimizer; `tuner.objective.fastest` makes a fused one where there is one.
 
         Default: AdamW, with the params `lr` and `weight_decay` where suggested.
         """
@@ -114,7 +116,10 @@ class Objective(BaseModel, ABC):
         return params.get("max_grad_norm")
 
     def build_metrics(self, data: Data) -> dict[str, Metric]:
-        """Return torchmetrics objects by name, `metric` among them. Default: the accuracy over all rows."""
+        """Return torchmetrics objects by name, `metric` among them. Default: the accuracy over all rows.
+
+        One that computes a dict gives a value for each of its names, as `ClasswiseWrapper` does for each class.
+        """
         if not data.class_names:
             raise DataError("the default metric needs the names of the classes, got none: give Data class_names")
         from torchmetrics.classification import MulticlassAccuracy  # 3 s, and plain functions need none of it

@@ -405,7 +405,12 @@ def _evaluate(
             predicted = predicted.float()
         for metric in metrics.values():
             metric.update(predicted, batch.targets)
-    return {name: float(metric.compute()) for name, metric in metrics.items()}
+    values: dict[str, float] = {}
+    for name, metric in metrics.items():
+        found = metric.compute()
+        named = found if isinstance(found, dict) else {name: found}  # such as ClasswiseWrapper's: one for each class
+        values |= {name: float(value) for name, value in named.items()}
+    return values
 
 
 def _prediction(model: nn.Module, inputs: Inputs, predictions: Predictions | None) -> Tensor:

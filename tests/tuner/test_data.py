@@ -1,11 +1,24 @@
+import fcntl
 import hashlib
 import itertools
+import os
 
 import numpy as np
 import pytest
 import torch
 
-from tuner.data import Data, DataError, Samples, Split, class_weights, join, map_inputs, split_rows, tensors
+from tuner.data import (
+    Data,
+    DataError,
+    Samples,
+    Split,
+    class_weights,
+    downloading,
+    join,
+    map_inputs,
+    split_rows,
+    tensors,
+)
 
 
 def a_split(rows=4, *, kind="tensor", first=0.0, targets=None):
@@ -141,12 +154,48 @@ def test_a_fingerprint_tells_rows_that_changed_their_split():
     assert the_data(valid=a, test=b).fingerprint() != the_data(valid=b, test=a).fingerprint()
 
 
+def test_one_process_at_a_time_downloads(tmp_path):
+    directory = tmp_path / "new"
+    with downloading("Faces", directory):
+        handle = os.open(directory, os.O_RDONLY)
+        with pytest.raises(BlockingIOError):
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    os.close(handle)
+    assert list(directory.iterdir()) == []
+
+
+@pytest.mark.parametrize("error", [OSError("no route\nto the host"), RuntimeError("no route to the host")])
+def test_what_cannot_be_downloaded_is_told_with_its_place_and_advice(tmp_path, error):
+    with pytest.raises(DataError) as caught, downloading("Faces", tmp_path):
+        raise error
+    assert str(caught.value) == (
+        f"Faces is not in {tmp_path} and cannot be downloaded (no route to the host):"
+        " copy it there from a machine that has it, or connect this one to the network"
+    )
+
+
+def test_a_directory_that_cannot_be_made_is_told(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(DataError, match=r"Faces is not in .*file"), downloading("Faces", tmp_path / "file"):
+        pass
+
+
 ROWS = torch.arange(100, dtype=torch.float32).reshape(100, 1)
 LABELS = (torch.arange(100) < 20).long()
 
 
 def in_splits(data):
     return [sorted(split.inputs.flatten().int().tolist()) for _, split in data.splits()]
+
+
+@pytest.mark.parametrize("inputs", [(ROWS, ROWS + 1), {"a": ROWS, "b": ROWS + 1}])
+def test_several_inputs_are_split_together(inputs):
+    data = split_rows(inputs, LABELS)
+    for _, split in data.splits():
+        one, other = tensors(split.inputs)
+        assert torch.equal(one + 1, other)
+        assert torch.equal(split.targets, (one.flatten() < 20).long())
 
 
 def test_every_row_is_in_one_split_with_its_target():

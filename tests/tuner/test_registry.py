@@ -97,7 +97,7 @@ def test_the_hash_follows_the_code(write):
 @pytest.mark.parametrize(
     ("reference", "error", "told"),
     [
-        ("digit", TunerError, "no objective named 'digit' is installed; there are: digits"),
+        ("digit", TunerError, "no objective named 'digit' is installed; there are: "),
         ("", TunerError, "no objective named ''"),
         ("missing.py:f", TunerError, "no file missing.py: give the path"),
         ("mine.py", UsageError, "needs its name, got 'mine.py'; say mine.py:NAME"),
@@ -133,12 +133,14 @@ def test_a_file_that_cannot_be_used_is_told_with_its_place(write, code, told):
 
 
 def test_what_is_left_of_a_removed_package_does_not_hide_the_others(tmp_path, monkeypatch):
+    before = installed_objectives()
     left = tmp_path / "gone-1.0.dist-info"
     left.mkdir()
     (left / "METADATA").write_text("Metadata-Version: 2.1\nName: gone\nVersion: 1.0\n")
     (left / "entry_points.txt").write_text("[tuner.objectives]\ngone = gone.objective:Gone\n")
     monkeypatch.syspath_prepend(tmp_path)
-    assert [source.name for source in installed_objectives()] == ["digits"]
+    assert installed_objectives() == before
+    assert "digits" in [source.name for source in before]
 
 
 def test_options_are_checked_and_converted():
@@ -168,9 +170,10 @@ def test_an_option_that_cannot_be_is_refused_with_those_there_are(options, told)
 def test_installed_objectives_are_listed_without_importing_them(start_python):
     process = start_python(
         "from tuner.registry import installed_objectives\nimport sys\n"
-        "print([its.name for its in installed_objectives()], {'torch', 'objectives.digits'} & sys.modules.keys())"
+        "print('digits' in [its.name for its in installed_objectives()],"
+        " {'torch', 'objectives.digits'} & sys.modules.keys())"
     )
-    assert process.communicate(timeout=60) == ("['digits'] set()\n", "")
+    assert process.communicate(timeout=60) == ("True set()\n", "")
 
 
 def test_the_file_of_an_installed_objective_is_the_one_that_is_imported():

@@ -5,7 +5,7 @@ import pytest
 import torch
 from sklearn import metrics as sk
 from torch import nn
-from torchmetrics import MeanMetric, MeanSquaredError
+from torchmetrics import ClasswiseWrapper, MeanMetric, MeanSquaredError
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score, MulticlassRecall
 
 from tuner import training
@@ -196,6 +196,15 @@ def test_a_regression_metric_is_not_a_mean_over_batches(monkeypatch):
     split = Split(torch.arange(65.0).reshape(65, 1), torch.zeros(65, 1))
     found = evaluate(nn.Identity(), split, {"rmse": MeanSquaredError(squared=False)})
     assert found["rmse"] == pytest.approx(sk.root_mean_squared_error(split.targets, split.inputs))
+
+
+def test_a_metric_that_computes_a_dict_gives_a_value_for_each_name():
+    model, split = a_model(), rows_of(250, seed=2)
+    recall = ClasswiseWrapper(MulticlassRecall(3, average=None), labels=["a", "b", "c"], prefix="recall ")
+    found = evaluate(model, split, {**accuracy(), "by class": recall})
+    wanted = sk.recall_score(split.targets, predict(model, split.inputs).argmax(1), average=None)
+    assert list(found) == ["accuracy", "recall a", "recall b", "recall c"]
+    assert list(found.values())[1:] == pytest.approx(wanted.tolist())
 
 
 def test_evaluating_twice_gives_the_same_and_changes_nothing():
