@@ -24,7 +24,7 @@ SYNTAX_ERROR = "def objective(trial:\n    return 1\n"
         (["best", "nope"], 1, "'tuner studies' lists them"),
         (["worker", "nope"], 1, "no study named 'nope'"),
         (["export", "nope"], 1, "no study named 'nope'"),
-        (["run", "nope"], 1, "no objective named 'nope' is installed; there are: digits"),
+        (["run", "nope"], 1, "no objective named 'nope' is installed; there are: california_housing, "),
         (["run", "nope.py:objective"], 1, "no file nope.py"),
         (["run", "nope.py"], 2, "say nope.py:NAME"),
         (["run", "digits", "--trials", "0"], 2, "--trials needs a whole number above 0, got 0"),
