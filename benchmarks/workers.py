@@ -69,7 +69,9 @@ class Ours:
         self._held: claims.Claim | None = None
 
     def claim(self) -> optuna.Trial:
-        held = claims.claim(self._storage.sessions, self.study._study_id, BUDGET, f"worker {os.getpid()}")
+        held = claims.claim(
+            self._storage.sessions, self.study._study_id, BUDGET, claims.Holder(worker=f"worker {os.getpid()}")
+        )
         assert isinstance(held, claims.Claim)
         self._held = held
         self._storage.hold(held)

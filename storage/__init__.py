@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         StudyExistsError,
         StudyHaltedError,
         StudyNotFoundError,
+        TrialNotRunningError,
         UnreachableError,
     )
     from storage.optuna_storage import open_storage
@@ -48,6 +49,7 @@ __all__ = [
     "StudyExistsError",
     "StudyHaltedError",
     "StudyNotFoundError",
+    "TrialNotRunningError",
     "UnreachableError",
     "ensure_schema",
     "mask_url",

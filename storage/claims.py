@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime as dt
 import json
 import uuid
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cache
 from typing import Any, Final, Literal, TypeAlias
 
@@ -15,6 +15,7 @@ from sqlalchemy import (
     Double,
     Insert,
     Select,
+    Text,
     Update,
     and_,
     bindparam,
@@ -23,6 +24,7 @@ from sqlalchemy import (
     func,
     insert,
     literal,
+    or_,
     select,
     text,
     true,
@@ -32,13 +34,15 @@ from sqlalchemy.dialects.postgresql import UUID
 from sqlalchemy.dialects.postgresql import insert as upsert
 from sqlalchemy.sql.dml import ReturningInsert
 
-from storage.errors import StudyNotFoundError
-from storage.sessions import Sessions
+from storage.errors import StudyNotFoundError, TrialNotRunningError
+from storage.sessions import OUTAGE_S, Sessions
 from storage.tables import (
     studies,
     trial_intermediate_values,
     trial_user_attributes,
     trials,
+    tuner_attempts,
+    tuner_checkpoints,
     tuner_leases,
     tuner_studies,
 )
@@ -50,6 +54,11 @@ StudyState: TypeAlias = Literal["open", "paused", "stopped"]
 
 # A trial whose worker went silent runs again after this long; renewed every third of it.
 LEASE_S = 60.0
+RETURN_S = 20.0
+"""How long holders have to renew their leases once a database that was away is back, before anybody takes their trials.
+
+It is three times as long as they take to notice. A lease that ran out OUTAGE_S ago has no holder any more.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +69,16 @@ class Budget:
     timeout_s: float | None
     max_failures: int
     max_attempts: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Holder:
+    """Who runs a trial: a slot of a worker on a device, of which it has the part `share`."""
+
+    worker: str
+    slot: int = 0
+    device: str = "cpu"
+    share: float = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,22 +130,25 @@ class Standing:
         return self.n_trials - self.running - self.waiting - self.failed
 
 
-def claim(sessions: Sessions, study_id: int, budget: Budget, worker: str) -> Claim | NothingToClaim:
+def claim(
+    sessions: Sessions, study_id: int, budget: Budget, holder: Holder, *, sweep: bool = True
+) -> Claim | NothingToClaim:
     """Hand out the oldest waiting trial, or create the next one, with a lease on it, within the budget.
 
     One transaction under the study row's lock, which stock Optuna takes as well to create a trial: at most one
     worker holds a trial, numbers are dense, and the budget is exact whatever the number of workers. Trials
-    whose lease ran out are released first. It reads the unfinished and the failed trials, never the history.
-    Raises StudyNotFoundError if the study was deleted.
+    whose lease ran out are released first, unless `sweep` is off: somebody who could not reach the database a moment
+    ago has to assume that the holders could not either. It reads the unfinished and the failed trials, never the
+    history. Raises StudyNotFoundError if the study was deleted.
     """
 
     def work(conn: Connection) -> Claim | NothingToClaim:
         lock(conn, study_id)
         standing = _standing(conn, study_id)
-        if standing.expired:
-            _give_back(conn, and_(trials.c.study_id == study_id, _IS_EXPIRED), budget.max_attempts)
+        if standing.expired and sweep:
+            _give_back(conn, and_(trials.c.study_id == study_id, _IS_EXPIRED), LOST, budget.max_attempts)
             standing = _standing(conn, study_id)
-        return closed(standing, budget) or _hand_out(conn, study_id, standing, worker)
+        return closed(standing, budget) or _hand_out(conn, study_id, standing, holder)
 
     return sessions.transaction(work)
 
@@ -161,16 +183,68 @@ def renew(sessions: Sessions, held: Claim) -> bool:
     return sessions.statement(lambda conn: conn.execute(statement).rowcount) == 1
 
 
-def release(sessions: Sessions, held: Claim, *, counts: bool, max_attempts: int) -> bool:
-    """Put a running trial back to waiting, with its params; False if it is no longer held.
+@dataclass(frozen=True, kw_only=True)
+class GivenBack:
+    """Why a trial goes back to waiting, and whether its attempt counts towards `max_attempts`.
 
-    With `counts` the attempt counts towards `max_attempts`, after which the trial fails instead; a worker that
-    was asked to stop gives a trial back without it.
+    Once they are used up it fails instead, of class `failure`.
     """
 
-    return sessions.transaction(
-        lambda conn: bool(_give_back(conn, _holds(held), max_attempts, attempts_back=0 if counts else 1))
-    )
+    outcome: Literal["released", "lost"]
+    reason: str
+    counts: bool
+    failure: str = "lost"
+
+
+LOST: Final = GivenBack(outcome="lost", reason="its worker was lost", counts=True)
+
+
+def release(sessions: Sessions, held: Claim, why: GivenBack, max_attempts: int) -> bool:
+    """Put a running trial back to waiting, with its params; False if it is no longer held."""
+    return sessions.transaction(lambda conn: bool(_give_back(conn, _holds(held), why, max_attempts)))
+
+
+def release_by_number(sessions: Sessions, study_id: int, number: int) -> str | None:
+    """Put a running trial back to waiting, whoever runs it; the worker that did, None if it was not one of tuner's.
+
+    Its holder finds at the next report that the trial is his no longer. Raises TrialNotRunningError.
+    """
+
+    def work(conn: Connection) -> str | None:
+        lock(conn, study_id)
+        row = conn.execute(
+            select(trials.c.trial_id, trials.c.state, tuner_leases.c.token, tuner_leases.c.worker)
+            .outerjoin(tuner_leases, tuner_leases.c.trial_id == trials.c.trial_id)
+            .where(trials.c.study_id == study_id, trials.c.number == number)
+            .with_for_update(of=trials)
+        ).one_or_none()
+        if row is None:
+            raise TrialNotRunningError(f"there is no trial {number}")
+        if row.state != "RUNNING":
+            raise TrialNotRunningError(f"trial {number} is {row.state.lower()}, and not running")
+        if row.token is not None:
+            why = GivenBack(outcome="released", reason="by hand", counts=False)
+            _give_back(conn, tuner_leases.c.trial_id == row.trial_id, why, max_attempts=1)
+        else:
+            _set_waiting(conn, [row.trial_id])
+        worker: str | None = row.worker
+        return worker
+
+    return sessions.transaction(work)
+
+
+def restart(sessions: Sessions, held: Claim) -> bool:
+    """Drop the reports of a trial that is held, whose holder runs it anew; False if it is no longer held."""
+
+    def work(conn: Connection) -> bool:
+        query = select(tuner_leases.c.trial_id).where(_holds(held)).with_for_update()
+        if conn.execute(query).one_or_none() is None:
+            return False
+        reports = trial_intermediate_values
+        conn.execute(delete(reports).where(reports.c.trial_id == held.trial_id))
+        return True
+
+    return sessions.transaction(work)
 
 
 def live_leases(study_id: int) -> Select[int, str | None]:
@@ -247,9 +321,9 @@ def _standing(conn: Connection, study_id: int) -> Standing:
     return Standing(**row._mapping)
 
 
-def _hand_out(conn: Connection, study_id: int, standing: Standing, worker: str) -> Claim:
+def _hand_out(conn: Connection, study_id: int, standing: Standing, holder: Holder) -> Claim:
     token = uuid.uuid4()
-    lease = {"token": token, "worker": worker}
+    lease = {"token": token, **asdict(holder)}
     row, started = None, None
     if standing.oldest_waiting is not None:
         # Stock Optuna takes waiting trials without the study's lock; then ours is a new one.
@@ -261,7 +335,7 @@ def _hand_out(conn: Connection, study_id: int, standing: Standing, worker: str) 
         study_id=study_id,
         trial_id=row.trial_id,
         number=row.number,
-        attempt=row.attempts,
+        attempt=row.attempt,
         token=token,
         started=started,
     )
@@ -283,18 +357,29 @@ def _create() -> ReturningInsert[Any]:
 
 
 def _leased(handing_out: Insert | Update) -> ReturningInsert[Any]:
-    """Write the lease in the statement that makes the trial run; returns the trial and its `attempts`."""
+    """Write lease and attempt in the statement that makes the trial run; returns the trial and its `attempt`."""
     trial = handing_out.returning(trials.c.trial_id, trials.c.number, trials.c.datetime_start).cte("trial")
-    lease = {"token": bindparam("token", type_=UUID), "worker": bindparam("worker"), "expires_at": _in_lease_time()}
-    return (
+    token, worker = bindparam("token", type_=UUID), bindparam("worker", type_=Text)
+    values = {"token": token, "worker": worker, "expires_at": _in_lease_time()}
+    lease = (
         upsert(tuner_leases)
-        .from_select(["trial_id", "attempts", *lease], select(trial.c.trial_id, literal(1), *lease.values()))
+        .from_select(["trial_id", "attempts", *values], select(trial.c.trial_id, literal(1), *values.values()))
         .on_conflict_do_update(
-            index_elements=[tuner_leases.c.trial_id], set_={"attempts": tuner_leases.c.attempts + 1, **lease}
+            index_elements=[tuner_leases.c.trial_id], set_={"attempts": tuner_leases.c.attempts + 1, **values}
+        )
+        .returning(tuner_leases.c.trial_id, tuner_leases.c.attempts)
+        .cte("lease")
+    )
+    where = [bindparam(name, type_=tuner_attempts.c[name].type) for name in ("slot", "device", "share")]
+    return (
+        insert(tuner_attempts)
+        .from_select(
+            ["trial_id", "attempt", "token", "worker", "slot", "device", "share", "started_at"],
+            select(lease.c.trial_id, lease.c.attempts, token, worker, *where, func.clock_timestamp()),
         )
         .returning(
-            tuner_leases.c.trial_id,
-            tuner_leases.c.attempts,
+            tuner_attempts.c.trial_id,
+            tuner_attempts.c.attempt,
             *(
                 select(column).scalar_subquery().label(column.name)
                 for column in (trial.c.number, trial.c.datetime_start)
@@ -303,7 +388,7 @@ def _leased(handing_out: Insert | Update) -> ReturningInsert[Any]:
     )
 
 
-def _give_back(conn: Connection, whose: ColumnElement[bool], max_attempts: int, *, attempts_back: int = 0) -> int:
+def _give_back(conn: Connection, whose: ColumnElement[bool], why: GivenBack, max_attempts: int) -> int:
     """Set running trials, by their leases, to waiting, or to failed where all their attempts are used up.
 
     Returns how many there were. What a waiting trial had reported goes: the next attempt reports from its first step,
@@ -311,27 +396,41 @@ def _give_back(conn: Connection, whose: ColumnElement[bool], max_attempts: int, 
     """
     # Locked, so that a holder who ends a trial now either has ended it before or finds that it is not his any more.
     rows = conn.execute(
-        select(trials.c.trial_id, (tuner_leases.c.attempts - attempts_back).label("attempts"))
+        select(trials.c.trial_id, tuner_leases.c.attempts, tuner_leases.c.token, tuner_leases.c.expires_at)
         .join(tuner_leases, tuner_leases.c.trial_id == trials.c.trial_id)
         .where(trials.c.state == "RUNNING", whose)
         .with_for_update()
     ).all()
     if not rows:
         return 0
-    lost = {row.trial_id: row.attempts for row in rows if row.attempts >= max_attempts}
-    for trial_id, attempts in lost.items():
-        message = f"its worker was lost in each of {attempts} attempts"
-        _set_user_attrs(conn, trial_id, {"failure": "lost", "failure_message": message})
-    waiting = [row.trial_id for row in rows if row.trial_id not in lost]
-    conn.execute(update(trials).where(trials.c.trial_id.in_(lost)).values(state="FAIL", datetime_complete=_utc_now()))
-    conn.execute(update(trials).where(trials.c.trial_id.in_(waiting)).values(state="WAITING"))
-    conn.execute(delete(trial_intermediate_values).where(trial_intermediate_values.c.trial_id.in_(waiting)))
+    failed = {row.trial_id: row.attempts for row in rows if why.counts and row.attempts >= max_attempts}
+    for trial_id, attempts in failed.items():
+        message = f"{why.reason} in each of {attempts} attempts"
+        _set_user_attrs(conn, trial_id, {"failure": why.failure, "failure_message": message})
+    conn.execute(update(trials).where(trials.c.trial_id.in_(failed)).values(state="FAIL", datetime_complete=_utc_now()))
+    conn.execute(delete(tuner_checkpoints).where(tuner_checkpoints.c.trial_id.in_(failed)))
+    _set_waiting(conn, [row.trial_id for row in rows if row.trial_id not in failed])
+    conn.execute(
+        update(tuner_attempts)
+        .where(tuner_attempts.c.token == tuner_leases.c.token, tuner_leases.c.trial_id.in_([r.trial_id for r in rows]))
+        .values(
+            ended_at=func.least(tuner_leases.c.expires_at, func.clock_timestamp()),
+            outcome=why.outcome,
+            message=why.reason,
+        )
+    )
     conn.execute(
         update(tuner_leases)
         .where(tuner_leases.c.trial_id.in_([row.trial_id for row in rows]))
-        .values(attempts=tuner_leases.c.attempts - attempts_back, token=None, worker=None, expires_at=None)
+        .values(attempts=tuner_leases.c.attempts - int(not why.counts), token=None, worker=None, expires_at=None)
     )
     return len(rows)
+
+
+def _set_waiting(conn: Connection, trial_ids: list[int]) -> None:
+    reports = trial_intermediate_values
+    conn.execute(update(trials).where(trials.c.trial_id.in_(trial_ids)).values(state="WAITING"))
+    conn.execute(delete(reports).where(reports.c.trial_id.in_(trial_ids)))
 
 
 def _set_user_attrs(conn: Connection, trial_id: int, attrs: dict[str, Any]) -> None:
@@ -344,7 +443,15 @@ def _set_user_attrs(conn: Connection, trial_id: int, attrs: dict[str, Any]) -> N
     )
 
 
-_IS_EXPIRED: Final = tuner_leases.c.expires_at < func.clock_timestamp()
+_NOW: Final = func.clock_timestamp()
+# A server that has just come back was away for all holders.
+_IS_EXPIRED: Final = and_(
+    tuner_leases.c.expires_at < _NOW,
+    or_(
+        func.pg_postmaster_start_time() < _NOW - text(f"interval '{RETURN_S} seconds'"),
+        tuner_leases.c.expires_at < _NOW - text(f"interval '{OUTAGE_S} seconds'"),
+    ),
+)
 
 
 def _holds(held: Claim) -> ColumnElement[bool]:

@@ -55,5 +55,9 @@ class LiveTrialsError(StorageError):
     """Workers run trials of the study, which may not go under their hands."""
 
 
+class TrialNotRunningError(StorageError):
+    """The study has no running trial of that number."""
+
+
 class InvalidWriteError(ValueError):
     """What was to be written is nothing that the tables can hold; nothing was sent to the database."""

@@ -27,6 +27,7 @@ from sqlalchemy import (
     and_,
     bindparam,
     cast,
+    delete,
     func,
     null,
     or_,
@@ -45,6 +46,8 @@ from storage.tables import (
     trial_params,
     trial_values,
     trials,
+    tuner_attempts,
+    tuner_checkpoints,
     tuner_leases,
     tuner_studies,
 )
@@ -225,7 +228,13 @@ def _set_state(state: TrialState, *, leased: bool) -> ReturningUpdate[Any]:
         return statement
     # The lease ends with the trial; its token stays, by which the holder knows a repeated write for his own.
     ended = update(tuner_leases).values(expires_at=None).where(tuner_leases.c.trial_id == ours.c.trial_id)
-    return statement.add_cte(ended.cte("lease"))
+    attempt = (
+        update(tuner_attempts)
+        .values(ended_at=func.clock_timestamp(), outcome=state.name.lower())
+        .where(tuner_attempts.c.token == bindparam("the_token"), select(ours.c.trial_id).exists())
+    )
+    checkpoint = delete(tuner_checkpoints).where(tuner_checkpoints.c.trial_id == ours.c.trial_id)
+    return statement.add_cte(ended.cte("lease"), attempt.cte("attempt"), checkpoint.cte("checkpoint"))
 
 
 @cache

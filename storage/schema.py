@@ -64,6 +64,48 @@ _MIGRATIONS: Final[tuple[tuple[str, ...], ...]] = (
         CHECK (state IN ('open', 'paused', 'stopped'))
         """,
     ),
+    # Workers seen from anywhere, what each attempt cost, and checkpoints where every machine reaches them.
+    (
+        """
+        CREATE TABLE tuner_workers (
+            worker_id uuid PRIMARY KEY,
+            study_id integer NOT NULL REFERENCES studies (study_id) ON DELETE CASCADE,
+            name text NOT NULL,
+            slots jsonb NOT NULL,
+            versions jsonb NOT NULL,
+            started_at timestamptz NOT NULL,
+            last_seen timestamptz NOT NULL,
+            ended_at timestamptz
+        )
+        """,
+        "CREATE INDEX ix_tuner_workers_study_id ON tuner_workers (study_id)",
+        """
+        CREATE TABLE tuner_attempts (
+            token uuid PRIMARY KEY,
+            trial_id integer NOT NULL REFERENCES trials (trial_id) ON DELETE CASCADE,
+            attempt integer NOT NULL,
+            worker text NOT NULL,
+            slot integer NOT NULL,
+            device text NOT NULL,
+            share double precision NOT NULL,
+            started_at timestamptz NOT NULL,
+            ended_at timestamptz,
+            outcome text CHECK (outcome IN ('complete', 'pruned', 'fail', 'released', 'lost')),
+            message text
+        )
+        """,
+        "CREATE INDEX ix_tuner_attempts_trial_id ON tuner_attempts (trial_id)",
+        """
+        CREATE TABLE tuner_checkpoints (
+            trial_id integer NOT NULL REFERENCES trials (trial_id) ON DELETE CASCADE,
+            part integer NOT NULL,
+            data bytea NOT NULL,
+            PRIMARY KEY (trial_id, part)
+        )
+        """,
+        # Weights do not compress, and are too large to try.
+        "ALTER TABLE tuner_checkpoints ALTER COLUMN data SET STORAGE EXTERNAL",
+    ),
 )
 SCHEMA_VERSION: Final = len(_MIGRATIONS)
 

@@ -13,6 +13,7 @@ from sqlalchemy import (
     Enum,
     ForeignKey,
     Integer,
+    LargeBinary,
     MetaData,
     String,
     Table,
@@ -147,6 +148,44 @@ tuner_leases = Table(
     Column("token", UUID),
     Column("worker", Text),
     Column("expires_at", DateTime(timezone=True)),
+)
+# One row a worker process, kept after its end. `slots` lists {"slot", "device", "share", "state"}.
+tuner_workers = Table(
+    "tuner_workers",
+    tuner_metadata,
+    Column("worker_id", UUID, primary_key=True),
+    Column("study_id", Integer, nullable=False, index=True),
+    Column("name", Text, nullable=False),
+    Column("slots", JSONB, nullable=False),
+    Column("versions", JSONB, nullable=False),
+    Column("started_at", DateTime(timezone=True), nullable=False),
+    Column("last_seen", DateTime(timezone=True), nullable=False),
+    Column("ended_at", DateTime(timezone=True)),
+)
+# One row each time that a trial was handed out, kept after its end. `share` is the part of the device that its slot
+# had; `outcome` is NULL while it runs.
+tuner_attempts = Table(
+    "tuner_attempts",
+    tuner_metadata,
+    Column("token", UUID, primary_key=True),
+    Column("trial_id", Integer, nullable=False, index=True),
+    Column("attempt", Integer, nullable=False),
+    Column("worker", Text, nullable=False),
+    Column("slot", Integer, nullable=False),
+    Column("device", Text, nullable=False),
+    Column("share", Double, nullable=False),
+    Column("started_at", DateTime(timezone=True), nullable=False),
+    Column("ended_at", DateTime(timezone=True)),
+    Column("outcome", Text),  # complete, pruned, fail, released or lost
+    Column("message", Text),  # why it was released or lost
+)
+# The checkpoint of a trial that has not ended, in parts of some megabytes.
+tuner_checkpoints = Table(
+    "tuner_checkpoints",
+    tuner_metadata,
+    Column("trial_id", Integer, primary_key=True, autoincrement=False),
+    Column("part", Integer, primary_key=True, autoincrement=False),
+    Column("data", LargeBinary, nullable=False),
 )
 tuner_exports = Table(
     "tuner_exports",

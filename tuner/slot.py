@@ -112,7 +112,9 @@ class Slot:
             if ran == self._config.trials:
                 reason = f"this slot ran its {ran} trials"
                 break
-            claimed = claims.claim(self._storage.sessions, study.study_id, study.budget, self._config.worker)
+            claimed = claims.claim(
+                self._storage.sessions, study.study_id, study.budget, claims.Holder(worker=self._config.worker)
+            )
             if isinstance(claimed, claims.NothingToClaim):
                 if claimed.final:
                     reason = claimed.reason
@@ -212,7 +214,8 @@ class Slot:
 
     def _release(self, study: Study, held: claims.Claim, why: str | None = None) -> None:
         """Put the trial back, at no cost of its attempts."""
-        claims.release(self._storage.sessions, held, counts=False, max_attempts=study.budget.max_attempts)
+        given_back = claims.GivenBack(outcome="released", reason=why or "its worker was stopped", counts=False)
+        claims.release(self._storage.sessions, held, given_back, study.budget.max_attempts)
         self._emit(Event(event="trial_released", trial=held.number, attempt=held.attempt, message=why))
 
     def _tell_outage(self, error: Exception) -> None:

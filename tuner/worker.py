@@ -13,7 +13,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import FrameType
 from typing import IO, Any
 
@@ -275,9 +275,8 @@ class Worker:
     def _release(self, held: claims.Claim) -> None:
         """Give back the trial of a dead slot at once; if the database is away, its lease runs out instead."""
         try:
-            claims.release(
-                Sessions(self._engine), held, counts=not self._signals, max_attempts=self._study.budget.max_attempts
-            )
+            why = replace(claims.LOST, counts=not self._signals)
+            claims.release(Sessions(self._engine), held, why, self._study.budget.max_attempts)
         except (StorageError, SQLAlchemyError) as error:
             if not is_outage(error):
                 raise

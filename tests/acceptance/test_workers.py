@@ -311,7 +311,7 @@ def test_a_slot_that_lost_its_lease_writes_nothing(tuner: Tuner, database: str, 
         wait_for(lambda: bool(load(database, "gated").trials[0].params), "its param is drawn")
         engine = open_engine(database)
         with engine.begin() as conn:  # as after a minute in which the slot's process was stopped
-            taken = "update tuner_leases set token = gen_random_uuid(), expires_at = now() - interval '1 second'"
+            taken = "update tuner_leases set token = gen_random_uuid(), expires_at = now() - interval '1 hour'"
             conn.execute(text(taken))
         engine.dispose()
         open_gate(study_file, 10)
@@ -333,7 +333,7 @@ def test_a_slot_that_was_frozen_for_longer_than_its_lease_is_fenced_and_goes_on(
         os.kill(slot, signal.SIGSTOP)
         engine = open_engine(database)
         with engine.begin() as conn:  # as after a minute
-            conn.execute(text("update tuner_leases set expires_at = now() - interval '1 second'"))
+            conn.execute(text("update tuner_leases set expires_at = now() - interval '1 hour'"))
         engine.dispose()
         with tuner.start(*arguments) as healthy:
             wait_for(lambda: bool(healthy.events("trial_started")), "another worker takes the trial")

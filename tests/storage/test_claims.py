@@ -6,7 +6,7 @@ import signal
 import threading
 import uuid
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import optuna
 import pytest
@@ -14,7 +14,16 @@ from command import wait_for
 from optuna.trial import TrialState
 from sqlalchemy import Engine, text
 
-from storage import StudyNotFoundError, claims, ensure_schema, open_engine, open_storage, studies
+from storage import (
+    PostgresStorage,
+    StudyNotFoundError,
+    TrialNotRunningError,
+    claims,
+    ensure_schema,
+    open_engine,
+    open_storage,
+    studies,
+)
 from storage.claims import Budget, Claim, NothingToClaim
 from storage.sessions import Sessions
 
@@ -22,6 +31,7 @@ if TYPE_CHECKING:
     import subprocess
     from collections.abc import Callable, Iterator
 
+BY_HAND = claims.GivenBack(outcome="released", reason="by hand", counts=False)
 BUDGET = Budget(trials=10, timeout_s=None, max_failures=3, max_attempts=2)
 
 # Claims and completes trials until the budget is used up; prints the numbers that it ran.
@@ -34,7 +44,7 @@ engine = open_engine(sys.argv[1])
 budget = claims.Budget(trials=int(sys.argv[3]), timeout_s=None, max_failures=0, max_attempts=1)
 sys.stdin.readline()
 while True:
-    held = claims.claim(Sessions(engine), int(sys.argv[2]), budget, "test")
+    held = claims.claim(Sessions(engine), int(sys.argv[2]), budget, claims.Holder(worker="test"))
     if isinstance(held, claims.NothingToClaim):
         if held.final:
             break
@@ -50,7 +60,7 @@ from storage import claims, open_engine
 from storage.sessions import Sessions
 engine = open_engine(sys.argv[1])
 budget = claims.Budget(trials=10, timeout_s=None, max_failures=3, max_attempts=2)
-print(claims.claim(Sessions(engine), int(sys.argv[2]), budget, "holder").number, flush=True)
+print(claims.claim(Sessions(engine), int(sys.argv[2]), budget, claims.Holder(worker="holder")).number, flush=True)
 sys.stdin.readline()
 """
 
@@ -80,13 +90,13 @@ def expire(engine: Engine, held: Claim) -> None:
     """Let the lease run out now, as if LEASE_S seconds had passed without a renewal."""
     with engine.begin() as conn:
         conn.execute(
-            text("update tuner_leases set expires_at = now() - interval '1 second' where trial_id = :id"),
+            text("update tuner_leases set expires_at = now() - interval '1 hour' where trial_id = :id"),
             {"id": held.trial_id},
         )
 
 
 def claim(engine: Engine, study_id: int, budget: Budget = BUDGET) -> Claim:
-    held = claims.claim(Sessions(engine), study_id, budget, "test")
+    held = claims.claim(Sessions(engine), study_id, budget, claims.Holder(worker="test"))
     assert isinstance(held, Claim)
     return held
 
@@ -126,7 +136,7 @@ def test_the_budget_is_exact_whatever_the_number_of_workers(
 def test_running_trials_hold_their_share_of_the_budget(engine: Engine, study_id: int) -> None:
     budget = replace(BUDGET, trials=2)
     first, _ = claim(engine, study_id, budget), claim(engine, study_id, budget)
-    refused = claims.claim(Sessions(engine), study_id, budget, "test")
+    refused = claims.claim(Sessions(engine), study_id, budget, claims.Holder(worker="test"))
     assert refused == NothingToClaim(final=False, reason="2 running trials hold the rest of the budget")
     finish(engine, first, "FAIL")
     assert claim(engine, study_id, budget).number == 2
@@ -136,7 +146,7 @@ def test_running_trials_hold_their_share_of_the_budget(engine: Engine, study_id:
 def test_complete_and_pruned_trials_use_the_budget_up(engine: Engine, study_id: int, state: str) -> None:
     budget = replace(BUDGET, trials=1)
     finish(engine, claim(engine, study_id, budget), state)
-    refused = claims.claim(Sessions(engine), study_id, budget, "test")
+    refused = claims.claim(Sessions(engine), study_id, budget, claims.Holder(worker="test"))
     assert isinstance(refused, NothingToClaim)
     assert refused.final
     assert end_of_budget(engine, study_id, budget) == "the budget of 1 trials is used up"
@@ -146,7 +156,7 @@ def test_more_failures_than_allowed_end_the_study(engine: Engine, study_id: int)
     budget = replace(BUDGET, max_failures=1)
     finish(engine, claim(engine, study_id, budget), "FAIL")
     finish(engine, claim(engine, study_id, budget), "FAIL")
-    refused = claims.claim(Sessions(engine), study_id, budget, "test")
+    refused = claims.claim(Sessions(engine), study_id, budget, claims.Holder(worker="test"))
     assert refused == NothingToClaim(final=True, reason="2 trials failed, more than the 1 allowed")
 
 
@@ -155,7 +165,7 @@ def test_no_trial_starts_after_the_timeout_by_the_databases_clock(engine: Engine
     claim(engine, study_id, budget)
     with engine.begin() as conn:
         conn.execute(text("update tuner_studies set created_at = now() - interval '101 seconds'"))
-    refused = claims.claim(Sessions(engine), study_id, budget, "test")
+    refused = claims.claim(Sessions(engine), study_id, budget, claims.Holder(worker="test"))
     assert refused == NothingToClaim(final=True, reason="the study's time of 100 s is over")
 
 
@@ -212,7 +222,7 @@ def test_the_former_holder_of_a_trial_can_neither_renew_nor_release_it(engine: E
     now = claim(engine, study_id)
     assert now.number == former.number
     assert not claims.renew(Sessions(engine), former)
-    assert not claims.release(Sessions(engine), former, counts=True, max_attempts=2)
+    assert not claims.release(Sessions(engine), former, claims.LOST, 2)
     assert claims.renew(Sessions(engine), now)
 
 
@@ -235,7 +245,7 @@ def test_a_trial_given_back_by_a_worker_that_stops_costs_no_attempt(engine: Engi
     for _ in range(BUDGET.max_attempts + 1):
         held = claim(engine, study_id)
         assert held.attempt == 1
-        assert claims.release(Sessions(engine), held, counts=False, max_attempts=BUDGET.max_attempts)
+        assert claims.release(Sessions(engine), held, BY_HAND, BUDGET.max_attempts)
         assert state_of(engine, held) == "WAITING"
 
 
@@ -250,7 +260,7 @@ def test_claiming_from_a_deleted_study_says_so(engine: Engine, study_id: int, da
     claim(engine, study_id)
     optuna.delete_study(study_name="s", storage=open_storage(database))
     with pytest.raises(StudyNotFoundError, match="was deleted"):
-        claims.claim(Sessions(engine), study_id, BUDGET, "test")
+        claims.claim(Sessions(engine), study_id, BUDGET, claims.Holder(worker="test"))
     with engine.connect() as conn:
         assert conn.execute(text("select count(*) from tuner_leases")).scalar_one() == 0
 
@@ -278,3 +288,97 @@ def test_a_trial_that_ends_just_as_its_lease_is_found_expired_stays_ended(engine
     claiming.join(30)
     assert [(one.number, one.attempt) for one in found] == [(1, 1)]
     assert state_of(engine, held) == "COMPLETE"
+
+
+def attempts(engine: Engine) -> list[Any]:
+    query = (
+        "select attempt, worker, slot, device, share, outcome, message, ended_at is null as runs from tuner_attempts"
+    )
+    with engine.connect() as conn:
+        return list(conn.execute(text(f"{query} order by started_at")))
+
+
+def let_run_out(engine: Engine, held: Claim) -> None:
+    """Let the lease have run out a second ago."""
+    with engine.begin() as conn:
+        conn.execute(text("update tuner_leases set expires_at = now() - interval '1 second'"))
+
+
+def test_each_attempt_is_recorded_with_where_it_ran_and_how_it_ended(engine: Engine, study_id: int) -> None:
+    storage = PostgresStorage(engine.url)
+    holder = claims.Holder(worker="gpu-1:7", slot=2, device="cuda:1", share=0.5)
+    first = claims.claim(storage.sessions, study_id, BUDGET, holder)
+    assert isinstance(first, Claim)
+    assert claims.release(storage.sessions, first, replace(claims.LOST, reason="exit code 9"), 3)
+    second = claim(engine, study_id)
+    storage.hold(second)
+    storage.set_trial_state_values(second.trial_id, TrialState.COMPLETE, [1.0])
+    storage.engine.dispose()
+    third = claim(engine, study_id)
+    assert third.number == 1
+    assert [tuple(row) for row in attempts(engine)] == [
+        (1, "gpu-1:7", 2, "cuda:1", 0.5, "lost", "exit code 9", False),
+        (2, "test", 0, "cpu", 1.0, "complete", None, False),
+        (1, "test", 0, "cpu", 1.0, None, None, True),
+    ]
+
+
+def test_holders_have_time_to_renew_after_the_server_was_away(database: str, study_id: int, engine: Engine) -> None:
+    held = claim(engine, study_id)
+    let_run_out(engine, held)
+    with engine.connect() as conn:
+        up_s = conn.scalar(text("select extract(epoch from now() - pg_postmaster_start_time())"))
+    expected = up_s > claims.RETURN_S
+    assert (claims.look(Sessions(engine), study_id).expired == 1) == expected
+    assert claims.renew(Sessions(engine), held)
+    assert claims.look(Sessions(engine), study_id).expired == 0
+
+
+def test_who_was_cut_off_leaves_the_leases_of_others_alone(engine: Engine, study_id: int) -> None:
+    held = claim(engine, study_id)
+    expire(engine, held)
+    holder = claims.Holder(worker="cut off")
+    other = claims.claim(Sessions(engine), study_id, BUDGET, holder, sweep=False)
+    assert isinstance(other, Claim)
+    assert other.number == 1
+    assert state_of(engine, held) == "RUNNING"
+    again = claims.claim(Sessions(engine), study_id, BUDGET, holder)
+    assert isinstance(again, Claim)
+    assert (again.number, again.attempt) == (0, 2)
+
+
+def test_a_trial_is_released_by_hand_whoever_runs_it(engine: Engine, study_id: int) -> None:
+    sessions = Sessions(engine)
+    held = claim(engine, study_id)
+    assert claims.release_by_number(sessions, study_id, 0) == "test"
+    assert state_of(engine, held) == "WAITING"
+    assert not claims.renew(sessions, held)
+    again = claim(engine, study_id)
+    assert (again.number, again.attempt) == (0, 1)
+    finish(engine, again)
+    with pytest.raises(TrialNotRunningError, match="trial 0 is complete, and not running"):
+        claims.release_by_number(sessions, study_id, 0)
+    with pytest.raises(TrialNotRunningError, match="there is no trial 7"):
+        claims.release_by_number(sessions, study_id, 7)
+
+
+def test_a_running_trial_of_another_program_is_released_by_hand(engine: Engine, study_id: int, database: str) -> None:
+    study = optuna.load_study(study_name="s", storage=open_storage(database))
+    trial_id = study._storage.create_new_trial(study_id)
+    study._storage.set_trial_intermediate_value(trial_id, 1, 1.0)
+    assert claims.release_by_number(Sessions(engine), study_id, 0) is None
+    (trial,) = study.trials
+    assert (trial.state, trial.intermediate_values) == (TrialState.WAITING, {})
+
+
+def test_a_trial_is_run_anew_without_what_it_reported(engine: Engine, study_id: int) -> None:
+    storage = PostgresStorage(engine.url)
+    held = claim(engine, study_id)
+    storage.hold(held)
+    storage.set_trial_intermediate_value(held.trial_id, 1, 0.5)
+    assert claims.restart(storage.sessions, held)
+    storage.hold(held)
+    assert storage.get_trial(held.trial_id).intermediate_values == {}
+    assert state_of(engine, held) == "RUNNING"
+    assert not claims.restart(storage.sessions, replace(held, token=uuid.uuid4()))
+    storage.engine.dispose()

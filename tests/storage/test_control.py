@@ -25,6 +25,7 @@ from storage.claims import Budget, Claim, NothingToClaim
 if TYPE_CHECKING:
     pass
 
+BY_HAND = claims.GivenBack(outcome="released", reason="by hand", counts=False)
 BUDGET = Budget(trials=10, timeout_s=None, max_failures=3, max_attempts=2)
 
 
@@ -34,7 +35,7 @@ def study_id(storage: PostgresStorage) -> int:
 
 
 def claim(storage: PostgresStorage, study_id: int) -> Claim:
-    held = claims.claim(storage.sessions, study_id, BUDGET, "test")
+    held = claims.claim(storage.sessions, study_id, BUDGET, claims.Holder(worker="test"))
     assert isinstance(held, Claim)
     storage.hold(held)
     return held
@@ -43,7 +44,7 @@ def claim(storage: PostgresStorage, study_id: int) -> Claim:
 @pytest.mark.parametrize(("state", "final"), [("paused", False), ("stopped", True)])
 def test_a_halted_study_hands_out_nothing_until_it_is_resumed(storage, study_id, state, final):
     control.set_state(storage.sessions, study_id, state)
-    refused = claims.claim(storage.sessions, study_id, BUDGET, "test")
+    refused = claims.claim(storage.sessions, study_id, BUDGET, claims.Holder(worker="test"))
     assert isinstance(refused, NothingToClaim)
     assert (refused.final, refused.paused) == (final, not final)
     assert claims.look(storage.sessions, study_id).state == state
@@ -61,7 +62,7 @@ def test_a_report_is_written_and_then_tells_that_the_study_was_halted(storage, s
     storage.let_go(held)
     assert storage.get_trial(held.trial_id).intermediate_values == {0: 0.5, 1: 0.6}
     storage.set_trial_intermediate_value(held.trial_id, 2, 0.7)  # as a client like any other
-    assert claims.release(storage.sessions, held, counts=False, max_attempts=2)
+    assert claims.release(storage.sessions, held, BY_HAND, 2)
     assert control.set_state(storage.sessions, study_id, "open") == 0
 
 
@@ -101,7 +102,7 @@ def test_deleting_by_force_takes_the_trial_from_its_holder(storage, study_id):
     with pytest.raises(KeyError):
         storage.set_trial_intermediate_value(held.trial_id, 0, 1.0)
     with pytest.raises(StudyNotFoundError):
-        claims.claim(storage.sessions, study_id, BUDGET, "test")
+        claims.claim(storage.sessions, study_id, BUDGET, claims.Holder(worker="test"))
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,7 @@ def pruner(storage, study_id):
 @pytest.fixture
 def trial(storage, study_id, pruner):
     """A trial under our lease, in a study with the indexed pruner."""
-    held = claims.claim(storage.sessions, study_id, BUDGET, "test")
+    held = claims.claim(storage.sessions, study_id, BUDGET, claims.Holder(worker="test"))
     assert isinstance(held, Claim)
     storage.hold(held)
     return optuna.Trial(optuna.load_study(study_name="s", storage=storage, pruner=pruner), held.trial_id)

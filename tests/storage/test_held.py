@@ -31,7 +31,7 @@ WRITES = {
 @pytest.fixture
 def held(storage) -> Claim:
     study_id = studies.create_study(storage.engine, "s", "maximize", {"version": 1}, {}, "value").study_id
-    claimed = claims.claim(storage.sessions, study_id, BUDGET, "test")
+    claimed = claims.claim(storage.sessions, study_id, BUDGET, claims.Holder(worker="test"))
     assert isinstance(claimed, Claim)
     storage.hold(claimed)
     return claimed

@@ -28,6 +28,7 @@ from storage.tables import optuna_metadata, tuner_metadata
 
 OPTUNAS = optuna_metadata.sorted_tables
 X = FloatDistribution(0, 1)
+BY_HAND = claims.GivenBack(outcome="released", reason="by hand", counts=False)
 BUDGET = Budget(trials=100, timeout_s=None, max_failures=100, max_attempts=2)
 
 
@@ -59,7 +60,7 @@ def running(storage: PostgresStorage) -> int:
 
 
 def claim(storage: PostgresStorage, study_id: int) -> Claim:
-    held = claims.claim(storage.sessions, study_id, BUDGET, "worker")
+    held = claims.claim(storage.sessions, study_id, BUDGET, claims.Holder(worker="worker"))
     assert isinstance(held, Claim)
     return held
 
@@ -90,7 +91,7 @@ def with_lost_workers(storage: PostgresStorage) -> int:
     first, last = claim(storage, study_id), claim(storage, study_id)
     storage.set_trial_intermediate_value(first.trial_id, 0, 0.5)
     with storage.engine.begin() as conn:
-        conn.execute(text("UPDATE tuner_leases SET expires_at = now() - interval '1 s'"))
+        conn.execute(text("UPDATE tuner_leases SET expires_at = now() - interval '1 hour'"))
         conn.execute(text("UPDATE tuner_leases SET attempts = 2 WHERE trial_id = :id"), {"id": last.trial_id})
     return study_id
 
@@ -165,13 +166,9 @@ WRITES = {
     "claim, waiting": claiming(with_waiting),
     "claim, expired": claiming(with_lost_workers),
     "renew": of_claim(lambda storage, mine: claims.renew(storage.sessions, mine)),
-    "release": of_claim(lambda storage, mine: claims.release(storage.sessions, mine, counts=False, max_attempts=2)),
-    "release, counted": of_claim(
-        lambda storage, mine: claims.release(storage.sessions, mine, counts=True, max_attempts=2)
-    ),
-    "release, last": of_claim(
-        lambda storage, mine: claims.release(storage.sessions, mine, counts=True, max_attempts=1)
-    ),
+    "release": of_claim(lambda storage, mine: claims.release(storage.sessions, mine, BY_HAND, 2)),
+    "release, counted": of_claim(lambda storage, mine: claims.release(storage.sessions, mine, claims.LOST, 2)),
+    "release, last": of_claim(lambda storage, mine: claims.release(storage.sessions, mine, claims.LOST, 1)),
 }
 IN_TRIAL: dict[str, Callable[[PostgresStorage, int], Any]] = {
     "set_trial_param": lambda storage, trial: storage.set_trial_param(trial, "x", 0.5, X),

@@ -64,7 +64,7 @@ def stock(database: str) -> Iterator[RDBStorage]:
 
 
 def claimed(storage: PostgresStorage, study_id: int) -> Claim:
-    held = claims.claim(storage.sessions, study_id, BUDGET, "test")
+    held = claims.claim(storage.sessions, study_id, BUDGET, claims.Holder(worker="test"))
     assert isinstance(held, Claim)
     return held
 
@@ -73,7 +73,7 @@ def expired(storage: PostgresStorage, held: Claim) -> None:
     """Let the lease run out now."""
     with storage.engine.begin() as conn:
         conn.execute(
-            text("update tuner_leases set expires_at = now() - interval '1 s' where trial_id = :id"),
+            text("update tuner_leases set expires_at = now() - interval '1 hour' where trial_id = :id"),
             {"id": held.trial_id},
         )
 

@@ -79,7 +79,7 @@ CALLS = {
     "number": lambda storage, trial: storage.get_trial_number_from_id(trial),
     "create": lambda storage, trial: storage.create_new_trial(2),
     "refresh": lambda storage, trial: storage.get_all_trials(2, deepcopy=False),
-    "claim": lambda storage, trial: claims.claim(storage.sessions, 2, BUDGET, "test"),
+    "claim": lambda storage, trial: claims.claim(storage.sessions, 2, BUDGET, claims.Holder(worker="test")),
     "stale": lambda storage, trial: storage._get_stale_trial_ids(2),
 }
 
@@ -91,7 +91,7 @@ def test_reading_one_trial_reads_few_rows(storage):
 
 @pytest.mark.parametrize("call", CALLS.values(), ids=list(CALLS))
 def test_a_frequent_call_reads_few_rows_whatever_the_size_of_the_study(storage, call):
-    held = claims.claim(storage.sessions, 2, BUDGET, "test")
+    held = claims.claim(storage.sessions, 2, BUDGET, claims.Holder(worker="test"))
     storage.hold(held)
     storage.record_heartbeat(held.trial_id)
     storage.get_all_trials(2, deepcopy=False)
@@ -100,7 +100,7 @@ def test_a_frequent_call_reads_few_rows_whatever_the_size_of_the_study(storage, 
 
 
 def test_a_report_that_brings_along_what_finished_reads_few_rows(storage):
-    held = claims.claim(storage.sessions, 2, BUDGET, "test")
+    held = claims.claim(storage.sessions, 2, BUDGET, claims.Holder(worker="test"))
     storage.hold(held)
     index = FinishedTrials(storage.sessions, 2)
     with index.up_to_date(held.trial_id, 0):
