@@ -144,10 +144,10 @@ def claim(
 
     def work(conn: Connection) -> Claim | NothingToClaim:
         lock(conn, study_id)
-        standing = _standing(conn, study_id)
+        standing = standing_of(conn, study_id)
         if standing.expired and sweep:
             _give_back(conn, and_(trials.c.study_id == study_id, _IS_EXPIRED), LOST, budget.max_attempts)
-            standing = _standing(conn, study_id)
+            standing = standing_of(conn, study_id)
         return closed(standing, budget) or _hand_out(conn, study_id, standing, holder)
 
     return sessions.transaction(work)
@@ -155,7 +155,7 @@ def claim(
 
 def look(sessions: Sessions, study_id: int) -> Standing:
     """Return how the study stands. Raises StudyNotFoundError."""
-    return sessions.statement(lambda conn: _standing(conn, study_id))
+    return sessions.statement(lambda conn: standing_of(conn, study_id))
 
 
 def closed(standing: Standing, budget: Budget) -> NothingToClaim | None:
@@ -314,7 +314,8 @@ def _select_standing() -> Select[Any]:
     )
 
 
-def _standing(conn: Connection, study_id: int) -> Standing:
+def standing_of(conn: Connection, study_id: int) -> Standing:
+    """Return how the study stands, as `conn`'s transaction sees it. Raises StudyNotFoundError."""
     row = conn.execute(_select_standing(), {"study_id": study_id}).one_or_none()
     if row is None:
         raise _deleted(study_id)
@@ -405,7 +406,7 @@ def _give_back(conn: Connection, whose: ColumnElement[bool], why: GivenBack, max
         return 0
     failed = {row.trial_id: row.attempts for row in rows if why.counts and row.attempts >= max_attempts}
     for trial_id, attempts in failed.items():
-        message = f"{why.reason} in each of {attempts} attempts"
+        message = f"{why.reason} in the last of {attempts} attempts"
         _set_user_attrs(conn, trial_id, {"failure": why.failure, "failure_message": message})
     conn.execute(update(trials).where(trials.c.trial_id.in_(failed)).values(state="FAIL", datetime_complete=_utc_now()))
     conn.execute(delete(tuner_checkpoints).where(tuner_checkpoints.c.trial_id.in_(failed)))

@@ -37,7 +37,7 @@ from storage.tables import (
     tuner_leases,
 )
 from storage.url import parse_url
-from storage.values import checked_name, checked_step
+from storage.values import checked_name, checked_step, json_texts
 
 if TYPE_CHECKING:
     import optuna
@@ -239,7 +239,7 @@ class PostgresStorage(StudyStorage, BaseHeartbeat):
 
     def _set_trial_attrs(self, table: Table, trial_id: int, attrs: Mapping[str, Any]) -> None:
         held, token = self._lease(trial_id)
-        values_json = {checked_name(key, "an attribute's key"): json.dumps(value) for key, value in attrs.items()}
+        values_json = json_texts(attrs)
         write = guarded.attributes(table, trial_id, token, values_json)
 
         def work(conn: Connection) -> None:

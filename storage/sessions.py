@@ -60,9 +60,21 @@ class Backoff:
         self._stop = stop or threading.Event()
         self._notice = notice or _log_outage
         self._is_away = is_away
+        self._of_thread = threading.local()
+
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Within the block, make each call of this thread once, whatever the limit."""
+        self._of_thread.at_once = True
+        try:
+            yield
+        finally:
+            self._of_thread.at_once = False
 
     def __call__(self, call: Callable[[], T], /) -> T:
         """Return `call()`. Raises at once what is no outage."""
+        if getattr(self._of_thread, "at_once", False):
+            return call()
         pause_s, gives_up_at = _FIRST_PAUSE_S, None
         while True:
             try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime as dt
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
 from storage.errors import InvalidWriteError
@@ -50,6 +50,11 @@ def checked_name(name: str, what: str) -> str:
     except UnicodeEncodeError:
         raise InvalidWriteError(f"{what} needs to be Unicode text, got {name!a}") from None
     return name
+
+
+def json_texts(attrs: Mapping[str, Any]) -> dict[str, str]:
+    """Return the attributes as JSON by name. Raises InvalidWriteError for a name that the column cannot hold."""
+    return {checked_name(key, "an attribute's key"): json.dumps(value) for key, value in attrs.items()}
 
 
 def json_values(texts: Iterable[str]) -> list[Any]:

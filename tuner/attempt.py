@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import hashlib
 import inspect
@@ -10,7 +11,7 @@ import math
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -22,6 +23,7 @@ from torch import nn
 
 from storage.engine import is_outage
 from storage.errors import LeaseLostError, StorageError, StudyHaltedError, UnreachableError
+from storage.sessions import Backoff
 from tuner import training
 from tuner.batches import place
 from tuner.checkpoint import Checkpoint
@@ -30,14 +32,18 @@ from tuner.errors import TunerError, first_line
 from tuner.objective import Objective
 from tuner.record import Record
 from tuner.registry import FunctionObjective
+from tuner.reports import Reports
 from tuner.seeds import derive_seed, seed_everything, set_deterministic
 from tuner.spec import Spec
 from tuner.training import Interrupted
 
-FailureClass: TypeAlias = Literal["nan", "oom", "user_error"]
+FailureClass: TypeAlias = Literal["nan", "oom", "user_error", "infrastructure"]
 
 MAX_MESSAGE_CHARS = 2000
 MAX_STEP = 2**31 - 1  # a PostgreSQL integer
+_BROKEN_ERRNOS = {errno.EIO, errno.ESTALE, errno.ENODEV, errno.ENXIO}
+_BY_THE_TRIAL = ("device-side assert",)  # an index out of range, as a rule
+_DEVICE_ERRORS = ("CUDA error:", "CUDA driver error", "cuDNN error", "CUDNN_STATUS_", "CUBLAS_STATUS_", "HIP error:")
 _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
 
@@ -45,13 +51,32 @@ class InvalidReportError(ValueError):
     """An objective reported or returned what a study cannot hold."""
 
 
+class BrokenDeviceError(Exception):
+    """The device does not do what it should, whatever the trial."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """How an attempt ended: the trial's state and value, and the attributes to record with it."""
+    """How an attempt ended: the trial's state and value, and the attributes to record with it.
+
+    `is_poisoned` if this process can use its device no more.
+    """
 
     state: TrialState
     value: float | None = None
     attrs: dict[str, Any] = field(default_factory=dict)
+    is_poisoned: bool = False
+
+    @property
+    def failure(self) -> FailureClass | None:
+        """The class of what the attempt failed by."""
+        failure: FailureClass | None = self.attrs.get("failure")
+        return failure
+
+    @property
+    def message(self) -> str:
+        """What the attempt failed by."""
+        return str(self.attrs.get("failure_message", ""))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,13 +135,23 @@ class TrialObjective:
 class CheckedTrial(optuna.Trial):
     """A trial that refuses what the database cannot hold, and that `check` can interrupt at each report."""
 
-    def __init__(self, study: optuna.Study, trial_id: int, check: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        study: optuna.Study,
+        trial_id: int,
+        check: Callable[[], None],
+        reports: Reports | None = None,
+        retry: Backoff | None = None,
+    ) -> None:
+        """`reports` writes the reports, which are written at once without; `retry` is the study's storage's."""
         super().__init__(study, trial_id)
         self.check = check
         """Raises Interrupted or LeaseLostError if the attempt has to end."""
+        self._reports = reports
+        self._retry = retry
 
     def report(self, value: float, step: int) -> None:
-        """Report as Optuna does.
+        """Report as Optuna does; while the database is away, return before the report is written.
 
         Raises Interrupted, DivergedError for NaN or infinity, InvalidReportError for a bad step.
         """
@@ -125,7 +160,29 @@ class CheckedTrial(optuna.Trial):
             raise InvalidReportError(f"a step needs to be in 0..{MAX_STEP}, got {step}")
         if not math.isfinite(float(value)):
             raise training.DivergedError(f"the reported value is {value} at step {step}")
-        super().report(value, step)
+        known = self._cached_frozen_trial.intermediate_values
+        if self._reports is None or step in known:
+            super().report(value, step)
+            return
+        self._reports.put(step, float(value))
+        known[step] = float(value)
+
+    @property
+    def reported(self) -> dict[int, float]:
+        """What was reported, by step, also what is not written yet."""
+        return dict(self._cached_frozen_trial.intermediate_values)
+
+    def should_prune(self) -> bool:
+        """Decide as Optuna does; not to prune while the database is away."""
+        if self._reports is None or self._retry is None:
+            return super().should_prune()
+        if self._reports.is_behind:
+            return False
+        try:
+            with self._retry.at_once():
+                return super().should_prune()
+        except UnreachableError:
+            return False
 
 
 def run_attempt(what: TrialObjective, trial: CheckedTrial) -> Outcome:
@@ -154,14 +211,22 @@ def run_attempt(what: TrialObjective, trial: CheckedTrial) -> Outcome:
     except DataError as error:
         outcome = _failed("user_error", f"{type(what.objective).__name__}: {error}")
     except (Exception, SystemExit) as error:  # noqa: BLE001 - foreign code: what it raises fails its trial alone
-        if _is_out_of_memory(error):
-            outcome = _failed("oom", first_line(error) or "out of memory")
-        else:
-            outcome = _failed("user_error", with_line(error, what.objective))
+        outcome = _by(error, what.objective)
     if outcome.attrs.get("failure") == "oom":
         _free_memory()  # here the error is gone, and with it the frames that held the tensors
     always = {**record.attrs(), "seconds": round(time.perf_counter() - start, 3)}
-    return Outcome(state=outcome.state, value=outcome.value, attrs={**outcome.attrs, **always})
+    return replace(outcome, attrs={**outcome.attrs, **always})
+
+
+def check_device(device: torch.device) -> None:
+    """Compute something on the device. Raises BrokenDeviceError if it cannot."""
+    try:
+        ones = torch.ones(16, 16, device=device)
+        found = (ones @ ones).sum().item()
+    except (RuntimeError, AssertionError) as error:
+        raise BrokenDeviceError(f"{device} does not compute: {first_line(error)}") from error
+    if found != 4096:
+        raise BrokenDeviceError(f"{device} computes wrong: 16 x 16 ones multiplied sum to {found}, and not to 4096")
 
 
 def load_data(objective: Objective, data_dir: Path) -> Data:
@@ -259,6 +324,27 @@ def _checked_value(value: object) -> float:
     if not math.isfinite(number):
         raise training.DivergedError(f"the objective returned {number}")
     return number
+
+
+def _by(error: BaseException, objective: Objective | FunctionObjective) -> Outcome:
+    """Return how an attempt ended by what its objective raised."""
+    if _is_out_of_memory(error):
+        return _failed("oom", first_line(error) or "out of memory")
+    message = with_line(error, objective)
+    if not _is_of_device(error):
+        return _failed("user_error", message)
+    by_trial = any(part in str(error) for part in _BY_THE_TRIAL)
+    return replace(_failed("user_error" if by_trial else "infrastructure", message), is_poisoned=True)
+
+
+def _is_of_device(error: BaseException) -> bool:
+    """Whether a device or a disk failed, by an error of its own: after a CUDA error no call of the process succeeds."""
+    if isinstance(error, OSError):
+        return error.errno in _BROKEN_ERRNOS
+    text = str(error)
+    return isinstance(error, torch.AcceleratorError) or (
+        isinstance(error, RuntimeError) and any(part in text for part in _DEVICE_ERRORS)
+    )
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

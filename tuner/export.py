@@ -29,11 +29,11 @@ from tuner.log import Log
 from tuner.model import MANIFEST, PROGRAM, WEIGHTS, InputDescription, Manifest, load_program, sha256_of
 from tuner.objective import Objective
 from tuner.output import check_output
-from tuner.record import versions
 from tuner.registry import ObjectiveSource, build_objective, is_objective_class
 from tuner.seeds import derive_seed, seed_everything, set_deterministic
 from tuner.steps import call
 from tuner.study import Study, best_of
+from tuner.versions import versions
 
 CHECKED_ROWS = 256
 """How many validation rows a file that was loaded back is compared with the model on."""

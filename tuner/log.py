@@ -13,8 +13,13 @@ PLAIN_INTERVAL_S = 5.0
 """The shortest time between two plain lines of progress."""
 
 
+_NOWHERE: dict[str, Any] = dict.fromkeys(("worker", "slot", "study", "trial", "attempt", "epoch"))
+
+
 class Log:
     """Writes events to stderr. `fields`, such as worker and study, go into every line of JSON.
+
+    Every line has the keys of `_NOWHERE`; they are null where the event is of no trial, or of no slot.
 
     Text goes through `console`, so that lines appear above a live progress display and do not tear it.
     """
@@ -30,7 +35,7 @@ class Log:
         """Write one event: `message` for people, `event` and the fields for machines."""
         if self.format == "json":
             now = dt.datetime.now(dt.UTC).isoformat(timespec="milliseconds")
-            line = {"time": now, "event": event, **self._fields, **fields, "message": message}
+            line = {"time": now, "event": event, **_NOWHERE, **self._fields, **fields, "message": message}
             sys.stderr.write(json.dumps(line, default=str) + "\n")
             sys.stderr.flush()
         else:

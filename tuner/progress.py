@@ -50,6 +50,11 @@ class Progress:
         self._shown: str | None = None
         self._shown_at = -PLAIN_INTERVAL_S
 
+    @property
+    def is_live(self) -> bool:
+        """Whether there is a display on a terminal."""
+        return self._live is not None
+
     def __enter__(self) -> Self:
         if self._live is not None:
             self._live.start()

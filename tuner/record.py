@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import platform
 import resource
 import sys
-from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from tuner.versions import versions
+
 if TYPE_CHECKING:
     from tuner.training import Epoch
-
-_VERSIONED = ("torch", "torchvision", "torchmetrics", "optuna", "safetensors", "scikit-learn", "numpy", "tuner")
 
 
 class Record:
@@ -51,12 +48,6 @@ class Record:
             "evaluate_s": round(sum(epoch.evaluate_s for epoch in self._epochs), 3),
             "wait_s": round(sum(epoch.wait_s for epoch in self._epochs), 3),
         }
-
-
-@cache
-def versions() -> dict[str, str]:
-    """Return the versions of Python and of the packages that a result may depend on, by name."""
-    return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in _VERSIONED}}
 
 
 def _recorded_versions(device: torch.device) -> dict[str, str]:

@@ -1,8 +1,8 @@
 """A slot: one process that claims trials and runs them, for the worker that started it.
 
-Started as `python -m tuner.slot`. The worker writes one line of JSON, a `SlotConfig`, to its standard input and
-keeps it open: when it closes - also because the worker was killed - the slot gives its trial back and exits.
-On its standard output the slot writes one line of JSON an event (`Event`).
+Started as `python -m tuner.slot`. The worker writes lines to its standard input: first a `SlotConfig` as JSON, then
+orders, a word each (`tuner.orders.Order`). When it closes - also because the worker was killed - the slot gives its
+trial back and exits. On its standard output the slot writes one line of JSON an event (`Event`).
 """
 
 from __future__ import annotations
@@ -11,11 +11,12 @@ import os
 import signal
 import sys
 import threading
+import time
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import IO, Any, Literal, TypeVar
+from typing import Any, Literal
 
 import optuna
 from optuna.exceptions import UpdateFinishedTrialError
@@ -26,27 +27,33 @@ from sqlalchemy import Engine
 from sqlalchemy.exc import SQLAlchemyError
 
 from storage import claims
+from storage.delivery import Result
 from storage.engine import is_outage
 from storage.errors import LeaseLostError, StorageError, StudyHaltedError, UnreachableError
 from storage.postgres import PostgresStorage
 from storage.pruning import IndexedPercentilePruner
-from storage.sessions import Backoff, Sessions
-from tuner.attempt import CheckedTrial, TrialObjective, run_attempt
+from storage.sessions import OUTAGE_S, Backoff, Sessions
+from tuner.attempt import BrokenDeviceError, CheckedTrial, Outcome, TrialObjective, check_device, run_attempt
 from tuner.errors import EXIT_UNREACHABLE, TunerError
+from tuner.lease import Lease
+from tuner.orders import Orders
 from tuner.registry import build_objective, find_objective, is_objective_class
+from tuner.reports import Reports
 from tuner.sampling import build_pruner, build_sampler
 from tuner.spec import PrunerSpec
+from tuner.spool import Spool
 from tuner.study import Study, check_code, checkpoint_directory, open_study
 from tuner.training import Interrupted, choose_device
 
-T = TypeVar("T")
-
 POLL_S = 1.0
 """How often a slot asks again while other workers' trials hold the rest of the budget, or the study is paused."""
+EXIT_AGAIN = 75
+"""The exit code of a slot that can go on only in a new process: its device failed."""
 
 
 class SlotConfig(BaseModel):
-    """What a worker tells its slot. `trials` is how many trials it may run, None for as many as there are."""
+    """What a worker tells its slot. `device` is what this process calls it; `shown_device` is the worker's name for it,
+    of which the slot has the part `share`."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -55,8 +62,10 @@ class SlotConfig(BaseModel):
     worker: str
     objective: str
     data_dir: Path
+    slot: int = 0
     device: str | None = None
-    trials: int | None = None
+    shown_device: str | None = None
+    share: float = 1.0
     allow_code_change: bool = False
 
 
@@ -66,70 +75,84 @@ class Event(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     event: Literal[
-        "ready", "trial_started", "trial_ended", "trial_released", "database_away", "paused", "note", "refused", "done"
+        "ready",
+        "wants_trial",
+        "nothing",
+        "trial_started",
+        "report",
+        "out_of_memory",
+        "trial_ended",
+        "trial_released",
+        "result_kept",
+        "database_away",
+        "note",
+        "broken",
+        "refused",
+        "done",
     ]
     trial: int | None = None
     attempt: int | None = None
+    epoch: int | None = None
     token: str | None = None
     trial_id: int | None = None
     state: str | None = None
     value: float | None = None
     seconds: float | None = None
+    device: str | None = None
+    failure: str | None = None
+    paused: bool | None = None
     message: str | None = None
     exit_code: int | None = None
 
 
 class Slot:
-    """Claims trials of one study and runs them, one after the other."""
+    """Claims trials of one study and runs them, one after the other, each when it is told to."""
 
-    def __init__(self, config: SlotConfig, emit: Callable[[Event], None], stop: threading.Event) -> None:
+    def __init__(self, config: SlotConfig, emit: Callable[[Event], None], orders: Orders) -> None:
         self._config = config
         self._emit = emit
-        self._stop = stop
+        self._orders = orders
         self._parent = os.getppid()
-        self._is_paused = False
-        self._retry = Backoff(stop=stop, notice=self._tell_outage)
+        self._away_at = -OUTAGE_S
+        self._retry = Backoff(stop=orders.stop, notice=self._tell_outage, is_away=self._note_outage)
         self._storage = PostgresStorage(config.storage, application_name=f"tuner {config.worker}", retry=self._retry)
         self._engine: Engine = self._storage.engine
+        self._spool = Spool(config.data_dir)
+        self._holder = claims.Holder(worker=config.worker, slot=config.slot, share=config.share)
 
     def run(self) -> None:
-        """Run trials until the budget is used up, `config.trials` are done, or the slot is asked to stop.
+        """Run trials until none is left to run or the slot is asked to stop.
 
-        Raises TunerError or StorageError if the study cannot be joined from here.
+        Raises TunerError or StorageError if the study cannot be joined from here, BrokenDeviceError if the device
+        fails.
         """
         study = self._retry(lambda: open_study(self._engine, self._config.study))
         what = self._load(study)
+        shown = self._config.shown_device or str(what.device)
+        self._holder = claims.Holder(
+            worker=self._config.worker, slot=self._config.slot, device=shown, share=self._config.share
+        )
         optuna_study = optuna.load_study(
             study_name=study.name,
             storage=self._storage,
             sampler=build_sampler(study.spec.sampler, study.spec.seed, 0),
             pruner=pruner_on(self._storage, study.study_id, study.spec.pruner),
         )
-        self._emit(Event(event="ready"))
-        ran = 0
-        reason = "the slot was asked to stop"
-        while not self._stop.is_set():
-            if ran == self._config.trials:
-                reason = f"this slot ran its {ran} trials"
-                break
-            claimed = claims.claim(
-                self._storage.sessions, study.study_id, study.budget, claims.Holder(worker=self._config.worker)
-            )
-            if isinstance(claimed, claims.NothingToClaim):
-                if claimed.final:
-                    reason = claimed.reason
-                    break
-                self._wait(claimed)
+        self._emit(Event(event="ready", device=shown))
+        while True:
+            self._emit(Event(event="wants_trial"))
+            if not self._orders.wait_for("claim"):
+                return
+            sweep = time.monotonic() - self._away_at > claims.RETURN_S
+            claimed = claims.claim(self._storage.sessions, study.study_id, study.budget, self._holder, sweep=sweep)
+            if isinstance(claimed, claims.Claim):
+                self._run_claimed(study, optuna_study, what, claimed)
                 continue
-            self._is_paused = False
-            ran += self._run_claimed(study, optuna_study, what, claimed)
-        self._emit(Event(event="done", message=reason))
-
-    def _wait(self, nothing: claims.NothingToClaim) -> None:
-        if nothing.paused and not self._is_paused:
-            self._emit(Event(event="paused", message=nothing.reason))
-        self._is_paused = nothing.paused
-        self._stop.wait(POLL_S)
+            if claimed.final:
+                self._emit(Event(event="done", message=claimed.reason))
+                return
+            self._emit(Event(event="nothing", message=claimed.reason, paused=claimed.paused))
+            self._orders.stop.wait(POLL_S)
 
     def _load(self, study: Study) -> TrialObjective:
         source = find_objective(self._config.objective)
@@ -139,6 +162,7 @@ class Slot:
             build_objective(kind, study.spec.objective.options, study.spec.seed) if is_objective_class(kind) else kind
         )
         device = choose_device(self._config.device)
+        check_device(device)
         return TrialObjective.load(
             study.spec,
             objective,
@@ -148,106 +172,164 @@ class Slot:
             log=lambda line: self._emit(Event(event="note", message=line)),
         )
 
-    def _run_claimed(self, study: Study, optuna_study: optuna.Study, what: TrialObjective, held: claims.Claim) -> bool:
-        """Run one claimed trial; return whether it ended (and was not given back or lost)."""
+    def _run_claimed(self, study: Study, optuna_study: optuna.Study, what: TrialObjective, held: claims.Claim) -> None:
+        """Run one claimed trial to its end, or until it is given back or lost. Raises BrokenDeviceError."""
         self._storage.hold(held)
+        told: dict[str, Any] = {"trial": held.number, "attempt": held.attempt}
+        self._emit(Event(event="trial_started", token=str(held.token), trial_id=held.trial_id, **told))
         try:
-            return self._run_held(study, optuna_study, what, held)
+            with Lease(Sessions(self._engine), held) as lease:
+                self._run_held(study, optuna_study, what, held, lease)
+        except Interrupted:
+            self._release(study, held)
         except StudyHaltedError as error:
             self._release(study, held, str(error))
-            return False
         except (KeyError, LeaseLostError, UpdateFinishedTrialError) as error:  # KeyError: the study was deleted
-            message = _first_line(error)
-            self._emit(Event(event="trial_released", trial=held.number, attempt=held.attempt, message=message))
-            return False
+            self._emit(Event(event="trial_released", message=_first_line(error), **told))
+        except (StorageError, SQLAlchemyError) as error:
+            if not is_outage(error):
+                raise
+            self._emit(Event(event="database_away", message=_first_line(error), **told))
+            self._release(study, held, "the database was away for too long")
         finally:
             self._storage.let_go(held)
 
-    def _run_held(self, study: Study, optuna_study: optuna.Study, what: TrialObjective, held: claims.Claim) -> bool:
-        told: dict[str, Any] = {"trial": held.number, "attempt": held.attempt}
-        self._emit(Event(event="trial_started", token=str(held.token), trial_id=held.trial_id, **told))
+    def _run_held(
+        self, study: Study, optuna_study: optuna.Study, what: TrialObjective, held: claims.Claim, lease: Lease
+    ) -> None:
         optuna_study.sampler = build_sampler(study.spec.sampler, study.spec.seed, held.number)
-        with Lease(self._engine, held) as lease:
+        trial, outcome, is_written = self._attempt(optuna_study, what, held, lease)
+        if outcome.failure == "oom" and self._config.share < 1:
+            told: dict[str, Any] = {"trial": held.number, "attempt": held.attempt}
+            self._emit(Event(event="out_of_memory", message=outcome.message, **told))
+            if not self._orders.wait_for("alone"):
+                raise Interrupted
+            if not claims.restart(self._storage.sessions, held):
+                raise LeaseLostError(f"trial {held.number} was taken while it waited for the device")
+            self._storage.hold(held)
+            optuna_study.sampler = build_sampler(study.spec.sampler, study.spec.seed, held.number)
+            trial, outcome, is_written = self._attempt(optuna_study, what, held, lease)
+        if outcome.failure == "infrastructure":
+            self._give_up(study, held, outcome)
+        if outcome.state == TrialState.FAIL and self._is_abandoned():
+            raise Interrupted  # what it failed by may be the worker's end: a print into a closed pipe
+        if is_written:
+            self._end(optuna_study, what, held, trial, outcome)
+        else:
+            self._keep(optuna_study, held, trial, outcome)
+        if outcome.is_poisoned:
+            raise BrokenDeviceError(outcome.message)
+
+    def _attempt(
+        self, optuna_study: optuna.Study, what: TrialObjective, held: claims.Claim, lease: Lease
+    ) -> tuple[CheckedTrial, Outcome, bool]:
+        """Run the trial from its start or its checkpoint; also returns whether all that it reported is written."""
+
+        def write(step: int, value: float) -> None:
+            self._storage.set_trial_intermediate_value(held.trial_id, step, value)
+
+        def written(step: int, value: float) -> None:
+            self._emit(Event(event="report", trial=held.number, attempt=held.attempt, epoch=step, value=value))
+
+        with Reports(write, written) as reports:
 
             def check() -> None:
                 if lease.lost.is_set():  # whoever holds the trial now has its checkpoint too
                     raise LeaseLostError(f"the lease on trial id {held.trial_id} was lost: another worker may run it")
+                reports.check()
                 if self._is_abandoned():
                     raise Interrupted
 
-            try:
-                trial = CheckedTrial(optuna_study, held.trial_id, check)
-                outcome = run_attempt(what, trial)
-            except Interrupted:
-                self._release(study, held)
-                return False
-            except (StorageError, SQLAlchemyError) as error:
-                if not is_outage(error):
-                    raise
-                self._emit(Event(event="database_away", message=_first_line(error), **told))
-                self._release(study, held)
-                return False
-        if outcome.state == TrialState.FAIL and self._is_abandoned():
-            self._release(study, held)  # what it failed by may be the worker's end: a print into a closed pipe
-            return False
-        self._storage.set_trial_user_attrs(held.trial_id, outcome.attrs)
-        optuna_study.tell(trial, outcome.value, outcome.state, skip_if_finished=True)
+            trial = CheckedTrial(optuna_study, held.trial_id, check, reports, self._retry)
+            outcome = run_attempt(what, trial)
+            if outcome.failure in ("oom", "infrastructure"):
+                return trial, outcome, True  # most likely to be run again, without them
+            return trial, outcome, not reports.flush(OUTAGE_S, self._orders.stop)
+
+    def _end(
+        self,
+        optuna_study: optuna.Study,
+        what: TrialObjective,
+        held: claims.Claim,
+        trial: CheckedTrial,
+        outcome: Outcome,
+    ) -> None:
+        """Write the trial's result, or keep it on disk if the database does not take it."""
+        try:
+            self._storage.set_trial_user_attrs(held.trial_id, outcome.attrs)
+            optuna_study.tell(trial, outcome.value, outcome.state, skip_if_finished=True)
+        except (StorageError, SQLAlchemyError) as error:
+            if not is_outage(error):
+                raise
+            self._keep(optuna_study, held, trial, outcome)
+            return
         if (checkpoint := what.checkpoint(held.number, trial.params)) is not None:
             checkpoint.delete()
-        seconds = outcome.attrs.get("seconds")
-        message = outcome.attrs.get("failure_message")
         self._emit(
             Event(
                 event="trial_ended",
+                trial=held.number,
+                attempt=held.attempt,
                 state=outcome.state.name,
                 value=outcome.value,
-                seconds=seconds,
-                message=message,
-                **told,
+                seconds=outcome.attrs.get("seconds"),
+                failure=outcome.failure,
+                message=outcome.message or None,
             )
         )
-        return True
+
+    def _keep(self, optuna_study: optuna.Study, held: claims.Claim, trial: CheckedTrial, outcome: Outcome) -> None:
+        reports = sorted(trial.reported.items())
+        value = reports[-1][1] if outcome.state == TrialState.PRUNED and reports else outcome.value
+        result = Result(token=held.token, state=outcome.state, value=value, attrs=outcome.attrs, reports=reports)
+        told: dict[str, Any] = {"trial": held.number, "attempt": held.attempt}
+        try:
+            path = self._spool.add(optuna_study.study_name, held.number, result)
+        except OSError as error:
+            message = f"the database is away, and the result cannot be kept either: {error}"
+            self._emit(Event(event="trial_released", message=message, **told))
+            return
+        message = f"the database is away: the result waits in {path} for the next worker on this machine"
+        self._emit(Event(event="result_kept", state=outcome.state.name, value=value, message=message, **told))
 
     def _is_abandoned(self) -> bool:
         """Whether the slot was asked to stop, or its worker is gone and could not ask any more."""
-        return self._stop.is_set() or os.getppid() != self._parent
+        return self._orders.stop.is_set() or os.getppid() != self._parent
 
     def _release(self, study: Study, held: claims.Claim, why: str | None = None) -> None:
-        """Put the trial back, at no cost of its attempts."""
+        """Put the trial back, at no cost of its attempts; if the database is away, its lease runs out instead."""
         given_back = claims.GivenBack(outcome="released", reason=why or "its worker was stopped", counts=False)
-        claims.release(self._storage.sessions, held, given_back, study.budget.max_attempts)
+        try:
+            claims.release(self._storage.sessions, held, given_back, study.budget.max_attempts)
+        except (StorageError, SQLAlchemyError) as error:
+            if not is_outage(error):
+                raise
+            why = f"the database is away, so that its lease has to run out: {_first_line(error)}"
         self._emit(Event(event="trial_released", trial=held.number, attempt=held.attempt, message=why))
+
+    def _give_up(self, study: Study, held: claims.Claim, outcome: Outcome) -> None:
+        """Put the trial back, at the cost of an attempt, and raise BrokenDeviceError."""
+        why = claims.GivenBack(outcome="lost", reason=outcome.message, counts=True, failure="infrastructure")
+        claims.release(self._storage.sessions, held, why, study.budget.max_attempts)
+        self._emit(
+            Event(
+                event="trial_released",
+                trial=held.number,
+                attempt=held.attempt,
+                failure=outcome.failure,
+                message=outcome.message,
+            )
+        )
+        raise BrokenDeviceError(outcome.message)
 
     def _tell_outage(self, error: Exception) -> None:
         self._emit(Event(event="database_away", message=_first_line(error)))
 
-
-class Lease:
-    """Renews a claim on a thread while its trial runs. `lost` is set once somebody else may hold the trial."""
-
-    def __init__(self, engine: Engine, held: claims.Claim) -> None:
-        self.lost = threading.Event()
-        self._sessions = Sessions(engine)
-        self._held = held
-        self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._renew, name=f"lease of trial {held.number}", daemon=True)
-
-    def __enter__(self) -> Lease:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._ended.set()
-        self._thread.join()
-
-    def _renew(self) -> None:
-        while not self._ended.wait(claims.LEASE_S / 3):
-            try:
-                if not claims.renew(self._sessions, self._held):
-                    self.lost.set()
-                    return
-            except StorageError:
-                continue  # the database is away: the lease may outlast it; the next renewal tells
+    def _note_outage(self, error: BaseException) -> bool:
+        if is_outage(error):
+            self._away_at = time.monotonic()
+            return True
+        return False
 
 
 def pruner_on(storage: PostgresStorage, study_id: int, spec: PrunerSpec) -> BasePruner:
@@ -263,16 +345,6 @@ def _first_line(error: BaseException) -> str:
     return str(error.__cause__ or error).strip().partition("\n")[0]
 
 
-def _stop_at_end_of(stream: IO[str], stop: threading.Event) -> None:
-    for _ in stream:
-        pass
-    stop.set()
-    # The worker may be gone, and with it the readers of what the objective prints.
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, sys.stdout.fileno())
-    os.dup2(nowhere, sys.stderr.fileno())
-
-
 def main() -> None:
     """Run a slot for the worker at the other end of the standard streams."""
     # What an objective prints goes to stderr: stdout carries the events.
@@ -281,18 +353,21 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the worker's to handle
     warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
+    one_at_a_time = threading.Lock()
 
     def emit(event: Event) -> None:
-        with suppress(BrokenPipeError):  # the worker is gone; the end of stdin says so
-            events.write(event.model_dump_json(exclude_none=True) + "\n")
+        line = event.model_dump_json(exclude_none=True) + "\n"
+        with one_at_a_time, suppress(BrokenPipeError):  # the worker is gone; the end of stdin says so
+            events.write(line)
 
-    stop = threading.Event()
     line = sys.stdin.readline()
     if not line:
         return
-    threading.Thread(target=_stop_at_end_of, args=(sys.stdin, stop), daemon=True).start()
     try:
-        Slot(SlotConfig.model_validate_json(line), emit, stop).run()
+        Slot(SlotConfig.model_validate_json(line), emit, Orders(sys.stdin)).run()
+    except BrokenDeviceError as error:
+        emit(Event(event="broken", message=str(error)))
+        sys.exit(EXIT_AGAIN)
     except (TunerError, StorageError, ValidationError) as error:
         code = EXIT_UNREACHABLE if isinstance(error, UnreachableError) else getattr(error, "exit_code", 1)
         emit(Event(event="refused", message=str(error), exit_code=code))

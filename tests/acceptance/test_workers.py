@@ -289,7 +289,7 @@ def test_a_trial_whose_process_dies_each_time_is_quarantined(tuner: Tuner, tmp_p
     (tmp_path / "bad.py").write_text(MISBEHAVING)
     done = tuner("run", "bad.py:dies", "--trials", "5", "--workers", "1", "--max-failures", "0")
     assert done.code == 1
-    assert "its worker was lost in each of 3 attempts" in done.error()
+    assert "its process died (exit code 9) in the last of 3 attempts" in done.error()
     (trial,) = tuner("trials", "bad", "--json").json()
     assert trial["state"] == "FAIL"
     assert trial["user_attrs"]["failure"] == "lost"

@@ -237,8 +237,8 @@ def test_a_trial_whose_worker_is_lost_in_each_attempt_fails_and_says_why(
     failed = optuna.load_study(study_name="s", storage=open_storage(database)).trials[0]
     assert failed.state == TrialState.FAIL
     assert failed.datetime_complete is not None
-    assert failed.user_attrs == {"failure": "lost", "failure_message": "its worker was lost in each of 2 attempts"}
-    assert studies.count_failures(engine, study_id) == {"lost": (1, "its worker was lost in each of 2 attempts")}
+    assert failed.user_attrs == {"failure": "lost", "failure_message": "its worker was lost in the last of 2 attempts"}
+    assert studies.count_failures(engine, study_id) == {"lost": (1, "its worker was lost in the last of 2 attempts")}
 
 
 def test_a_trial_given_back_by_a_worker_that_stops_costs_no_attempt(engine: Engine, study_id: int) -> None:

@@ -26,8 +26,11 @@ def test_json_is_one_object_a_line_with_the_time_the_event_and_every_field(capsy
     assert first == {
         "event": "trial_ended",
         "worker": "w1",
+        "slot": None,
         "study": "digits",
         "trial": 3,
+        "attempt": None,
+        "epoch": None,
         "output": "/m",
         "message": "two\nlines",
     }

@@ -96,7 +96,7 @@ class StudyOptions:
         check_positive("--trials", self.trials)
         if self.max_failures < 0:
             raise UsageError(f"--max-failures needs a whole number from 0, got {self.max_failures}")
-        timeout_s = None if self.timeout is None else _seconds(self.timeout)
+        timeout_s = None if self.timeout is None else seconds("--timeout", self.timeout)
         return Budget(trials=self.trials, timeout_s=timeout_s, max_failures=self.max_failures)
 
     def _training(self) -> TrainingSpec:
@@ -138,8 +138,9 @@ def _pairs(texts: list[str]) -> dict[str, JsonValue]:
     return pairs
 
 
-def _seconds(text: str) -> float:
+def seconds(option: str, text: str) -> float:
+    """Return a time such as 90s, 15m or 2h in seconds. Raises UsageError, naming the option."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([smhd]?)", text)
     if match is None or float(match[1]) == 0:
-        raise UsageError(f"--timeout needs a time above 0 such as 90s, 15m or 2h, got {text!r}")
+        raise UsageError(f"{option} needs a time above 0 such as 90s, 15m or 2h, got {text!r}")
     return float(match[1]) * _UNITS_S[match[2]]

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tuner.cli.model import default_output, print_exported
-from tuner.cli.options import StudyOptions, check_positive
+from tuner.cli.options import StudyOptions, check_positive, seconds
 from tuner.cli.settings import Settings, command
 from tuner.errors import TunerError, UsageError
 
@@ -48,15 +48,16 @@ def run(
     from storage import studies
     from tuner.output import check_output
     from tuner.registry import find_objective
+    from tuner.slots import plan_slots
     from tuner.study import create_or_join, plan
     from tuner.worker import Slots, Worker
 
-    count = _workers(workers)
+    plans = plan_slots(str(_workers(workers)), device)
     wanted = options.plan()
     source = find_objective(objective)
     if export and output is not None:
         check_output(output)
-    slots = Slots(count)  # they import torch while this process does
+    slots = Slots(plans)  # they import torch while this process does
     try:
         spec, model_class = plan(source, source.load(), **wanted)
         engine = settings.open()
@@ -72,9 +73,7 @@ def run(
         if export and model_class is not None:
             check_output(target)
         if studies.count_states(engine, joined.study_id).done < spec.budget.trials:
-            config = _slot_config(
-                settings, joined, source, objective, device=device, allow_code_change=allow_code_change
-            )
+            config = _slot_config(settings, joined, source, objective, allow_code_change=allow_code_change)
             try:
                 Worker(engine, joined, slots, config, log).run()
             except TunerError:
@@ -123,8 +122,22 @@ def create(
 def worker(
     settings: Settings,
     study: Annotated[str, typer.Argument(metavar="STUDY", help="Name of the study to join.")],
+    slots: Annotated[
+        str,
+        typer.Option(
+            metavar="auto|N|DEVICE[*N],...",
+            help="Trials to run at the same time, each in a process of its own: one for each CUDA device or else one"
+            " (auto), a number, or as many as named, such as cuda:0*3,cuda:1 or cpu*4.",
+        ),
+    ] = "auto",
     trials: Annotated[int | None, typer.Option(help="Trials to run here (default: all that are left).")] = None,
-    slots: Annotated[int, typer.Option(help="Trials to run at the same time.")] = 1,
+    timeout: Annotated[
+        str | None, typer.Option(metavar="TIME", help="Claim no trial later than this after the start: 90s, 15m, 2h.")
+    ] = None,
+    idle_exit: Annotated[
+        str | None,
+        typer.Option(metavar="TIME", help="End after so long without a trial to claim (default: wait for one)."),
+    ] = None,
     objective: Annotated[
         str | None,
         typer.Option(metavar="path/to/file.py:NAME", help="The study's objective, where it is not an installed one."),
@@ -134,12 +147,18 @@ def worker(
 ) -> None:
     """Run trials of STUDY until its budget is used up. Sampler, pruner and objective are the study's."""
     from tuner.registry import find_objective
+    from tuner.slots import plan_slots
     from tuner.study import check_code, open_study
-    from tuner.worker import Slots, Worker
+    from tuner.worker import Limits, Slots, Worker
 
     if trials is not None:
         check_positive("--trials", trials)
-    check_positive("--slots", slots)
+    limits = Limits(
+        trials=trials,
+        timeout_s=None if timeout is None else seconds("--timeout", timeout),
+        idle_exit_s=None if idle_exit is None else seconds("--idle-exit", idle_exit),
+    )
+    plans = plan_slots(slots, device)[:trials]
     engine = settings.open()
     joined = open_study(engine, study)
     reference = objective or _installed_name(joined)
@@ -147,10 +166,10 @@ def worker(
     check_code(joined, source, allow_code_change=allow_code_change)
     log = settings.log(worker=_worker_name(), study=joined.name)
     log.event("study", f"joined study {joined.name}: {_outline(joined)}")
-    config = _slot_config(settings, joined, source, reference, device=device, allow_code_change=allow_code_change)
-    processes = Slots(slots if trials is None else min(slots, trials))
+    config = _slot_config(settings, joined, source, reference, allow_code_change=allow_code_change)
+    processes = Slots(plans)
     try:
-        Worker(engine, joined, processes, config, log, trials=trials).run()
+        Worker(engine, joined, processes, config, log, limits).run()
     finally:
         processes.close()
 
@@ -193,8 +212,7 @@ def _slot_config(
     source: ObjectiveSource,
     reference: str,
     *,
-    device: str | None,
-    allow_code_change: bool = False,
+    allow_code_change: bool,
 ) -> dict[str, Any]:
     # With the password, where the URL has one: it goes through a pipe, and is in no process's arguments.
     url = settings.storage_url().render_as_string(hide_password=False)
@@ -204,6 +222,5 @@ def _slot_config(
         "worker": _worker_name(),
         "objective": reference if source.module is not None else f"{source.file}:{source.attribute}",
         "data_dir": str(settings.data_dir),
-        "device": device,
         "allow_code_change": allow_code_change,
     }

@@ -1,0 +1,130 @@
+"""Which slots a worker has: `--slots`, the devices of this machine, and what each slot's process finds of them.
+
+Nothing here imports torch: the worker itself never touches a device.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+from tuner.errors import UsageError
+
+_ITEM = re.compile(r"(?P<device>cpu|mps|cuda(?::\d+)?)(?:\*(?P<count>\d+))?")
+_WANTED = "--slots needs auto, a number, or devices such as cuda:0*3,cuda:1 or cpu*4"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SlotPlan:
+    """One slot. `device` is None for the best there is, which the slot finds out when it has imported torch.
+
+    `share` is the part of its device that the slot has, `threads` how many of the CPU's. `visible` is what its process
+    gets as CUDA_VISIBLE_DEVICES, None to leave that as it is.
+    """
+
+    number: int
+    device: str | None
+    share: float
+    threads: int
+    visible: str | None = None
+
+    @property
+    def shown(self) -> str:
+        """The device as people know it."""
+        return self.device or "auto"
+
+    @property
+    def own_device(self) -> str | None:
+        """The device as the slot's process has to call it: the one that is visible is its first."""
+        return "cuda:0" if self.visible else self.device
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """The environment of the slot's process. Slots share the cores: with all of them each, they would fight."""
+        threads = {"OMP_NUM_THREADS": str(self.threads), "MKL_NUM_THREADS": str(self.threads)}
+        devices = {} if self.visible is None else {"CUDA_VISIBLE_DEVICES": self.visible}
+        return {**threads, **os.environ, **devices}
+
+
+def plan_slots(text: str, device: str | None = None) -> list[SlotPlan]:
+    """Return the slots that `--slots` asks for; `device`, that of `--device`, is for a number of slots.
+
+    `auto` is one slot for each CUDA device, or one for the best other device. Raises UsageError.
+    """
+    gpus = visible_gpus()
+    if text == "auto" or text.isdecimal():
+        devices = _devices(text, device, gpus)
+    elif device is not None:
+        raise UsageError(f"--slots names the devices already, got --slots {text} and --device {device}: leave one out")
+    else:
+        devices = [found for item in text.split(",") for found in _named(item.strip(), text, gpus)]
+    if not devices:
+        raise UsageError(f"{_WANTED}, at least one, got {text!r}")
+    shares = Counter(devices)
+    threads = max(1, _n_cores() // len(devices))
+    return [
+        SlotPlan(
+            number=number,
+            device=found,
+            share=1 / shares[found],
+            threads=threads,
+            visible=_visible(found, gpus),
+        )
+        for number, found in enumerate(devices)
+    ]
+
+
+def visible_gpus() -> list[str] | None:
+    """Return the CUDA devices of this machine as CUDA_VISIBLE_DEVICES names them; None if they cannot be counted."""
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if given is not None:
+        return [name for name in given.split(",") if name.strip() not in ("", "-1")]
+    try:
+        listed = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True, timeout=30, check=True)
+    except (OSError, subprocess.SubprocessError):
+        found = Path("/proc/driver/nvidia/gpus")
+        if found.is_dir():
+            return [str(number) for number in range(len(list(found.iterdir())))]
+        return [] if sys.platform == "darwin" or not Path("/dev/kfd").exists() else None  # AMD's are not counted
+    return [str(number) for number, line in enumerate(listed.stdout.splitlines()) if line.startswith("GPU ")]
+
+
+def _devices(text: str, device: str | None, gpus: list[str] | None) -> list[str | None]:
+    if text == "auto":
+        if device is not None:
+            return [device]
+        return [f"cuda:{number}" for number in range(len(gpus or ()))] or [None]
+    count = int(text)
+    if device is not None or not gpus:
+        return [device] * count
+    return [f"cuda:{number % len(gpus)}" for number in range(count)]
+
+
+def _named(item: str, text: str, gpus: list[str] | None) -> list[str | None]:
+    match = _ITEM.fullmatch(item)
+    if match is None:
+        raise UsageError(f"{_WANTED}, got {text!r}")
+    device = "cuda:0" if match["device"] == "cuda" else match["device"]
+    if device.startswith("cuda") and gpus is not None and int(device[5:]) >= len(gpus):
+        has = f"{len(gpus)} CUDA device{'' if len(gpus) == 1 else 's'}"
+        raise UsageError(f"--slots names {match['device']}, but this machine has {has}")
+    return [device] * int(match["count"] or 1)
+
+
+def _visible(device: str | None, gpus: list[str] | None) -> str | None:
+    if device == "cpu":
+        return ""
+    number = re.fullmatch(r"cuda(?::(\d+))?", device or "")
+    if number is None or not gpus or int(number[1] or 0) >= len(gpus):
+        return None
+    return gpus[int(number[1] or 0)]
+
+
+def _n_cores() -> int:
+    allowed = getattr(os, "sched_getaffinity", None)  # macOS has none
+    return len(allowed(0)) if allowed is not None else os.cpu_count() or 1

@@ -1,0 +1,106 @@
+"""Results on disk that the database could not take, for the next worker on this machine to deliver."""
+
+from __future__ import annotations
+
+import json
+import os
+import uuid
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from optuna.trial import TrialState
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from storage import claims, delivery
+from storage.delivery import Result
+from storage.sessions import Sessions
+
+
+class _File(BaseModel):
+    """A result as it lies on disk; `study` and `number` are for who looks at it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    study: str
+    number: int
+    token: uuid.UUID
+    state: str
+    value: float | None
+    attrs: dict[str, Any]
+    reports: list[tuple[int, float]]
+
+
+class Spool:
+    """A directory of results, one file each, whole or not there at all."""
+
+    def __init__(self, data_dir: Path) -> None:
+        self._directory = data_dir / "spool"
+
+    def add(self, study: str, number: int, result: Result) -> Path:
+        """Keep a result, on the disk when this returns; its file. Raises OSError."""
+        kept = _File(
+            study=study,
+            number=number,
+            token=result.token,
+            state=result.state.name,
+            value=result.value,
+            attrs=dict(result.attrs),
+            reports=list(result.reports),
+        )
+        self._directory.mkdir(parents=True, exist_ok=True)
+        path = self._directory / f"{result.token}.json"
+        aside = path.with_suffix(f".{os.getpid()}")
+        with aside.open("w") as file:
+            file.write(kept.model_dump_json())
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+        return path
+
+    def is_empty(self) -> bool:
+        """Whether nothing waits to be delivered; cheap."""
+        return next(self._directory.glob("*.json"), None) is None
+
+    def deliver(
+        self,
+        sessions: Sessions,
+        study_id: int,
+        budget: claims.Budget,
+        log: Callable[[str, str, int], None],
+    ) -> None:
+        """Deliver what waits for this study, and tell `log` of each by event, message and trial number.
+
+        What belongs to other studies or databases stays. Raises StorageError if the database is away.
+        """
+        for path in sorted(self._directory.glob("*.json")):
+            kept = _read(path)
+            if kept is None:
+                continue
+            found = delivery.find_attempt(sessions, kept.token)
+            if found is None or found[0] != study_id:
+                continue
+            result = Result(
+                token=kept.token,
+                state=TrialState[kept.state],
+                value=kept.value,
+                attrs=kept.attrs,
+                reports=kept.reports,
+            )
+            how = delivery.deliver(sessions, study_id, budget, result)
+            if how == "unknown":
+                continue
+            with suppress(FileNotFoundError):  # another worker here was as quick
+                path.unlink()
+            became = "is delivered" if how == "delivered" else "came too late and is dropped"
+            message = f"trial {kept.number}: its result, kept while the database was away, {became}"
+            log(f"result_{how}", message, kept.number)
+
+
+def _read(path: Path) -> _File | None:
+    """Return the result, None for a file that is gone or not ours to understand."""
+    try:
+        return _File.model_validate(json.loads(path.read_text()))
+    except (OSError, ValueError, ValidationError):
+        return None
