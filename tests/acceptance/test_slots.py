@@ -1,0 +1,207 @@
+"""A worker's slots: how many, how long, what they share, and devices that fail."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+from command import Tuner, wait_for
+from optuna.trial import TrialState
+from sqlalchemy import text
+
+from storage import open_engine, open_storage
+
+if TYPE_CHECKING:
+    from optuna.trial import FrozenTrial
+
+OBJECTIVES = """
+import os, threading
+from pathlib import Path
+
+import torch
+
+HERE = Path(__file__).parent
+pause = threading.Event()
+
+def environment(trial):
+    trial.set_user_attr("visible", os.environ["CUDA_VISIBLE_DEVICES"])
+    trial.set_user_attr("threads", torch.get_num_threads())
+    pause.wait(0.3)
+    return 1.0
+
+def short(trial):
+    pause.wait(0.2)
+    return 1.0
+
+def needs_much_memory(trial):
+    mark = HERE / f"running-{os.getpid()}"
+    mark.touch()
+    try:
+        for step in range(1, 11):
+            pause.wait(0.1)
+            if trial.number == 1 and len(list(HERE.glob("running-*"))) > 1:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")
+            trial.report(step, step)
+    finally:
+        mark.unlink()
+    return 1.0
+
+def device_fails(trial):
+    with (HERE / "attempts").open("a") as file:
+        file.write(f"{trial.number} {os.getpid()}\\n")
+    raise RuntimeError("CUDA error: unspecified launch failure")
+
+def takes_its_device_along(trial):
+    trial.set_user_attr("pid", os.getpid())
+    if trial.number == 0:
+        raise torch.AcceleratorError("CUDA error: device-side assert triggered")
+    return 1.0
+"""
+
+
+def create(tuner: Tuner, name: str, trials: int, *options: str) -> tuple[str, ...]:
+    """Create the study and return the worker command for it."""
+    path = tuner.directory / "mine.py"
+    path.write_text(OBJECTIVES)
+    arguments = (f"{path}:{name}", "--study", "s", "--trials", str(trials), "--pruner", "none", *options)
+    assert tuner("create", *arguments).code == 0
+    return ("worker", "s", "--objective", f"{path}:{name}", "--log-format", "json")
+
+
+def trials_of(database: str) -> list[FrozenTrial]:
+    storage = open_storage(database)
+    return storage.get_all_trials(storage.get_study_id_from_name("s"))
+
+
+def query(database: str, statement: str) -> list[tuple[object, ...]]:
+    engine = open_engine(database)
+    with engine.connect() as conn:
+        rows = [tuple(row) for row in conn.execute(text(statement))]
+    engine.dispose()
+    return rows
+
+
+def test_cpu_slots_see_no_gpu_and_say_where_they_ran(tuner: Tuner, database: str) -> None:
+    worker = create(tuner, "environment", 4)
+    with tuner.start(*worker, "--slots", "cpu*2") as running:
+        done = running.finish()
+    assert done.code == 0, done.stderr
+    assert [event["device"] for event in running.events("ready")] == ["cpu", "cpu"]
+    assert {trial.user_attrs["visible"] for trial in trials_of(database)} == {""}
+    assert query(database, "select distinct slot, device, share from tuner_attempts order by 1") == [
+        (0, "cpu", 0.5),
+        (1, "cpu", 0.5),
+    ]
+    ((name, slots, ended),) = query(database, "select name, slots, ended_at is not null from tuner_workers")
+    assert (len(slots), ended) == (2, True)
+    assert {event["worker"] for event in running.events("ready")} == {name}
+
+
+def test_every_line_tells_worker_slot_study_trial_attempt_and_epoch(tuner: Tuner) -> None:
+    worker = create(tuner, "needs_much_memory", 1)
+    with tuner.start(*worker) as running:
+        assert running.finish().code == 0
+    assert [event["epoch"] for event in running.events("report")] == list(range(1, 11))
+    reported = running.events("report")[0]
+    assert (reported["slot"], reported["study"], reported["trial"], reported["attempt"]) == (0, "s", 0, 1)
+    keys = {"time", "event", "worker", "study", "slot", "trial", "attempt", "epoch", "message"}
+    for name in ("study", "ready", "trial_started", "report", "trial_ended", "progress", "done"):
+        for event in running.events(name):
+            assert event.keys() >= keys, event
+
+
+def test_a_workers_trials_are_exact_whichever_slot_runs_them(tuner: Tuner, database: str) -> None:
+    worker = create(tuner, "short", 20)
+    done = tuner(*worker, "--slots", "2", "--trials", "5")
+    assert done.code == 0, done.stderr
+    assert "this worker ran its 5 trials" in done.stderr
+    assert [trial.state for trial in trials_of(database)] == [TrialState.COMPLETE] * 5
+
+
+def test_a_worker_claims_no_trial_after_its_time(tuner: Tuner, database: str) -> None:
+    worker = create(tuner, "short", 10_000)
+    start = time.monotonic()
+    done = tuner(*worker, "--timeout", "8s")
+    assert done.code == 0, done.stderr
+    assert "this worker's time of 8 s is over" in done.stderr
+    assert time.monotonic() - start < 40
+    assert {trial.state for trial in trials_of(database)} == {TrialState.COMPLETE}
+
+
+def test_a_worker_without_a_trial_to_claim_ends_by_itself_if_told_to(tuner: Tuner) -> None:
+    worker = create(tuner, "short", 3)
+    assert tuner("pause", "s").code == 0
+    with tuner.start(*worker) as waiting, tuner.start(*worker, "--idle-exit", "2s") as leaving:
+        done = leaving.finish()
+        assert done.code == 0, done.stderr
+        assert "no trial to claim for 2 s" in done.stderr
+        assert waiting.process.poll() is None
+        assert tuner("resume", "s").code == 0
+        assert waiting.finish().code == 0
+
+
+def test_times_and_counts_that_are_none_are_refused(tuner: Tuner) -> None:
+    worker = create(tuner, "short", 3)
+    for option, value in (("--timeout", "soon"), ("--idle-exit", "0"), ("--trials", "0"), ("--slots", "gpu")):
+        done = tuner(*worker[:4], option, value)
+        assert done.code == 2, done.stderr
+        assert f"tuner: {option} needs" in done.error()
+
+
+def test_a_trial_that_ran_out_of_memory_on_a_shared_device_runs_again_alone(tuner: Tuner, database: str) -> None:
+    worker = create(tuner, "needs_much_memory", 4)
+    with tuner.start(*worker, "--slots", "cpu*2") as running:
+        done = running.finish()
+    assert done.code == 0, done.stderr
+    assert [event["trial"] for event in running.events("out_of_memory")] == [1]
+    trials = trials_of(database)
+    assert [trial.state for trial in trials] == [TrialState.COMPLETE] * 4
+    assert trials[1].intermediate_values == {step: float(step) for step in range(1, 11)}
+    ((attempts,),) = query(
+        database, "select count(*) from tuner_attempts join trials using (trial_id) where number = 1"
+    )
+    assert attempts == 1
+
+
+def test_out_of_memory_on_a_device_of_its_own_fails_the_trial(tuner: Tuner, database: str) -> None:
+    path = tuner.directory / "mine.py"
+    worker = create(tuner, "needs_much_memory", 2)
+    path.write_text(
+        OBJECTIVES.replace('trial.number == 1 and len(list(HERE.glob("running-*"))) > 1', "trial.number == 0")
+    )
+    done = tuner(*worker, "--allow-code-change")
+    assert done.code == 0, done.stderr
+    failed, *others = trials_of(database)
+    assert (failed.state, failed.user_attrs["failure"]) == (TrialState.FAIL, "oom")
+    assert [trial.state for trial in others] == [TrialState.COMPLETE] * 2
+
+
+def test_a_device_that_fails_pauses_its_slot_and_leaves_the_budget_alone(tuner: Tuner, database: str) -> None:
+    worker = create(tuner, "device_fails", 30, "--max-failures", "30")
+    with tuner.start(*worker) as running:
+        wait_for(lambda: bool(running.events("slot_broken")), "the slot is paused", 120)
+        (broken,) = running.events("slot_broken")
+        assert "CUDA error: unspecified launch failure" in broken["message"]
+        assert "pausing it for 60 s" in broken["message"]
+        states = [trial.state for trial in trials_of(database)]
+        assert states.count(TrialState.FAIL) <= 1
+        assert not {TrialState.COMPLETE, TrialState.PRUNED} & set(states)
+        wait_for(lambda: "broken" in str(query(database, "select slots from tuner_workers")), "others see that it is")
+        running.process.terminate()
+        assert running.finish().code == 130
+    attempts = [line.split() for line in (tuner.directory / "attempts").read_text().splitlines()]
+    assert len({pid for _, pid in attempts}) == len(attempts)  # each in a process of its own
+    assert {trial.state for trial in trials_of(database)} <= {TrialState.WAITING, TrialState.FAIL}
+    assert query(database, "select distinct outcome from tuner_attempts") == [("lost",)]
+
+
+def test_a_trial_that_takes_its_device_along_fails_and_the_slot_goes_on_in_a_new_process(
+    tuner: Tuner, database: str
+) -> None:
+    worker = create(tuner, "takes_its_device_along", 2)
+    done = tuner(*worker)
+    assert done.code == 0, done.stderr
+    first, *others = trials_of(database)
+    assert (first.state, first.user_attrs["failure"]) == (TrialState.FAIL, "user_error")
+    assert [trial.state for trial in others] == [TrialState.COMPLETE] * 2
+    assert first.user_attrs["pid"] != others[0].user_attrs["pid"] == others[1].user_attrs["pid"]
