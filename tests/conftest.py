@@ -27,6 +27,12 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).parents[1]
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Options of tests/acceptance/test_contract.py."""
+    parser.addoption("--soak", metavar="TIME", help="inject faults for so long (30m), with longer partitions")
+    parser.addoption("--soak-seed", default="0", help="which faults are injected")
+
+
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedServer]:
     """An embedded server, running, shared by the session's tests: leave it as you found it."""
