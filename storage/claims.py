@@ -146,7 +146,7 @@ def claim(
         lock(conn, study_id)
         standing = standing_of(conn, study_id)
         if standing.expired and sweep:
-            _give_back(conn, and_(trials.c.study_id == study_id, _IS_EXPIRED), LOST, budget.max_attempts)
+            _give_back(conn, and_(trials.c.study_id == study_id, IS_EXPIRED), LOST, budget.max_attempts)
             standing = standing_of(conn, study_id)
         return closed(standing, budget) or _hand_out(conn, study_id, standing, holder)
 
@@ -252,7 +252,7 @@ def live_leases(study_id: int) -> Select[int, str | None]:
     return (
         select(trials.c.number, tuner_leases.c.worker)
         .join(tuner_leases, tuner_leases.c.trial_id == trials.c.trial_id)
-        .where(trials.c.study_id == study_id, trials.c.state == "RUNNING", ~_IS_EXPIRED)
+        .where(trials.c.study_id == study_id, trials.c.state == "RUNNING", ~IS_EXPIRED)
         .order_by(trials.c.number)
     )
 
@@ -296,7 +296,7 @@ def _select_standing() -> Select[Any]:
     expired = (
         select(func.count())
         .select_from(trials.join(tuner_leases, tuner_leases.c.trial_id == trials.c.trial_id))
-        .where(of_study, trials.c.state == "RUNNING", _IS_EXPIRED)
+        .where(of_study, trials.c.state == "RUNNING", IS_EXPIRED)
     )
     age = func.clock_timestamp() - tuner_studies.c.created_at
     return (
@@ -445,8 +445,8 @@ def _set_user_attrs(conn: Connection, trial_id: int, attrs: dict[str, Any]) -> N
 
 
 _NOW: Final = func.clock_timestamp()
-# A server that has just come back was away for all holders.
-_IS_EXPIRED: Final = and_(
+# Whether a running trial's lease ran out. A server that has just come back was away for all holders.
+IS_EXPIRED: Final = and_(
     tuner_leases.c.expires_at < _NOW,
     or_(
         func.pg_postmaster_start_time() < _NOW - text(f"interval '{RETURN_S} seconds'"),

@@ -47,7 +47,7 @@ from storage.tables import (
     tuner_studies,
 )
 from storage.url import mask_url
-from storage.values import json_values
+from storage.values import json_values, number_of
 
 _METRIC_NAMES = "study:metric_names"  # where optuna.Study.set_metric_names keeps them
 
@@ -260,12 +260,12 @@ def all_values(engine: Engine, study_id: int) -> dict[int, list[float]]:
     values: dict[int, list[float]] = {}
     with engine.connect() as conn:
         for number, value, kind in conn.execute(query):
-            values.setdefault(number, []).append(_number(value, kind))
+            values.setdefault(number, []).append(number_of(value, kind))
     return values
 
 
 def count_failures(engine: Engine, study_id: int) -> dict[str, tuple[int, str]]:
-    """Return for each class of failure how many trials failed by it and the latest message."""
+    """Return for each class of failure how many trials failed by it and the latest message, the latest class last."""
     kind, message = trial_user_attributes.alias("kind"), trial_user_attributes.alias("message")
     query = (
         select(
@@ -276,13 +276,14 @@ def count_failures(engine: Engine, study_id: int) -> dict[str, tuple[int, str]]:
         .outerjoin(kind, and_(kind.c.trial_id == trials.c.trial_id, kind.c.key == "failure"))
         .outerjoin(message, and_(message.c.trial_id == trials.c.trial_id, message.c.key == "failure_message"))
         .where(trials.c.study_id == study_id, trials.c.state == "FAIL")
-        .order_by(trials.c.number)
+        .order_by(trials.c.datetime_complete.nulls_first(), trials.c.number)
     )
     failures: dict[str, tuple[int, str]] = {}
     with engine.connect() as conn:
         for row in conn.execute(query):
-            count, _ = failures.get(json.loads(row.kind), (0, ""))
-            failures[json.loads(row.kind)] = (count + 1, json.loads(row.message))
+            its_kind = _attribute_text(row.kind)
+            count, _ = failures.pop(its_kind, (0, ""))
+            failures[its_kind] = (count + 1, _attribute_text(row.message))
     return failures
 
 
@@ -443,13 +444,7 @@ def _latest_reports(conn: Connection, of: Select[Any]) -> dict[int, tuple[int, f
         .where(table.c.trial_id.in_(of))
         .order_by(table.c.trial_id, table.c.step.desc())
     )
-    return {row.trial_id: (row.step, _number(row.intermediate_value, row.intermediate_value_type)) for row in rows}
-
-
-def _number(value: float | None, kind: str) -> float:
-    if kind == "FINITE" and value is not None:
-        return value
-    return {"INF_POS": math.inf, "INF_NEG": -math.inf}.get(kind, math.nan)
+    return {row.trial_id: (row.step, number_of(row.intermediate_value, row.intermediate_value_type)) for row in rows}
 
 
 def _trial(
@@ -463,7 +458,7 @@ def _trial(
         trial_id=row.trial_id,
         number=row.number,
         state=row.state,
-        value=None if row.value_type is None else _number(row.value, row.value_type),
+        value=None if row.value_type is None else number_of(row.value, row.value_type),
         started_at=_utc(row.datetime_start),
         ended_at=_utc(row.datetime_complete),
         last_step=last_step,
@@ -471,6 +466,12 @@ def _trial(
         params=params.get(row.trial_id, {}),
         user_attrs=attrs.get(row.trial_id, {}),
     )
+
+
+def _attribute_text(value_json: str) -> str:
+    """Return an attribute that is text as a rule; another program may have set any JSON by its name."""
+    value = json.loads(value_json)
+    return value if isinstance(value, str) else value_json
 
 
 def _utc(time: dt.datetime | None) -> dt.datetime | None:

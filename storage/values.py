@@ -23,6 +23,13 @@ def stored(value: float) -> tuple[float | None, str]:
     return None, "INF_POS" if value > 0 else "INF_NEG"
 
 
+def number_of(value: float | None, kind: str) -> float:
+    """Return the number that a column's value and its type stand for; NaN for what is none."""
+    if kind == "FINITE" and value is not None:
+        return value
+    return {"INF_POS": math.inf, "INF_NEG": -math.inf}.get(kind, math.nan)
+
+
 def stored_objective(value: float) -> tuple[float | None, str]:
     """Return what `stored` does, for the value of a trial. Raises InvalidWriteError for NaN, which none can have."""
     if math.isnan(value):

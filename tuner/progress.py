@@ -14,6 +14,7 @@ from rich.text import Text
 
 from storage.studies import StateCounts, TrialRecord
 from tuner.log import PLAIN_INTERVAL_S, Log
+from tuner.text import duration
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,13 +89,6 @@ class Progress:
             failed=counts.failed,
             left_s=snapshot.left_s,
         )
-
-
-def duration(seconds: float) -> str:
-    """Return 75 as 1:15 and 3700 as 1:01:40."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 def _is_live(log: Log) -> bool:

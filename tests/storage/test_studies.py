@@ -165,3 +165,25 @@ def test_exports_are_recorded_in_order_and_vanish_with_the_study(engine: Engine,
     ]
     optuna.delete_study(study_name="s", storage=open_storage(database))
     assert studies.list_exports(engine, record.study_id) == []
+
+
+def test_failures_are_told_by_the_latest_message_whatever_another_program_made_of_them(
+    engine: Engine, database: str
+) -> None:
+    study_id = studies.create_study(engine, "s", "minimize", SPEC, {}, "value").study_id
+    study = optuna.load_study(study_name="s", storage=open_storage(database))
+    for attrs in (
+        {"failure": "nan", "failure_message": "told last"},
+        {"failure": "nan", "failure_message": "told first"},
+        {"failure": {"a": 1}, "failure_message": [2]},
+        {},
+    ):
+        study.add_trial(create_trial(state=TrialState.FAIL, user_attrs=attrs))
+    study.add_trial(create_trial(value=1.0))
+    with engine.begin() as conn:
+        conn.execute(text("update trials set datetime_complete = now() + interval '1 hour' where number = 0"))
+    assert list(studies.count_failures(engine, study_id).items()) == [
+        ('{"a": 1}', (1, "[2]")),
+        ("unknown", (1, "")),
+        ("nan", (2, "told last")),
+    ]

@@ -20,6 +20,7 @@ def test_the_public_surface_is_what_all_says():
         "StudyExistsError",
         "StudyHaltedError",
         "StudyNotFoundError",
+        "TrialNotRunningError",
         "UnreachableError",
         "ensure_schema",
         "mask_url",

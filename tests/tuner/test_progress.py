@@ -6,7 +6,7 @@ from rich.console import Console
 
 from storage.studies import StateCounts, TrialRecord
 from tuner.log import Log
-from tuner.progress import Progress, Snapshot, duration
+from tuner.progress import Progress, Snapshot
 
 
 def a_snapshot(*, complete=0, pruned=0, running=0, failed=0, best=None, left_s=None):
@@ -15,13 +15,6 @@ def a_snapshot(*, complete=0, pruned=0, running=0, failed=0, best=None, left_s=N
         record = TrialRecord(trial_id=9, number=4, state="COMPLETE", value=best, started_at=None, ended_at=None)
     counts = StateCounts(complete=complete, pruned=pruned, running=running, failed=failed)
     return Snapshot(counts=counts, trials=30, best=record, left_s=left_s)
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"), [(0, "0:00"), (9.4, "0:09"), (59.6, "1:00"), (75, "1:15"), (3599, "59:59"), (3700, "1:01:40")]
-)
-def test_a_duration_reads_as_a_clock_does(seconds, text):
-    assert duration(seconds) == text
 
 
 @pytest.mark.parametrize(

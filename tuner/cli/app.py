@@ -12,7 +12,7 @@ import typer
 from pydantic import ValidationError
 
 from storage.errors import InvalidURLError, StorageError, UnreachableError
-from tuner.cli import control, db, importing, model, reading, search, service
+from tuner.cli import control, db, importing, model, reading, search, service, status
 from tuner.cli.settings import DataDir, Debug, Format, PasswordFile, Settings, Storage
 from tuner.errors import (
     EXIT_FAILED,
@@ -38,6 +38,7 @@ app = typer.Typer(
 )
 for commands in (
     search.commands,
+    status.commands,
     reading.commands,
     control.commands,
     importing.commands,

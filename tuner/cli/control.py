@@ -1,4 +1,4 @@
-"""`tuner enqueue`, `stop`, `pause`, `resume` and `delete`: what people do to a study from any machine."""
+"""`tuner enqueue`, `stop`, `pause`, `resume`, `release` and `delete`: what people do to a study from any machine."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tuner.cli.reading import AsJson, StudyName, params_text
+from tuner.cli.reading import AsJson, StudyName
 from tuner.cli.settings import Settings, command
 from tuner.errors import TunerError, UsageError
+from tuner.text import params_text, printable
 
 if TYPE_CHECKING:
     from pydantic import JsonValue
@@ -74,6 +75,36 @@ def resume(settings: Settings, study: StudyName, as_json: AsJson = False) -> Non
 
 
 @command
+def release(
+    settings: Settings,
+    study: StudyName,
+    number: Annotated[int, typer.Argument(metavar="NUMBER", help="Number of a running trial.")],
+    as_json: AsJson = False,
+) -> None:
+    """Put a running trial of STUDY back to waiting, for any worker to go on with.
+
+    It keeps its number, params and checkpoint, and loses no attempt. Whoever
+    runs it now drops it at the next report.
+    """
+    from storage import TrialNotRunningError, claims
+    from storage.sessions import Sessions
+    from tuner.study import find_study
+
+    engine = settings.open()
+    opened = find_study(engine, study)
+    try:
+        worker = claims.release_by_number(Sessions(engine), opened.study_id, number)
+    except TrialNotRunningError as error:
+        raise TunerError(f"study {study!r}: {error}; 'tuner trials' lists them") from error
+    if as_json:
+        print(json.dumps({"study": study, "number": number, "released": True, "worker": worker}))
+    elif worker is None:
+        print(f"trial {number} waits; no worker of tuner ran it, and whoever did may go on writing to it")
+    else:
+        print(f"trial {number} waits; {printable(worker)} ran it, and drops it at its next report")
+
+
+@command
 def delete(
     settings: Settings,
     study: StudyName,
@@ -102,7 +133,7 @@ def delete(
         print(f"deleted study {study} with {n_trials} trials")
 
 
-commands = {"enqueue": enqueue, "stop": stop, "pause": pause, "resume": resume, "delete": delete}
+commands = {"enqueue": enqueue, "stop": stop, "pause": pause, "resume": resume, "release": release, "delete": delete}
 
 
 def _set_state(settings: Settings, study: str, state: StudyState, *, as_json: bool) -> None:

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Self
 
 import typer
 
-from tuner.cli.reading import print_json, printable
+from tuner.cli.reading import print_json
 from tuner.cli.settings import Settings, command
 from tuner.log import PLAIN_INTERVAL_S
+from tuner.text import printable
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bars

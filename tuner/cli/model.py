@@ -83,7 +83,8 @@ def print_exported(
     settings: Settings, engine: Engine, study: Study, exported: Exported | None, *, as_json: bool
 ) -> None:
     """Print the best trial, its figures, and where the model lies if there is one."""
-    from tuner.cli.reading import best_fields, number_text, params_text
+    from tuner.cli.reading import best_fields
+    from tuner.text import number_text, params_text
 
     best = best_fields(engine, study)
     test = None if exported is None else exported.manifest.test

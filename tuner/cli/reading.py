@@ -1,4 +1,4 @@
-"""`tuner status`, `studies`, `trials`, `best` and `objectives`: what there is, read without importing torch."""
+"""`tuner studies`, `trials`, `best` and `objectives`: what there is, read without importing torch."""
 
 from __future__ import annotations
 
@@ -13,64 +13,16 @@ import typer
 
 from tuner.cli.settings import Settings, command
 from tuner.errors import UsageError
+from tuner.text import number_text, params_text, table
 
 if TYPE_CHECKING:
     from sqlalchemy import Engine
 
-    from storage.claims import NothingToClaim, Standing
-    from storage.studies import StateCounts, TrialRecord
+    from storage.studies import TrialRecord
     from tuner.study import AnyStudy
 
 StudyName = Annotated[str, typer.Argument(metavar="STUDY", help="Name of the study.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-
-
-@command
-def status(settings: Settings, study: StudyName, as_json: AsJson = False) -> None:
-    """Show how far STUDY is: its budget, its trials by state, its best and its failures."""
-    from storage import claims, studies
-    from storage.sessions import Sessions
-    from tuner.study import Study, find_study
-
-    engine = settings.open()
-    opened = find_study(engine, study)
-    spec = opened.spec
-    counts = studies.count_states(engine, opened.study_id)
-    best = _best_if_any(engine, opened)
-    failures = studies.count_failures(engine, opened.study_id)
-    standing = claims.look(Sessions(engine), opened.study_id)
-    lost = standing.expired
-    closed = claims.closed(standing, opened.budget) if isinstance(opened, Study) else None
-    state, end = _state(standing, closed)
-    if as_json:
-        fields = {
-            "study": opened.name,
-            "state": state,
-            "reason": end,
-            "objective": None if spec is None else spec.objective.name,
-            "metric": ", ".join(opened.metrics),
-            "direction": ", ".join(opened.directions),
-            "budget": None if spec is None else spec.budget.model_dump(mode="json"),
-            "trials": asdict(counts),
-            "lost": lost,
-            "best": None if best is None else _best_fields(opened, best),
-            "failures": failures,
-        }
-        print_json(fields)
-        return
-    rows = [
-        ("study", f"{opened.name}: {'not of tuner' if spec is None else spec.objective.name}, {opened.goal}"),
-        ("state", state if end is None else f"{state}: {end}"),
-        ("trials", _counts_text(counts, None if spec is None else spec.budget.trials, lost)),
-        ("best", "none yet" if best is None else f"{number_text(best.value)} (trial {best.number})"),
-    ]
-    if len(opened.directions) > 1:
-        rows[-1] = ("best", f"no single one with {len(opened.directions)} objectives")
-    if best is not None:
-        rows.append(("params", params_text(best.params)))
-    rows += [("failures", f"{count} {kind}: {message}") for kind, (count, message) in failures.items()]
-    for name, text in rows:
-        print(f"{name:<10}{printable(text)}")
 
 
 @command
@@ -190,31 +142,29 @@ def objectives(settings: Settings, as_json: AsJson = False) -> None:  # noqa: AR
     _print_table(["objective", "summary"], [list(row.values()) for row in found], empty="no objectives are installed")
 
 
-commands = {"status": status, "studies": studies, "trials": trials, "best": best, "objectives": objectives}
+commands = {"studies": studies, "trials": trials, "best": best, "objectives": objectives}
 
 
 def best_fields(engine: Engine, study: AnyStudy) -> dict[str, Any]:
     """Return the best trial as `tuner best --json` prints it. Raises TunerError if none is complete."""
     from tuner.study import best_of
 
-    return _best_fields(study, best_of(engine, study))
+    return best_fields_of(study, best_of(engine, study))
 
 
-def number_text(value: float | None) -> str:
-    """Return a number in at most six digits, `-` for none."""
-    return "-" if value is None else f"{value:.6g}"
-
-
-def params_text(params: dict[str, Any]) -> str:
-    """Return params in one line, for people."""
-    return " ".join(f"{name}={number_text(v) if isinstance(v, float) else v}" for name, v in params.items()) or "-"
-
-
-def printable(text: str) -> str:
-    """Return text of the database without characters that would move the cursor or forge a line."""
-    if text.isprintable():  # a call for nearly all of 50,000 lines, not one for each of their characters
-        return text
-    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+def best_fields_of(study: AnyStudy, best: TrialRecord) -> dict[str, Any]:
+    """Return the study's best trial as `tuner best --json` prints it."""
+    return {
+        "study": study.name,
+        "number": best.number,
+        "value": best.value,
+        "metric": study.metrics[0],
+        "direction": study.directions[0],
+        "params": best.params,
+        "epoch": best.user_attrs.get("epoch"),
+        "state": best.state,
+        "seed": best.user_attrs.get("seed"),
+    }
 
 
 def print_json(value: Any) -> None:
@@ -230,31 +180,9 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _best_if_any(engine: Engine, study: AnyStudy) -> TrialRecord | None:
-    from storage import studies
-
-    if len(study.directions) > 1:
-        return None
-    return studies.best_trial(engine, study.study_id, study.directions[0])
-
-
 def _all_values(study: AnyStudy, trial: TrialRecord, values: dict[int, list[float]]) -> dict[str, Any]:
     """Return the values of a trial that can have several; `value` is the first."""
     return {"values": values.get(trial.number)} if len(study.directions) > 1 else {}
-
-
-def _best_fields(study: AnyStudy, best: TrialRecord) -> dict[str, Any]:
-    return {
-        "study": study.name,
-        "number": best.number,
-        "value": best.value,
-        "metric": study.metrics[0],
-        "direction": study.directions[0],
-        "params": best.params,
-        "epoch": best.user_attrs.get("epoch"),
-        "state": best.state,
-        "seed": best.user_attrs.get("seed"),
-    }
 
 
 def _trial_fields(trial: TrialRecord) -> dict[str, Any]:
@@ -271,24 +199,6 @@ def _trial_fields(trial: TrialRecord) -> dict[str, Any]:
     }
 
 
-def _state(standing: Standing, closed: NothingToClaim | None) -> tuple[str, str | None]:
-    """Return the study's state in a word, and the reason for it where workers can do nothing about it."""
-    if standing.state != "open":
-        return standing.state, None if closed is None else closed.reason
-    if closed is not None and closed.final:
-        return "finished", closed.reason
-    return ("running" if standing.running > standing.expired else "idle"), None
-
-
-def _counts_text(counts: StateCounts, budget: int | None, lost: int) -> str:
-    again = f" ({lost} of them lost their worker and will run again)" if lost else ""
-    of_budget = "" if budget is None else f"/{budget}"
-    return (
-        f"{counts.done}{of_budget} done ({counts.complete} complete, {counts.pruned} pruned),"
-        f" {counts.running} running{again}, {counts.waiting} waiting, {counts.failed} failed"
-    )
-
-
 def _variable(name: str) -> str:
     """Return the param's name as one of a shell variable."""
     variable = re.sub(r"\W", "_", name, flags=re.ASCII).upper()
@@ -301,11 +211,5 @@ def _plain(value: Any) -> str:
 
 
 def _print_table(names: list[str], rows: list[list[Any]], *, empty: str) -> None:
-    """Print columns, the last one as wide as it is: a line a row, so that grep and awk work."""
-    if not rows:
-        print(empty)
-        return
-    texts = [names, *([printable(str(cell)) for cell in row] for row in rows)]
-    widths = [max(len(row[column]) for row in texts) for column in range(len(names) - 1)]
-    for row in texts:
-        print("  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[-1]]).rstrip())
+    for line in table(names, rows) if rows else [empty]:
+        print(line)
