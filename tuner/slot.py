@@ -1,6 +1,6 @@
 """A slot: one process that claims trials and runs them, for the worker that started it.
 
-Started as `python -m tuner.slot`. The worker writes one line of JSON, a `SlotConfig`, to its standard input and
+Started by `tuner.start_slot`. The worker writes one line of JSON, a `SlotConfig`, to its standard input and
 keeps it open: when it closes - also because the worker was killed - the slot gives its trial back and exits.
 On its standard output the slot writes one line of JSON an event (`Event`).
 """
@@ -41,8 +41,9 @@ from tuner.training import Interrupted, choose_device
 
 T = TypeVar("T")
 
-POLL_S = 1.0
-"""How often a slot asks again while other workers' trials hold the rest of the budget, or the study is paused."""
+FIRST_POLL_S, POLL_S = 0.05, 1.0
+"""How soon a slot asks again while other workers' trials hold the rest of the budget, or the study is paused: at first,
+as the other's trial may be about to end, and at last, after twice as long each time."""
 
 
 class SlotConfig(BaseModel):
@@ -88,6 +89,7 @@ class Slot:
         self._stop = stop
         self._parent = os.getppid()
         self._is_paused = False
+        self._poll_s = FIRST_POLL_S
         self._retry = Backoff(stop=stop, notice=self._tell_outage)
         self._storage = PostgresStorage(config.storage, application_name=f"tuner {config.worker}", retry=self._retry)
         self._engine: Engine = self._storage.engine
@@ -120,6 +122,7 @@ class Slot:
                 self._wait(claimed)
                 continue
             self._is_paused = False
+            self._poll_s = FIRST_POLL_S
             ran += self._run_claimed(study, optuna_study, what, claimed)
         self._emit(Event(event="done", message=reason))
 
@@ -127,7 +130,8 @@ class Slot:
         if nothing.paused and not self._is_paused:
             self._emit(Event(event="paused", message=nothing.reason))
         self._is_paused = nothing.paused
-        self._stop.wait(POLL_S)
+        self._stop.wait(self._poll_s)
+        self._poll_s = min(2 * self._poll_s, POLL_S)
 
     def _load(self, study: Study) -> TrialObjective:
         source = find_objective(self._config.objective)
@@ -294,7 +298,3 @@ def main() -> None:
         code = EXIT_UNREACHABLE if isinstance(error, UnreachableError) else getattr(error, "exit_code", 1)
         emit(Event(event="refused", message=str(error), exit_code=code))
         sys.exit(code)
-
-
-if __name__ == "__main__":
-    main()

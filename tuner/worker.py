@@ -51,13 +51,13 @@ class _Message:
 
 
 class SlotProcess:
-    """The process of one slot. It imports torch as soon as it starts, and runs once it is configured."""
+    """The process of one slot. It imports torch and the objective as it starts, and runs once it is configured."""
 
-    def __init__(self, number: int, slots: int, inbox: queue.SimpleQueue[_Message]) -> None:
+    def __init__(self, number: int, slots: int, objective: str, inbox: queue.SimpleQueue[_Message]) -> None:
         self.number = number
         self._inbox = inbox
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "tuner.slot"],
+            [sys.executable, "-m", "tuner.start_slot", objective],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -116,22 +116,29 @@ class SlotProcess:
 
 
 class Slots:
-    """The slots of a worker, started before the study is known so that importing torch overlaps with the rest."""
+    """The slots of a worker, started before the study is known so that importing torch overlaps with the rest.
 
-    def __init__(self, count: int) -> None:
+    So does importing `objective`, an installed one's name or `path/to/file.py:NAME`.
+    """
+
+    def __init__(self, count: int, objective: str) -> None:
         self.inbox: queue.SimpleQueue[_Message] = queue.SimpleQueue()
-        self.processes = {number: SlotProcess(number, count, self.inbox) for number in range(count)}
         self._count = count
+        self._objective = objective
+        self.processes = {number: self._start(number) for number in range(count)}
 
     def restart(self, number: int) -> SlotProcess:
         """Start the slot's process anew."""
-        self.processes[number] = SlotProcess(number, self._count, self.inbox)
+        self.processes[number] = self._start(number)
         return self.processes[number]
 
     def close(self) -> None:
         """Kill what still runs; for the way out of an error."""
         for process in self.processes.values():
             process.kill()
+
+    def _start(self, number: int) -> SlotProcess:
+        return SlotProcess(number, self._count, self._objective, self.inbox)
 
 
 class Worker:

@@ -62,3 +62,16 @@ def test_training_speed_prints_three_sides_and_their_ratios() -> None:
         assert re.search(rf"batch +32 {side} +\d+\.\d+ s \(", done.stdout)
     assert re.search(r"ratio: ours \d+\.\d+ \(.*\) x plain, \d+\.\d+ \(.*\) of the bare step", done.stdout)
     assert re.search(r"an epoch of an empty model with report and pruning: \d+\.\d+ ms", done.stdout)
+
+
+def test_search_speed_prints_both_sides_and_their_ratio(database: str, tmp_path: Path) -> None:
+    arguments = ["--storage", database, "--repeats", "1", "--trials", "2", "--epochs", "1", "--data-dir", tmp_path]
+    done = subprocess.run(
+        [sys.executable, BENCHMARKS / "search_speed.py", *arguments], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "random images" in done.stdout
+    for side in ("plain", "ours"):
+        assert re.search(rf"run 0 {side} +\d+\.\d s +2 completed +0 pruned +2 epochs", done.stdout), done.stdout
+        assert re.search(rf"{side} +seconds \d+\.\d \(.*\), best accuracy 0\.\d+ \(.*\)", done.stdout)
+    assert re.search(r"ratio: ours \d+\.\d+ \(.*\) x faster, best accuracy -?0\.\d+ \(.*\) better", done.stdout)

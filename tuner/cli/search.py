@@ -56,7 +56,7 @@ def run(
     source = find_objective(objective)
     if export and output is not None:
         check_output(output)
-    slots = Slots(count)  # they import torch while this process does
+    slots = Slots(count, objective)  # they import torch and the objective while this process does
     try:
         spec, model_class = plan(source, source.load(), **wanted)
         engine = settings.open()
@@ -148,7 +148,7 @@ def worker(
     log = settings.log(worker=_worker_name(), study=joined.name)
     log.event("study", f"joined study {joined.name}: {_outline(joined)}")
     config = _slot_config(settings, joined, source, reference, device=device, allow_code_change=allow_code_change)
-    processes = Slots(slots if trials is None else min(slots, trials))
+    processes = Slots(slots if trials is None else min(slots, trials), reference)
     try:
         Worker(engine, joined, processes, config, log, trials=trials).run()
     finally:
