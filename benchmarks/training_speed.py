@@ -10,9 +10,10 @@ The model is an MLP 784-300-100-10 on Fashion-MNIST, by SGD. Three sides, interl
   bare   the step alone, on one batch that is on the device already: no data handling at all
 
 Prints seconds an epoch (median, minimum .. maximum) and the ratios, then what an epoch of an empty model costs with
-its report and the pruner's decision. On a CUDA device also ours with CUDA graphs, and trials an hour with 1, 2, 4 and
+its report and the pruner's decision: in a study in memory, which leaves the loop itself, and in one in PostgreSQL, on a
+trial that is held, as a slot does it. On a CUDA device also ours with CUDA graphs, and trials an hour with 1, 2, 4 and
 8 slots. `--data-dir` (or TUNER_TEST_DATA) is torchvision's root of FashionMNIST; without it, the images are random
-ones of the same shape and number.
+ones of the same shape and number. Without --storage, starts an embedded PostgreSQL for what needs one.
 """
 
 from __future__ import annotations
@@ -26,18 +27,23 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import optuna
 import torch
+from measuring import database
+from optuna.samplers import RandomSampler
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets import FashionMNIST
 from torchvision.transforms import v2
+from workers import Ours
 
-from storage import EmbeddedServer
+from storage import EmbeddedServer, open_engine, studies
 from tuner.attempt import CheckedTrial
 from tuner.data import Split
 from tuner.steps import fastest
@@ -46,6 +52,8 @@ from tuner.training import Epoch, Options, Run, choose_device, fit
 N_IMAGES = 8226
 LEARNING_RATE = 0.01
 EMPTY_EPOCHS = 100
+N_FINISHED = 20
+FINISHED = optuna.trial.create_trial(value=0.0, intermediate_values=dict.fromkeys(range(EMPTY_EPOCHS + 1), 1.0))
 
 Side = Callable[[], None]
 
@@ -215,15 +223,31 @@ class Nothing(Optimizer):
         """Leave the params as they are."""
 
 
-def overhead(device: torch.device) -> None:
-    """Print what an epoch costs beside its steps: one batch of an empty model, a report and the pruner's decision."""
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
+@contextmanager
+def trial_in_memory() -> Iterator[CheckedTrial]:
+    """A running trial of a study in this process's memory, beside trials that the pruner compares it with."""
     study = optuna.create_study(pruner=optuna.pruners.MedianPruner())
-    for _ in range(20):
-        study.add_trial(
-            optuna.trial.create_trial(value=0.0, intermediate_values=dict.fromkeys(range(EMPTY_EPOCHS + 1), 1.0))
-        )
-    trial = CheckedTrial(study, study.ask()._trial_id, lambda: None)
+    study.add_trials(N_FINISHED * [FINISHED])
+    yield CheckedTrial(study, study.ask()._trial_id, lambda: None)
+
+
+@contextmanager
+def trial_in_database(url: str) -> Iterator[CheckedTrial]:
+    """The same in PostgreSQL: a trial that was claimed and is held, with the pruner and the storage of a slot."""
+    name = f"overhead-{os.getpid()}"
+    engine = open_engine(url)
+    studies.create_study(engine, name, "minimize", {"version": 1}, {}, "value")
+    engine.dispose()
+    side = Ours(url, name, RandomSampler())
+    side.study.add_trials(N_FINISHED * [FINISHED])
+    try:
+        yield CheckedTrial(side.study, side.claim()._trial_id, lambda: None)
+    finally:
+        side.close()
+
+
+def overhead(device: torch.device, trial: CheckedTrial, where: str) -> None:
+    """Print what an epoch costs beside its steps: one batch of an empty model, a report and the pruner's decision."""
     ends: list[float] = []
 
     def on_epoch(epoch: Epoch) -> None:
@@ -247,7 +271,7 @@ def overhead(device: torch.device) -> None:
         run=Run(check=trial.check),
     )
     ms = [1000 * (after - before) for before, after in itertools.pairwise(ends)]
-    print(f"  an epoch of an empty model with report and pruning: {statistics.median(ms):.2f} ms", end="")
+    print(f"  an epoch of an empty model with report and pruning {where}: {statistics.median(ms):.2f} ms", end="")
     print(f" ({min(ms):.2f} .. {max(ms):.2f})")
 
 
@@ -274,6 +298,7 @@ def trials_an_hour(slots: Sequence[int], trials: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--data-dir", type=Path, default=os.environ.get("TUNER_TEST_DATA"))
+    parser.add_argument("--storage", default=os.environ.get("TUNER_STORAGE"))
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[32, 512])
     parser.add_argument("--rows", type=int, help="use only so many images")
@@ -281,6 +306,9 @@ def main() -> None:
     parser.add_argument("--slots", type=int, nargs="*", help="default: 1 2 4 8 on a CUDA device, else none")
     parser.add_argument("--trials", type=int, default=64, help="trials for each number of slots")
     options = parser.parse_args()
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    # Of asking without optimize, which is what tuner does.
+    warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
     device = choose_device(options.device)
     images, labels, what = load(options.data_dir, options.rows)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
@@ -288,7 +316,10 @@ def main() -> None:
     print(f"{len(images)} images, {what}; an epoch in seconds, median (minimum .. maximum) of {options.repeats}")
     for batch_size in options.batch_sizes:
         compare(images, labels, batch_size, device, options.repeats)
-    overhead(device)
+    with trial_in_memory() as trial:
+        overhead(device, trial, "in memory")
+    with database(options.storage) as url, trial_in_database(url) as trial:
+        overhead(device, trial, "in PostgreSQL")
     trials_an_hour(
         options.slots if options.slots is not None else [1, 2, 4, 8] * (device.type == "cuda"), options.trials
     )

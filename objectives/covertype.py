@@ -1,4 +1,4 @@
-"""An MLP with batch norm on Covertype: which trees grow on 30 x 30 m of forest, 581,012 rows, seven classes.
+"""An MLP with batch norm on Covertype: which trees cover 30 x 30 m of forest, 581,012 rows, seven classes.
 
 Blackard and Dean 1999, https://archive.ics.uci.edu/dataset/31/covertype; scikit-learn downloads it. Shows two inputs in
 order, and classes of unequal size whose weight in the loss is searched.
@@ -34,7 +34,7 @@ COVERS = (
 
 
 class Covertype(Tabular):
-    """Classify what a forest is of from its place and soil; the accuracy on the validation split is maximized."""
+    """Classify which trees cover a patch of forest; the accuracy on the validation split is maximized."""
 
     def suggest(self, trial: optuna.Trial) -> None:
         suggest_hidden_layers(trial, layers=(1, 3), units=(32, 512))

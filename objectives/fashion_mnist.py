@@ -47,8 +47,10 @@ class FashionMNIST(Objective):
         trial.suggest_categorical("batch_size", [32, 64, 128, 256])
 
     def load_data(self, root: Path) -> Data:
-        with downloading("Fashion-MNIST", root):
-            train, test = (datasets.FashionMNIST(root, train=is_train, download=True) for is_train in (True, False))
+        with downloading("Fashion-MNIST's training part", root):
+            train = datasets.FashionMNIST(root, train=True, download=True)
+        with downloading("Fashion-MNIST's test part", root):
+            test = datasets.FashionMNIST(root, train=False, download=True)
         images = Split(train.data.unsqueeze(1), train.targets)
         # A twelfth of the 60,000 are 5,000: as many as half of the test images.
         rows, valid = split_in_two(images, 1 / 12, stratified=True, seed=self.seed)

@@ -268,7 +268,10 @@ def _train(
     model = objective.build_model(params)
     if not isinstance(model, nn.Module):
         raise InvalidReportError(f"build_model needs to return a torch.nn.Module, got {model!r}")
-    model.to(what.device)
+    try:
+        model.to(what.device)
+    except NotImplementedError as error:  # of a model on the device "meta", which has no weights
+        raise DataError(f"build_model's model cannot be moved to {what.device}: {first_line(error)}") from error
 
     def on_epoch(epoch: training.Epoch) -> None:
         record.add(epoch)

@@ -30,6 +30,9 @@ RESIDENT_SHARE = 0.5
 MAX_READERS = 8
 READ_ROWS = 256
 """How many samples are read at once where they become resident."""
+CHECKED_ROWS = 64
+"""How many samples of each split are read before training where they are streamed: enough to find what is wrong with a
+tenth of them, such as the last of ten classes, all but once in a thousand times."""
 PREFETCHED = 4
 """How many batches each reader is ahead."""
 
@@ -150,7 +153,8 @@ def place_rows(
     """Return the rows where they are trained on: on the device, or to be read and copied to it as needed.
 
     `auto` keeps them on the device if they fit into half of its free memory. What was chosen is logged. Raises
-    DataError if random samples are to be resident.
+    DataError if random samples are to be resident, or if samples cannot be trained on: of those that become resident
+    all are read now, of those to be streamed CHECKED_ROWS from all over each split.
     """
     wanted, free = sum(_n_bytes(rows) for rows in parts), _free_bytes(device)
     is_random = any(isinstance(rows, Samples) and rows.random for rows in parts)
@@ -160,7 +164,11 @@ def place_rows(
     resident = how == "resident" or (how == "auto" and fits and not is_random)
     why = f"{_mb(wanted)}, {_mb(free)} free" + (", random" if is_random else "")
     log(f"data {'resident on' if resident else 'streamed to'} {device} ({why}, --data {how})")
-    return tuple(_make_resident(rows, device) if resident else _make_streamed(rows) for rows in parts)
+    if resident:
+        return tuple(_make_resident(rows, device) for rows in parts)
+    for rows in parts:
+        _check_some(rows)
+    return tuple(_make_streamed(rows) for rows in parts)
 
 
 def default_readers() -> int:
@@ -179,6 +187,14 @@ def _make_resident(rows: Rows, device: torch.device) -> Split:
 
 def _make_streamed(rows: Rows) -> Samples:
     return Samples(rows.to(torch.device("cpu"))) if isinstance(rows, Split) else rows
+
+
+def _check_some(rows: Rows) -> None:
+    if isinstance(rows, Samples):
+        n = min(CHECKED_ROWS, len(rows))
+        read = _read(rows, [place * len(rows) // n for place in range(n)])
+        if isinstance(read, DataError):
+            raise read
 
 
 def _is_on(rows: Rows, device: torch.device) -> bool:
@@ -241,16 +257,20 @@ class _Reader:
         if self._samples.random and get_worker_info() is not None:
             seed_everything(planned.seed)  # a process that lives on would go on where it was in the last epoch
         # Returned and not raised: a loader puts the process's whole traceback into the message.
-        try:
-            return self._samples.read(planned.rows).batch
-        except DataError as error:
-            return error
-        except Exception as error:  # noqa: BLE001 - foreign code: what it raises ends the training
-            place = traceback.extract_tb(error.__traceback__)[-1]
-            return DataError(
-                f"the {self._samples.split} split cannot be read: {type(error).__name__}: {first_line(error)}"
-                f" ({place.filename}, line {place.lineno})"
-            )
+        return _read(self._samples, planned.rows)
+
+
+def _read(samples: Samples, rows: list[int]) -> Batch | DataError:
+    try:
+        return samples.read(rows).batch
+    except DataError as error:
+        return error
+    except Exception as error:  # noqa: BLE001 - foreign code: what it raises ends the training
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        return DataError(
+            f"the {samples.split} split cannot be read: {type(error).__name__}: {first_line(error)}"
+            f" ({place.filename}, line {place.lineno})"
+        )
 
 
 def _loader(samples: Samples, plan: list[_Planned], device: torch.device, readers: int) -> Any:

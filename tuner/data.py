@@ -8,11 +8,14 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
+import pickle
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeAlias
+from urllib.error import URLError
 
 import torch
 from torch import Tensor
@@ -20,6 +23,9 @@ from torch import Tensor
 from tuner.errors import first_line
 
 Inputs: TypeAlias = Tensor | tuple[Tensor, ...] | dict[str, Tensor]
+
+# What readers of files raise for one that was cut off or is something else: of torch, NumPy, pickle and zlib.
+_UNREADABLE = (RuntimeError, ValueError, LookupError, AssertionError, EOFError, pickle.UnpicklingError, zlib.error)
 
 READ_ROWS = 1024
 """How many samples are read at once where all of them are needed."""
@@ -281,7 +287,7 @@ def split_in_two(rows: Split, second: float, *, stratified: bool = False, seed: 
 def downloading(name: str, directory: Path) -> Iterator[None]:
     """Let the block read a data set from `directory`, or download it there, in one process at a time.
 
-    Raises DataError, in one line, if the data set is neither there nor to be had.
+    Raises DataError, in one line, if the data set is neither there nor to be had, may not be read, or is damaged.
     """
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -292,11 +298,24 @@ def downloading(name: str, directory: Path) -> Iterator[None]:
             yield
         finally:
             os.close(handle)
-    except (OSError, RuntimeError) as error:
-        raise DataError(
-            f"{name} is not in {directory} and cannot be downloaded ({' '.join(str(error).split())}):"
+    except DataError:
+        raise
+    except (OSError, *_UNREADABLE) as error:
+        raise DataError(_why_not(error, name, directory)) from error
+
+
+def _why_not(error: Exception, name: str, directory: Path) -> str:
+    text = " ".join(str(error).split())
+    if isinstance(error, OSError) and error.filename is not None and not isinstance(error, URLError):
+        return f"{name} cannot be read from {directory} or kept there ({text}): check its path and permissions"
+    # torchvision tells of the network, and of what is missing, by a RuntimeError; torch of too few bytes.
+    if isinstance(error, OSError) or (isinstance(error, RuntimeError) and "download" in text):
+        return (
+            f"{name} is not in {directory} and cannot be downloaded ({text}):"
             " copy it there from a machine that has it, or connect this one to the network"
-        ) from error
+        )
+    cause = f"{type(error).__name__}: {text}" if text else type(error).__name__
+    return f"{name} in {directory} is damaged or incomplete ({cause}): delete its files there, to have them downloaded"
 
 
 def _by_name(split: Split) -> dict[str, Tensor]:

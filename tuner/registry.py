@@ -22,6 +22,7 @@ from pydantic import JsonValue, ValidationError
 from typing_extensions import TypeIs
 
 from tuner.errors import TunerError, UsageError
+from tuner.imports import uncollected
 from tuner.spec import first_problem
 
 if TYPE_CHECKING:
@@ -81,9 +82,10 @@ class ObjectiveSource:
 
     def _import(self) -> ModuleType:
         try:
-            if self.module is not None:
-                return importlib.import_module(self.module)
-            return _import_file(self.file)
+            with uncollected():
+                if self.module is not None:
+                    return importlib.import_module(self.module)
+                return _import_file(self.file)
         except SyntaxError as error:
             raise TunerError(f"cannot read {error.filename}, line {error.lineno}: {error.msg}") from error
         except (Exception, SystemExit) as error:

@@ -1,6 +1,6 @@
 """A slot: one process that claims trials and runs them, for the worker that started it.
 
-Started as `python -m tuner.slot`. The worker writes lines to its standard input: first a `SlotConfig` as JSON, then
+Started by `tuner.start_slot`. The worker writes lines to its standard input: first a `SlotConfig` as JSON, then
 orders, a word each (`tuner.orders.Order`). When it closes - also because the worker was killed - the slot gives its
 trial back and exits. On its standard output the slot writes one line of JSON an event (`Event`).
 """
@@ -45,8 +45,9 @@ from tuner.spool import Spool
 from tuner.study import Study, check_code, checkpoint_directory, open_study
 from tuner.training import Interrupted, choose_device
 
-POLL_S = 1.0
-"""How often a slot asks again while other workers' trials hold the rest of the budget, or the study is paused."""
+FIRST_POLL_S, POLL_S = 0.05, 1.0
+"""How soon a slot asks again while other workers' trials hold the rest of the budget, or the study is paused: at first,
+as the other's trial may be about to end, and at last, after twice as long each time."""
 EXIT_AGAIN = 75
 """The exit code of a slot that can go on only in a new process: its device failed."""
 
@@ -139,6 +140,7 @@ class Slot:
             pruner=pruner_on(self._storage, study.study_id, study.spec.pruner),
         )
         self._emit(Event(event="ready", device=shown))
+        poll_s = FIRST_POLL_S
         while True:
             self._emit(Event(event="wants_trial"))
             if not self._orders.wait_for("claim"):
@@ -147,12 +149,14 @@ class Slot:
             claimed = claims.claim(self._storage.sessions, study.study_id, study.budget, self._holder, sweep=sweep)
             if isinstance(claimed, claims.Claim):
                 self._run_claimed(study, optuna_study, what, claimed)
+                poll_s = FIRST_POLL_S
                 continue
             if claimed.final:
                 self._emit(Event(event="done", message=claimed.reason))
                 return
             self._emit(Event(event="nothing", message=claimed.reason, paused=claimed.paused))
-            self._orders.stop.wait(POLL_S)
+            self._orders.stop.wait(poll_s)
+            poll_s = min(2 * poll_s, POLL_S)
 
     def _load(self, study: Study) -> TrialObjective:
         source = find_objective(self._config.objective)
@@ -372,7 +376,3 @@ def main() -> None:
         code = EXIT_UNREACHABLE if isinstance(error, UnreachableError) else getattr(error, "exit_code", 1)
         emit(Event(event="refused", message=str(error), exit_code=code))
         sys.exit(code)
-
-
-if __name__ == "__main__":
-    main()

@@ -32,13 +32,13 @@ Inbox = queue.SimpleQueue[Message]
 
 
 class SlotProcess:
-    """The process of one slot. It imports torch as soon as it starts, and runs once it is configured."""
+    """The process of one slot. It imports torch and the objective as it starts, and runs once it is configured."""
 
-    def __init__(self, plan: SlotPlan, inbox: Inbox) -> None:
+    def __init__(self, plan: SlotPlan, objective: str, inbox: Inbox) -> None:
         self.plan = plan
         self._inbox = inbox
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "tuner.slot"],
+            [sys.executable, "-m", "tuner.start_slot", objective],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

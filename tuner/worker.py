@@ -41,11 +41,19 @@ EXIT_AGAIN = 75
 
 
 class Slots:
-    """The slots of a worker, started before the study is known so that importing torch overlaps with the rest."""
+    """The slots of a worker, started before the study is known so that importing torch overlaps with the rest.
 
-    def __init__(self, plans: Sequence[SlotPlan]) -> None:
+    So does importing `objective`, an installed one's name or `path/to/file.py:NAME`.
+    """
+
+    def __init__(self, plans: Sequence[SlotPlan], objective: str) -> None:
+        self._objective = objective
         self.inbox: Inbox = queue.SimpleQueue()
-        self.all = [_Slot(plan=plan, process=SlotProcess(plan, self.inbox), device=plan.shown) for plan in plans]
+        self.all = [_Slot(plan=plan, process=self.start(plan), device=plan.shown) for plan in plans]
+
+    def start(self, plan: SlotPlan) -> SlotProcess:
+        """Start the process of a slot."""
+        return SlotProcess(plan, self._objective, self.inbox)
 
     def close(self) -> None:
         """Kill what still runs; for the way out of an error."""
@@ -109,6 +117,7 @@ class Worker:
         self._engine = engine
         self._study = study
         self._slots = slots.all
+        self._start = slots.start
         self._inbox = slots.inbox
         self._config = config
         self._log = log
@@ -392,7 +401,7 @@ class Worker:
 
     def _restart(self, slot: _Slot) -> None:
         slot.state, slot.failed_by, slot.since = "starting", None, time.monotonic()
-        slot.process = SlotProcess(slot.plan, self._inbox)
+        slot.process = self._start(slot.plan)
         slot.process.send(self._config_of(slot))
 
     # Telling

@@ -196,3 +196,16 @@ def test_names_from_the_database_cannot_drive_the_terminal(tuner: Tuner) -> None
     assert tuner("create", "digits", "--study", "a\x1b[2Jb\nc").code == 0
     assert "a\\x1b[2Jb\\nc" in tuner("studies").stdout
     assert tuner("status", "a\x1b[2Jb\nc").code == 0
+
+
+def test_each_option_of_training_is_kept_in_the_spec(tuner: Tuner) -> None:
+    flags = ["--precision", "bf16", "--compile", "--cuda-graphs", "--deterministic", "--patience", "3"]
+    done = tuner("create", "digits", *flags, "--data", "stream", "--json")
+    assert done.json()["spec"]["training"] == {
+        "precision": "bf16",
+        "compile": True,
+        "cuda_graphs": True,
+        "deterministic": True,
+        "patience": 3,
+        "data": "stream",
+    }

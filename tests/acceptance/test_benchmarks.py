@@ -52,8 +52,8 @@ def test_worker_load_prints_both_sides_and_their_ratio(database: str) -> None:
     assert re.search(r" 2 ratio( +\d+\.\d+){3}", done.stdout)
 
 
-def test_training_speed_prints_three_sides_and_their_ratios() -> None:
-    arguments = ["--rows", "64", "--repeats", "1", "--batch-sizes", "32", "--device", "cpu"]
+def test_training_speed_prints_three_sides_and_their_ratios(database: str) -> None:
+    arguments = ["--storage", database, "--rows", "64", "--repeats", "1", "--batch-sizes", "32", "--device", "cpu"]
     done = subprocess.run(
         [sys.executable, BENCHMARKS / "training_speed.py", *arguments], capture_output=True, text=True, check=False
     )
@@ -61,4 +61,18 @@ def test_training_speed_prints_three_sides_and_their_ratios() -> None:
     for side in ("plain", "ours", "bare"):
         assert re.search(rf"batch +32 {side} +\d+\.\d+ s \(", done.stdout)
     assert re.search(r"ratio: ours \d+\.\d+ \(.*\) x plain, \d+\.\d+ \(.*\) of the bare step", done.stdout)
-    assert re.search(r"an epoch of an empty model with report and pruning: \d+\.\d+ ms", done.stdout)
+    for where in ("in memory", "in PostgreSQL"):
+        assert re.search(rf"an epoch of an empty model with report and pruning {where}: \d+\.\d+ ms", done.stdout)
+
+
+def test_search_speed_prints_both_sides_and_their_ratio(database: str, tmp_path: Path) -> None:
+    arguments = ["--storage", database, "--repeats", "1", "--trials", "2", "--epochs", "1", "--data-dir", tmp_path]
+    done = subprocess.run(
+        [sys.executable, BENCHMARKS / "search_speed.py", *arguments], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "random images" in done.stdout
+    for side in ("plain", "ours"):
+        assert re.search(rf"run 0 {side} +\d+\.\d s +2 completed +0 pruned +2 epochs", done.stdout), done.stdout
+        assert re.search(rf"{side} +seconds \d+\.\d \(.*\), best accuracy 0\.\d+ \(.*\)", done.stdout)
+    assert re.search(r"ratio: ours \d+\.\d+ \(.*\) x faster, best accuracy -?0\.\d+ \(.*\) better", done.stdout)

@@ -55,6 +55,24 @@ def offline(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
+def cut(real_data: Path, tmp_path: Path) -> Callable[[str, int], Path]:
+    """Return a data directory like the real one, but with this file of it ending after so many bytes."""
+
+    def without_the_rest(name: str, n_bytes: int) -> Path:
+        directory = tmp_path / "cut"
+        for path in real_data.rglob("*"):
+            copy = directory / path.relative_to(real_data)
+            if path.is_file():
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                copy.symlink_to(path)
+        (directory / name).unlink()
+        (directory / name).write_bytes((real_data / name).read_bytes()[:n_bytes])
+        return directory
+
+    return without_the_rest
+
+
+@pytest.fixture
 def exported(database: str, real_data: Path, tmp_path: Path) -> Callable[[str, dict[str, Any]], LoadedModel]:
     """Search an objective, given as `file.py:attribute`, by one trial of these params, and export its model."""
 

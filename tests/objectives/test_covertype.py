@@ -132,3 +132,18 @@ def test_missing_data_that_cannot_be_downloaded_is_told_in_one_line(tmp_path, of
         load_data(Covertype(), tmp_path)
     assert f"DataError: Covertype is not in {tmp_path / 'scikit_learn'} and cannot be downloaded" in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("n_bytes", [0, 10, 1000, 3000])
+@pytest.mark.parametrize("name", ["covertype/samples_py3", "covertype/targets_py3"])
+def test_a_file_that_was_cut_off_is_told_with_its_directory(cut, offline, name, n_bytes):
+    directory = cut(f"scikit_learn/{name}", n_bytes)
+    with pytest.raises(TunerError) as caught:
+        load_data(Covertype(), directory)
+    message = str(caught.value)
+    assert message.startswith(
+        f"Covertype.load_data('{directory}') failed: DataError:"
+        f" Covertype in {directory}/scikit_learn is damaged or incomplete ("
+    )
+    assert "delete its files there, to have them downloaded" in message
+    assert "\n" not in message

@@ -1,3 +1,5 @@
+import gzip
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -149,7 +151,39 @@ def test_missing_data_that_cannot_be_downloaded_is_told_in_one_line(tmp_path, of
         load_data(FashionMNIST(), tmp_path)
     message = str(caught.value)
     assert message.startswith(
-        f"FashionMNIST.load_data('{tmp_path}') failed: DataError: Fashion-MNIST is not in {tmp_path}"
+        f"FashionMNIST.load_data('{tmp_path}') failed: DataError: Fashion-MNIST's training part is not in {tmp_path}"
     )
     assert "copy it there from a machine that has it" in message
     assert "\n" not in message
+
+
+@pytest.mark.parametrize("n_bytes", [0, 3, 100, 4000])
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [
+        ("train-images-idx3-ubyte", "training"),
+        ("train-labels-idx1-ubyte", "training"),
+        ("t10k-images-idx3-ubyte", "test"),
+        ("t10k-labels-idx1-ubyte", "test"),
+    ],
+)
+def test_a_file_that_was_cut_off_is_told_with_its_part(cut, offline, name, part, n_bytes):
+    directory = cut(f"FashionMNIST/raw/{name}", n_bytes)
+    with pytest.raises(TunerError) as caught:
+        load_data(FashionMNIST(), directory)
+    message = str(caught.value)
+    assert message.startswith(
+        f"FashionMNIST.load_data('{directory}') failed: DataError:"
+        f" Fashion-MNIST's {part} part in {directory} is damaged or incomplete ("
+    )
+    assert "delete its files there, to have them downloaded" in message
+    assert "\n" not in message
+
+
+def test_a_download_that_was_cut_off_is_not_taken_for_the_whole(real_data, tmp_path, offline):
+    raw = tmp_path / "FashionMNIST" / "raw"
+    raw.mkdir(parents=True)
+    for path in (real_data / "FashionMNIST" / "raw").iterdir():
+        (raw / f"{path.name}.gz").write_bytes(gzip.compress(path.read_bytes(), 1)[:1000])
+    with pytest.raises(TunerError, match=r"Fashion-MNIST's training part is not in .* and cannot be downloaded"):
+        load_data(FashionMNIST(), tmp_path)

@@ -1,3 +1,5 @@
+import os
+
 import pytest
 import torch
 from torch import nn
@@ -232,3 +234,28 @@ def test_a_model_on_two_devices_is_refused():
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2, device="meta"))
     with pytest.raises(DataError, match="a model needs to be on one device, got it on cpu, meta"):
         training.evaluate(model, Samples(Pairs()).rows(slice(None)), {})
+
+
+class Readers:
+    """Samples whose target is the process that read them."""
+
+    def __len__(self):
+        return 64
+
+    def __getitem__(self, row):
+        return torch.zeros(2), os.getpid()
+
+
+def test_other_processes_read_and_live_from_epoch_to_epoch(streamed):
+    batches = streamed(Samples(Readers()), 4, CPU, 2)
+    first, second = ({int(target) for batch in batches.in_order() for target in batch.targets} for _ in range(2))
+    assert first == second
+    assert len(first) == 2
+    assert os.getpid() not in first
+
+
+@pytest.mark.parametrize(("device", "pinned"), [("cpu", False), ("cuda", True)])
+def test_batches_are_read_ahead_and_pinned_for_a_cuda_device(streamed, device, pinned):
+    loader = streamed(Samples(Readers()), 4, torch.device(device), 2)._loader
+    assert loader.pin_memory == pinned
+    assert loader.prefetch_factor > 1

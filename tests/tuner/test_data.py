@@ -2,6 +2,9 @@ import fcntl
 import hashlib
 import itertools
 import os
+import zlib
+from pickle import UnpicklingError
+from urllib.error import URLError
 
 import numpy as np
 import pytest
@@ -165,19 +168,42 @@ def test_one_process_at_a_time_downloads(tmp_path):
     assert list(directory.iterdir()) == []
 
 
-@pytest.mark.parametrize("error", [OSError("no route\nto the host"), RuntimeError("no route to the host")])
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError("no\ndownload"),
+        RuntimeError("no download"),  # as torchvision says it
+        URLError("no download", filename="https://example.org/faces.gz"),
+    ],
+)
 def test_what_cannot_be_downloaded_is_told_with_its_place_and_advice(tmp_path, error):
     with pytest.raises(DataError) as caught, downloading("Faces", tmp_path):
         raise error
-    assert str(caught.value) == (
-        f"Faces is not in {tmp_path} and cannot be downloaded (no route to the host):"
+    assert str(caught.value).replace("<urlopen error no download>", "no download") == (
+        f"Faces is not in {tmp_path} and cannot be downloaded (no download):"
         " copy it there from a machine that has it, or connect this one to the network"
     )
 
 
+@pytest.mark.parametrize("error", [EOFError(), ValueError("cut\noff"), zlib.error("cut off"), UnpicklingError("?")])
+def test_what_is_damaged_is_told_with_its_place_and_advice(tmp_path, error):
+    with pytest.raises(DataError) as caught, downloading("Faces", tmp_path):
+        raise error
+    message = str(caught.value)
+    assert message.startswith(f"Faces in {tmp_path} is damaged or incomplete ({type(error).__name__}")
+    assert message.endswith("): delete its files there, to have them downloaded")
+    assert "\n" not in message
+
+
+def test_what_the_block_says_of_its_data_passes_through(tmp_path):
+    with pytest.raises(DataError, match=r"^the faces look away$"), downloading("Faces", tmp_path):
+        raise DataError("the faces look away")
+
+
 def test_a_directory_that_cannot_be_made_is_told(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(DataError, match=r"Faces is not in .*file"), downloading("Faces", tmp_path / "file"):
+    told = r"^Faces cannot be read from .*file or kept there \(.*exists.*\): check its path and permissions$"
+    with pytest.raises(DataError, match=told), downloading("Faces", tmp_path / "file"):
         pass
 
 

@@ -343,3 +343,17 @@ def test_an_epoch_tells_how_many_rows_it_took_and_how_long():
     epochs = train(a_model(), rows_of(33), rows_of(5), batch_size=16)
     assert [epoch.rows for epoch in epochs] == [32, 32, 32]
     assert all(epoch.train_s > 0 and epoch.evaluate_s > 0 and epoch.wait_s == 0 for epoch in epochs)
+
+
+def test_evaluation_needs_no_gradients_and_is_in_eval_mode():
+    model = nn.Sequential(nn.Linear(3, 2), nn.Dropout(0.5))
+    rows = Split(torch.rand(8, 3), torch.zeros(8, dtype=torch.int64))
+    seen = []
+
+    def prediction(outputs):
+        seen.append((outputs.requires_grad, model.training))
+        return outputs
+
+    model.train()
+    evaluate(model, rows, {}, prediction)
+    assert seen == [(False, False)]

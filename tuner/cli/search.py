@@ -57,7 +57,7 @@ def run(
     source = find_objective(objective)
     if export and output is not None:
         check_output(output)
-    slots = Slots(plans)  # they import torch while this process does
+    slots = Slots(plans, objective)  # they import torch and the objective while this process does
     try:
         spec, model_class = plan(source, source.load(), **wanted)
         engine = settings.open()
@@ -167,7 +167,7 @@ def worker(
     log = settings.log(worker=_worker_name(), study=joined.name)
     log.event("study", f"joined study {joined.name}: {_outline(joined)}")
     config = _slot_config(settings, joined, source, reference, allow_code_change=allow_code_change)
-    processes = Slots(plans)
+    processes = Slots(plans, reference)
     try:
         Worker(engine, joined, processes, config, log, limits).run()
     finally:

@@ -1,0 +1,175 @@
+"""Trials that fail: by which class, and with which message."""
+
+import functools
+import gc
+import math
+import weakref
+
+import optuna
+import pytest
+import torch
+from attempts import Constant, Signs, a_spec, attempt
+from optuna.trial import TrialState
+from torchmetrics import MeanMetric
+
+from storage.errors import LeaseLostError, UnreachableError
+from tuner.attempt import (
+    MAX_MESSAGE_CHARS,
+    MAX_STEP,
+    CheckedTrial,
+    InvalidReportError,
+    TrialObjective,
+    run_attempt,
+)
+from tuner.data import Data
+from tuner.seeds import derive_seed
+from tuner.training import DivergedError
+
+
+@pytest.mark.parametrize("error", [UnreachableError("away"), LeaseLostError("lost"), optuna.TrialPruned()])
+def test_a_plain_function_s_trial_is_not_failed_for_what_is_not_its_fault(study, error):
+    def objective(trial):
+        raise error
+
+    if isinstance(error, optuna.TrialPruned):
+        assert attempt(study, objective)[0].state == TrialState.PRUNED
+    else:
+        with pytest.raises(type(error)):
+            attempt(study, objective)
+
+
+@pytest.mark.parametrize(
+    ("objective", "kind", "told"),
+    [
+        (lambda _: None, "user_error", "needs to return one number, got None"),
+        (lambda _: "0.5", "user_error", "needs to return one number, got '0.5'"),
+        (lambda _: (1.0, 2.0), "user_error", "got (1.0, 2.0)"),
+        (lambda _: torch.ones(2), "user_error", "got tensor([1., 1.])"),
+        (lambda _: 1 + 2j, "user_error", "got (1+2j)"),
+        (lambda _: math.nan, "nan", "the objective returned nan"),
+        (lambda _: torch.tensor(math.inf), "nan", "the objective returned inf"),
+        (lambda trial: trial.report(math.nan, 1), "nan", "the reported value is nan at step 1"),
+        (lambda trial: trial.report(-math.inf, 1), "nan", "the reported value is -inf at step 1"),
+        (lambda trial: trial.report(1.0, -1), "user_error", f"a step needs to be in 0..{MAX_STEP}, got -1"),
+        (lambda trial: trial.report(1.0, MAX_STEP + 1), "user_error", f"got {MAX_STEP + 1}"),
+        (lambda _: [][1], "user_error", "IndexError: list index out of range"),
+        (lambda _: bytearray(1 << 62), "oom", "out of memory"),
+        (lambda trial: trial.suggest_float("x", 2, 1), "user_error", "ValueError"),
+        (lambda _: exit(0), "user_error", "SystemExit: 0"),
+        (functools.partial(lambda a, trial: a / 0, 1), "user_error", "ZeroDivisionError: division by zero"),
+    ],
+)
+def test_an_objective_that_fails_is_recorded_with_its_class_and_message(study, objective, kind, told):
+    outcome, trial = attempt(study, objective)
+    assert (trial.state, outcome.value, outcome.attrs["failure"]) == (TrialState.FAIL, None, kind)
+    assert told in outcome.attrs["failure_message"]
+    assert outcome.attrs["seed"] == derive_seed(11, "trial", 0)
+
+
+def test_a_message_names_the_last_line_of_the_objective_s_own_file(study):
+    def objective(trial):
+        return trial.suggest_float("x", "a", "b")
+
+    message = attempt(study, objective)[0].attrs["failure_message"]
+    assert f"{__file__}, line {objective.__code__.co_firstlineno + 1})" in message
+
+
+def test_a_message_is_what_the_database_can_hold(study):
+    def objective(trial):
+        raise ValueError("\0" + "x" * 9999)
+
+    message = attempt(study, objective)[0].attrs["failure_message"]
+    assert len(message) == MAX_MESSAGE_CHARS
+    assert "\0" not in message
+
+
+class Diverging(Signs):
+    def build_loss(self, params, train):
+        return lambda outputs, targets: outputs.sum() * float("nan")
+
+
+class WithoutItsMetric(Signs):
+    def build_metrics(self, data):
+        return {"loss": MeanMetric()}
+
+
+class WithoutEpochs(Signs):
+    def fit(self, *args, **named):
+        return []
+
+
+class WithoutClasses(Signs):
+    def load_data(self, root):
+        data = super().load_data(root)
+        return Data(data.train, data.valid, data.test)
+
+
+@pytest.mark.parametrize(
+    ("objective", "kind", "told"),
+    [
+        (Diverging(), "nan", "the training loss is nan in epoch 1"),
+        (WithoutItsMetric(), "user_error", "build_metrics needs to return 'accuracy', the study's metric, got: loss"),
+        (WithoutEpochs(), "user_error", "fit needs to return the epochs that ended, got none"),
+        (WithoutClasses(), "user_error", "the default metric needs the names of the classes, got none"),
+    ],
+)
+def test_a_trial_that_cannot_be_trained_fails_with_its_reason(study, objective, kind, told):
+    outcome, _ = attempt(study, objective)
+    assert (outcome.state, outcome.attrs["failure"]) == (TrialState.FAIL, kind)
+    assert told in outcome.attrs["failure_message"]
+
+
+def test_a_report_is_checked_before_it_is_written(study):
+    trial = CheckedTrial(study, study.ask()._trial_id, lambda: None)
+    with pytest.raises(InvalidReportError):
+        trial.report(1.0, -1)
+    with pytest.raises(DivergedError):
+        trial.report(math.nan, 1)
+    trial.report(1.0, 0)
+    assert study.trials[0].intermediate_values == {0: 1.0}
+
+
+@pytest.mark.filterwarnings("ignore:The ``compute`` method of metric:UserWarning")
+@pytest.mark.parametrize("metric", [math.nan, math.inf])
+def test_a_metric_that_is_no_number_fails_the_trial_as_nan(study, metric):
+    class Broken(Signs):
+        def build_metrics(self, data):
+            return {"accuracy": Constant(metric)}
+
+    outcome, trial = attempt(study, Broken())
+    assert (trial.state, outcome.attrs["failure"]) == (TrialState.FAIL, "nan")
+
+
+def test_out_of_memory_is_told_apart_and_leaves_none_behind(study):
+    models = []
+
+    class Huge(Signs):
+        def build_model(self, params):
+            model = super().build_model(params)
+            models.append(weakref.ref(model))
+            return model
+
+        def build_loss(self, params, train):
+            return lambda outputs, targets: outputs.sum() + torch.empty(1 << 60).sum()
+
+    gc.disable()  # or it may free them by chance
+    try:
+        outcome, _ = attempt(study, Huge())
+    finally:
+        gc.enable()
+    assert outcome.attrs["failure"] == "oom"
+    assert "\n" not in outcome.attrs["failure_message"]
+    assert [model() for model in models] == [None]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_out_of_memory_on_a_cuda_device_leaves_none_behind(study):
+    class Huge(Signs):
+        def build_loss(self, params, train):
+            return lambda outputs, targets: outputs.sum() + torch.empty(1 << 50, device="cuda").sum()
+
+    what = TrialObjective.load(a_spec(), Huge(), "data", torch.device("cuda", 0))
+    before = torch.cuda.memory_allocated()
+    outcome = run_attempt(what, CheckedTrial(study, study.ask()._trial_id, lambda: None))
+    assert outcome.attrs["failure"] == "oom"
+    assert torch.cuda.memory_allocated() == before
