@@ -144,6 +144,33 @@ def test_a_training_that_was_killed_goes_on_from_the_last_checkpoint(tmp_path):
     assert lines[0].startswith("resumed after epoch ")
 
 
+@pytest.mark.parametrize("kind", [lambda split: split, Samples])
+def test_saved_after_the_last_batch_of_an_epoch_a_training_goes_on_with_its_evaluation(tmp_path, kind):
+    class SavedAfterTheLastBatch(Checkpoint):
+        """Due once, after the fifth batch of the second epoch: each epoch asks after each batch and at its end."""
+
+        asked = 0
+
+        def is_due(self):
+            self.asked += 1
+            return self.asked == 6 + 5
+
+    class Killed(BaseException):
+        pass
+
+    def kill(epoch):
+        if epoch.number == 2:
+            raise Killed
+
+    rows = kind(some_rows())
+    wanted = train(rows=rows)
+    with pytest.raises(Killed):
+        train(SavedAfterTheLastBatch(tmp_path / "a.pt"), rows=rows, on_epoch=kill)
+    lines = []
+    assert_same(train(Checkpoint(tmp_path / "a.pt"), rows=rows, seed=99, lines=lines), wanted)
+    assert lines == ["resumed after epoch 1, batch 5"]
+
+
 def test_nothing_is_written_before_it_is_due(tmp_path):
     train(Checkpoint(tmp_path / "kept" / "late.pt", every_s=60))
     train(Checkpoint(tmp_path / "kept" / "soon.pt", every_s=0))
