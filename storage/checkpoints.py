@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from functools import cache
+from collections.abc import Mapping, Sequence
+from functools import cache, partial
 from typing import Any, Final
 
 from sqlalchemy import Connection, Integer, Select, bindparam, cast, delete, func, insert, select
@@ -12,9 +13,10 @@ from sqlalchemy.sql.dml import ReturningInsert
 
 from storage.claims import Claim
 from storage.errors import InvalidWriteError
+from storage.frozen import UNFINISHED
 from storage.sessions import Sessions
+from storage.tables import trials, tuner_leases
 from storage.tables import tuner_checkpoints as checkpoints
-from storage.tables import tuner_leases
 
 MAX_BYTES: Final = 64 * 2**20
 PART_BYTES: Final = 4 * 2**20
@@ -41,8 +43,7 @@ def save(sessions: Sessions, held: Claim, data: bytes | memoryview, give_up: thr
         if give_up is not None and give_up.is_set():
             return False
         values = {**guard, "new_part": first + part, "new_data": view[part * PART_BYTES : (part + 1) * PART_BYTES]}
-        statement = _add(completing=part == 0)
-        if sessions.statement(lambda conn, values=values, statement=statement: conn.scalar(statement, values)) is None:
+        if sessions.statement(partial(_written, completing=part == 0, values=values)) is None:
             return False
     return True
 
@@ -69,7 +70,20 @@ def load(sessions: Sessions, trial_id: int) -> bytes | None:
 def load_head(sessions: Sessions, trial_id: int, n_bytes: int) -> bytes | None:
     """Return the first bytes of the trial's checkpoint, None if it has none."""
     values = {"the_trial": trial_id, "n_bytes": n_bytes}
-    return sessions.statement(lambda conn: conn.scalar(_head(), values))
+    head: bytes | None = sessions.statement(lambda conn: conn.scalar(_head(), values))
+    return head
+
+
+def still_needed(sessions: Sessions, study_id: int, numbers: Sequence[int]) -> set[int]:
+    """Return those of the study's trials with these numbers that run or wait."""
+    unfinished = trials.c.state.in_(UNFINISHED)
+    query = select(trials.c.number).where(trials.c.study_id == study_id, trials.c.number.in_(numbers), unfinished)
+    return set(sessions.statement(lambda conn: conn.scalars(query).all()))
+
+
+def _written(conn: Connection, *, completing: bool, values: Mapping[str, Any]) -> int | None:
+    part: int | None = conn.scalar(_add(completing=completing), values)
+    return part
 
 
 @cache

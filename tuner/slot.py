@@ -14,6 +14,7 @@ import threading
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any, Literal, TypeVar
 
@@ -35,6 +36,7 @@ from tuner.attempt import CheckedTrial, TrialObjective, run_attempt
 from tuner.errors import EXIT_UNREACHABLE, TunerError
 from tuner.registry import build_objective, find_objective, is_objective_class
 from tuner.sampling import build_pruner, build_sampler
+from tuner.shared import shared_checkpoint, sweep
 from tuner.spec import PrunerSpec
 from tuner.study import Study, check_code, checkpoint_directory, open_study
 from tuner.training import Interrupted, choose_device
@@ -99,6 +101,7 @@ class Slot:
         """
         study = self._retry(lambda: open_study(self._engine, self._config.study))
         what = self._load(study)
+        sweep(study, self._config.data_dir, self._storage.sessions, what.log)
         optuna_study = optuna.load_study(
             study_name=study.name,
             storage=self._storage,
@@ -144,7 +147,7 @@ class Slot:
             objective,
             self._config.data_dir,
             device,
-            checkpoints=checkpoint_directory(self._config.data_dir, study.study_id),
+            checkpoints=checkpoint_directory(self._config.data_dir, study),
             log=lambda line: self._emit(Event(event="note", message=line)),
         )
 
@@ -164,6 +167,7 @@ class Slot:
             self._storage.let_go(held)
 
     def _run_held(self, study: Study, optuna_study: optuna.Study, what: TrialObjective, held: claims.Claim) -> bool:
+        what = replace(what, shared=shared_checkpoint(study, self._storage, held))
         told: dict[str, Any] = {"trial": held.number, "attempt": held.attempt}
         self._emit(Event(event="trial_started", token=str(held.token), trial_id=held.trial_id, **told))
         optuna_study.sampler = build_sampler(study.spec.sampler, study.spec.seed, held.number)
