@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import gc
-import hashlib
 import inspect
 import json
 import math
@@ -26,7 +25,7 @@ from storage.errors import LeaseLostError, StorageError, StudyHaltedError, Unrea
 from storage.sessions import Backoff
 from tuner import training
 from tuner.batches import place
-from tuner.checkpoint import Checkpoint
+from tuner.checkpoint import Checkpoint, Shared
 from tuner.data import Data, DataError
 from tuner.errors import TunerError, first_line
 from tuner.objective import Objective
@@ -83,7 +82,8 @@ class Outcome:
 class TrialObjective:
     """What a slot runs for each trial: an objective with its data where it is trained on, or a plain function.
 
-    `checkpoints` is the directory for those of the study's trials, None for none. `log` takes a line for people.
+    `checkpoints` is the directory for those of the study's trials, None for none; `shared` is where other machines
+    find that of the trial at hand. `log` takes a line for people.
     """
 
     spec: Spec
@@ -91,6 +91,7 @@ class TrialObjective:
     device: torch.device
     data: Data | None = None
     checkpoints: Path | None = None
+    shared: Shared | None = None
     log: Callable[[str], None] = lambda _: None
 
     @classmethod
@@ -123,11 +124,12 @@ class TrialObjective:
         """
         if self.checkpoints is None:
             return None
-        fixed = self.spec.model_dump(mode="json", exclude={"budget", "retry", "sampler", "pruner"})
+        fixed = self.spec.model_dump(mode="json", exclude={"budget", "retry", "sampler", "pruner", "checkpoints"})
         text = json.dumps([number, params, fixed], sort_keys=True, default=str)
         return Checkpoint(
             self.checkpoints / f"trial-{number}.pt",
-            identity=hashlib.sha256(text.encode()).hexdigest(),
+            identity=text,
+            shared=self.shared,
             log=self.log,
         )
 

@@ -27,5 +27,9 @@ class UsageError(TunerError):
     exit_code = EXIT_USAGE
 
 
+class SharedPlaceError(Exception):
+    """A checkpoint could not be read from, or written to, the place that other machines reach."""
+
+
 class WorkerInterrupted(Exception):  # noqa: N818 - a request, like KeyboardInterrupt
     """The worker was asked to stop by SIGINT or SIGTERM, and has stopped."""

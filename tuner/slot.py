@@ -15,6 +15,7 @@ import time
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -40,6 +41,7 @@ from tuner.orders import Orders
 from tuner.registry import build_objective, find_objective, is_objective_class
 from tuner.reports import Reports
 from tuner.sampling import build_pruner, build_sampler
+from tuner.shared import shared_checkpoint, sweep
 from tuner.spec import PrunerSpec
 from tuner.spool import Spool
 from tuner.study import Study, check_code, checkpoint_directory, open_study
@@ -133,6 +135,7 @@ class Slot:
         self._holder = claims.Holder(
             worker=self._config.worker, slot=self._config.slot, device=shown, share=self._config.share
         )
+        sweep(study, self._config.data_dir, self._storage.sessions, what.log)
         optuna_study = optuna.load_study(
             study_name=study.name,
             storage=self._storage,
@@ -145,8 +148,10 @@ class Slot:
             self._emit(Event(event="wants_trial"))
             if not self._orders.wait_for("claim"):
                 return
-            sweep = time.monotonic() - self._away_at > claims.RETURN_S
-            claimed = claims.claim(self._storage.sessions, study.study_id, study.budget, self._holder, sweep=sweep)
+            others_may_be_lost = time.monotonic() - self._away_at > claims.RETURN_S
+            claimed = claims.claim(
+                self._storage.sessions, study.study_id, study.budget, self._holder, sweep=others_may_be_lost
+            )
             if isinstance(claimed, claims.Claim):
                 self._run_claimed(study, optuna_study, what, claimed)
                 poll_s = FIRST_POLL_S
@@ -172,7 +177,7 @@ class Slot:
             objective,
             self._config.data_dir,
             device,
-            checkpoints=checkpoint_directory(self._config.data_dir, study.study_id),
+            checkpoints=checkpoint_directory(self._config.data_dir, study),
             log=lambda line: self._emit(Event(event="note", message=line)),
         )
 
@@ -201,6 +206,7 @@ class Slot:
     def _run_held(
         self, study: Study, optuna_study: optuna.Study, what: TrialObjective, held: claims.Claim, lease: Lease
     ) -> None:
+        what = replace(what, shared=shared_checkpoint(study, self._storage, held))
         optuna_study.sampler = build_sampler(study.spec.sampler, study.spec.seed, held.number)
         trial, outcome, is_written = self._attempt(optuna_study, what, held, lease)
         if outcome.failure == "oom" and self._config.share < 1:

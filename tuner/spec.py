@@ -95,6 +95,8 @@ class Spec(_Frozen):
     seed: NonNegativeInt = Field(default=0, lt=2**63)
     retry: Retry = Retry()
     training: TrainingSpec = TrainingSpec()
+    checkpoints: str = "database"
+    """Where every worker finds the checkpoints of trials: `database`, a URL, or `local` for nowhere."""
 
 
 def parse_spec(stored: object, study_name: str) -> Spec:

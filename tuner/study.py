@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dt
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 class AnyStudy:
     """A study to look at; `spec` is None for one that another program created, or that was imported from one.
 
-    `metrics` and `directions` are of its objectives.
+    `metrics` and `directions` are of its objectives. `created_at` is None for one that tuner did not create.
     """
 
     study_id: int
@@ -34,6 +35,13 @@ class AnyStudy:
     metrics: tuple[str, ...]
     directions: tuple[Direction, ...]
     spec: Spec | None
+    created_at: dt.datetime | None = None
+
+    @property
+    def directory(self) -> str:
+        """A name for a directory of this study's, which no study of another database has."""
+        created = "" if self.created_at is None else f"-{self.created_at.astimezone(dt.UTC):%Y%m%dT%H%M%S%f}"
+        return f"study-{self.study_id}{created}"
 
     @property
     def goal(self) -> str:
@@ -120,9 +128,9 @@ def create_or_join(engine: Engine, name: str, spec: Spec, *, allow_code_change: 
     return study, False
 
 
-def checkpoint_directory(data_dir: Path, study_id: int) -> Path:
+def checkpoint_directory(data_dir: Path, study: AnyStudy) -> Path:
     """Return the directory that holds the checkpoints of the study's running trials, while there are any."""
-    return data_dir / "checkpoints" / f"study-{study_id}"
+    return data_dir / "checkpoints" / study.directory
 
 
 def check_code(study: Study, source: ObjectiveSource, *, allow_code_change: bool) -> None:
@@ -164,6 +172,7 @@ def plan(
     direction: Direction | None,
     seed: int,
     training: TrainingSpec = TrainingSpec(),  # noqa: B008 - frozen
+    checkpoints: str = Spec.model_fields["checkpoints"].default,
 ) -> tuple[Spec, Objective | None]:
     """Return the checked spec of a study of `kind`, and the objective (None for a plain function).
 
@@ -184,6 +193,8 @@ def plan(
             raise UsageError(f"--epochs: the plain function {source.name} trains as long as it likes")
         if training != TrainingSpec():
             raise UsageError(f"--{_first_change(training)}: the plain function {source.name} trains as it likes")
+        if checkpoints != Spec.model_fields["checkpoints"].default:
+            raise UsageError(f"--checkpoints: the plain function {source.name} keeps none")
         metric, direction, epochs = "value", direction or "minimize", 1
     sampler_ = sampler_spec(sampler, objective)
     spec = Spec(
@@ -200,6 +211,7 @@ def plan(
         epochs=epochs,
         seed=seed,
         training=training,
+        checkpoints=checkpoints,
     )
     return spec, objective
 
@@ -217,4 +229,5 @@ def _study(record: StudyRecord) -> Study:
         metrics=record.metrics,
         directions=record.directions,
         spec=parse_spec(record.spec, record.name),
+        created_at=record.created_at,
     )

@@ -182,7 +182,7 @@ def fit(
                 if on_epoch is not None:
                     on_epoch(epoch)
         except run.resumable:
-            training.save()
+            training.save(last=True)
             raise
     return training.history
 
@@ -272,8 +272,8 @@ class _Training:
             return False
         return len(self.history) - best_epoch(self.history, metric, self._run.direction).number >= patience
 
-    def save(self) -> None:
-        """Save a checkpoint, if there is a place for it."""
+    def save(self, *, last: bool = False) -> None:
+        """Save a checkpoint, if there is a place for it; `last` if the training ends here for now."""
         if self._run.checkpoint is None:
             return
         self._run.checkpoint.save(
@@ -284,11 +284,14 @@ class _Training:
                 "scaler": self._step.scaler.state_dict(),
                 "generators": generator_states(self._device),
                 "order": self._order_state,
+                "order_device": self._generator.device.type,
                 "history": [dataclasses.asdict(epoch) for epoch in self.history],
                 "n_done": self._n_done,
                 "loss_sum": self._losses.sum,
                 "rows": self._losses.rows,
-            }
+            },
+            (len(self.history), self._n_done),
+            last=last,
         )
 
     def resume(self) -> None:
@@ -303,12 +306,17 @@ class _Training:
         _load_optimizer(self._optimizer, state["optimizer"])
         if self._scheduler is not None:
             self._scheduler.load_state_dict(state["scheduler"])
-        self._step.scaler.load_state_dict(state["scaler"])
+        if state["scaler"]:  # a device without one saves nothing
+            self._step.scaler.load_state_dict(state["scaler"])
         self.history.extend(Epoch(**epoch) for epoch in state["history"])
         self._n_done = state["n_done"]
         self._losses = RunningLoss(self._device, state["loss_sum"], state["rows"])
-        self._order_state = state["order"]
-        self._generator.set_state(self._order_state)
+        if state["order_device"] == self._generator.device.type:
+            self._generator.set_state(state["order"])
+        else:
+            self._generator.manual_seed(derive_seed(self._seed, "order", len(self.history)))
+            self._run.log("the checkpoint is of another kind of device, the order of the rows is another from here on")
+        self._order_state = self._generator.get_state()
         set_generator_states(state["generators"], self._device)
         self._run.log(f"resumed after epoch {len(self.history)}, batch {self._n_done}")
         self._run.on_resume(self.history)

@@ -164,7 +164,7 @@ def test_a_checkpoint_that_another_trial_left_is_not_gone_on_from(tmp_path, chan
     lines = []
     study = a_study(changed.pop("params", {"lr": 0.05}))
     attempt(study, Signs(), **{"epochs": 6, **changed}, checkpoints=tmp_path, log=lines.append)
-    assert f"the checkpoint {tmp_path / 'trial-0.pt'} is of another training, starting again" in lines
+    assert f"cannot use the checkpoint {tmp_path / 'trial-0.pt'}: it is of another training; starting again" in lines
 
 
 def test_a_trial_records_what_it_cost(study):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import sys
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -116,7 +115,8 @@ def delete(
     """Delete STUDY and all its trials from the database. Exported models stay."""
     from storage import LiveTrialsError, claims, control
     from storage.sessions import Sessions
-    from tuner.study import checkpoint_directory, find_study
+    from tuner.shared import delete_checkpoints
+    from tuner.study import find_study
 
     engine = settings.open()
     opened = find_study(engine, study)
@@ -126,7 +126,8 @@ def delete(
         control.delete_study(sessions, opened.study_id, force=force)
     except LiveTrialsError as error:
         raise TunerError(f"study {study!r} is not deleted: {error}, or pass --force") from error
-    shutil.rmtree(checkpoint_directory(settings.data_dir, opened.study_id), ignore_errors=True)  # most have none
+    for line in delete_checkpoints(opened, settings.data_dir):
+        print(line, file=sys.stderr)
     if as_json:
         print(json.dumps({"study": study, "deleted": True, "trials": n_trials}))
     else:

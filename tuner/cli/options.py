@@ -68,10 +68,19 @@ class StudyOptions:
             help="Keep data on the device, or read it while training (auto: by its size).",
         ),
     ] = "auto"
+    checkpoints: Annotated[
+        str,
+        typer.Option(
+            metavar="database|local|URL",
+            help="Where other machines find a trial's checkpoint: in the database up to 64 MB, or in a folder or"
+            " bucket of this study database's own: file:///mnt/share, s3://bucket/folder",
+        ),
+    ] = "database"
 
     def plan(self) -> dict[str, Any]:
         """Return the arguments of `tuner.study.plan`, as far checked as can be before torch is imported."""
         from tuner.sampling import check_sampler_name, pruner_spec
+        from tuner.shared import checked_place
 
         if self.epochs is not None:
             check_positive("--epochs", self.epochs)
@@ -90,6 +99,7 @@ class StudyOptions:
             "direction": self.direction,
             "seed": self.seed,
             "training": self._training(),
+            "checkpoints": checked_place(self.checkpoints),
         }
 
     def _budget(self) -> Budget:
