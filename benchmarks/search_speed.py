@@ -95,7 +95,11 @@ def run_together(commands: Sequence[Sequence[str]], environment: dict[str, str])
         )
         for command in commands
     ]
-    said = [process.communicate()[1] for process in processes]
+    try:
+        said = [process.communicate()[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()  # where this was interrupted; the others have ended
     seconds = time.perf_counter() - started_at
     for process, text in zip(processes, said, strict=True):
         if process.returncode:

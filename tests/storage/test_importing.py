@@ -1,104 +1,22 @@
 """Studies of other Optuna storages, as they are here once imported: compared with what Optuna reads from the source."""
 
-import datetime as dt
-import importlib.util
 import math
 import os
 import signal
 import sqlite3
 import time
-from contextlib import closing, contextmanager
+from contextlib import closing
 
 import optuna
 import pytest
-from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
-from optuna.storages import JournalStorage, RDBStorage
-from optuna.storages.journal import JournalFileBackend
+from optuna.distributions import FloatDistribution
 from optuna.trial import TrialState, create_trial
-from sqlalchemy import event, text
+from origins import PARAMS, SPACE, a_journal, here, imported, set_up_every_kind
+from sqlalchemy import event
 
-from storage import StorageError, StudyExistsError, StudyNotFoundError, open_engine, open_storage, parse_url, studies
+from storage import StudyExistsError, StudyNotFoundError, open_engine, open_storage, studies
 from storage.importing import IMPORTED_FROM, import_studies
 from storage.sources import Source, open_source
-
-SPACE = {
-    "lr": FloatDistribution(1e-5, 1.0, log=True),
-    "momentum": FloatDistribution(0.0, 1.0, step=0.25),
-    "units": IntDistribution(8, 64, log=True),
-    "layers": IntDistribution(1, 9, step=2),
-    "kind": CategoricalDistribution([None, True, 1, "a", 2.5]),
-}
-PARAMS = {"lr": 0.1 + 0.2, "momentum": 0.75, "units": 17, "layers": 3}
-LATE, EARLY = dt.datetime(2026, 3, 29, 1, 30, 0, 123456), dt.datetime(2020, 10, 25, 2, 30)
-
-
-class Origin:
-    """A storage of Optuna's to import from, and how to name it."""
-
-    def __init__(self, url, storage):
-        self.url = url
-        self.storage = storage
-
-    def study(self, name="s", directions=("minimize",)):
-        return optuna.create_study(study_name=name, storage=self.storage, directions=list(directions))
-
-
-@contextmanager
-def an_rdb(url):
-    storage = RDBStorage(url)
-    try:
-        yield Origin(url, storage)
-    finally:
-        storage.remove_session()
-        storage.engine.dispose()
-
-
-def a_journal(path):
-    return Origin(str(path), JournalStorage(JournalFileBackend(str(path))))
-
-
-@pytest.fixture
-def sqlite(tmp_path):
-    with an_rdb(f"sqlite:///{tmp_path}/odd name?.db") as origin:
-        yield origin
-
-
-@pytest.fixture
-def journal(tmp_path):
-    return a_journal(tmp_path / "journal.log")
-
-
-@pytest.fixture(params=["sqlite", "journal", "postgresql"])
-def origin(request):
-    if request.param != "postgresql":
-        yield request.getfixturevalue(request.param)
-        return
-    with an_rdb(request.getfixturevalue("another_database")) as origin:
-        yield origin
-
-
-@pytest.fixture
-def target(database):
-    """The engine of the database to import into."""
-    engine = open_engine(database)
-    yield engine
-    engine.dispose()
-
-
-def imported(origin, target, *names, **options):
-    with open_source(origin.url) as source:
-        return import_studies(source, target, names=names, **options)
-
-
-def here(target, name="s"):
-    """What our storage reads of a study."""
-    storage = open_storage(target.url)
-    try:
-        study_id = storage.get_study_id_from_name(name)
-        (study,) = [study for study in storage.get_all_studies() if study.study_name == name]
-        return study, storage.get_all_trials(study_id)
-    finally:
-        storage.engine.dispose()
 
 
 def comparable(trial):
@@ -109,34 +27,6 @@ def comparable(trial):
 
 def counts(result):
     return result.copied, result.updated, result.already_there, result.unfinished
-
-
-def set_up_every_kind(origin):
-    study = origin.study("née 'x'; --", ("minimize", "maximize"))
-    origin.storage.set_study_system_attr(study._study_id, "study:metric_names", ["loss", "size"])
-    study.set_user_attr("nested", {"a": [1, None, math.inf]})
-    for kind in SPACE["kind"].choices:
-        study.add_trial(
-            create_trial(
-                values=[math.inf, -0.1],
-                params={**PARAMS, "kind": kind},
-                distributions=SPACE,
-                user_attrs={"é": {"list": [1, None, "\0"]}},
-                system_attrs={"note": "x" * 3000},
-                intermediate_values={0: math.nan, 7: math.inf, 3: -math.inf, 2**31 - 1: 0.1},
-            )
-        )
-    # As suggest_categorical writes it, and create_trial cannot: of equal choices not the first one.
-    trial_id = origin.storage.create_new_trial(study._study_id)
-    origin.storage.set_trial_param(trial_id, "kind", 2.0, SPACE["kind"])
-    origin.storage.set_trial_state_values(trial_id, TrialState.COMPLETE, [0.0, 0.0])
-    for state in (TrialState.PRUNED, TrialState.FAIL, TrialState.WAITING):
-        study.add_trial(create_trial(state=state, intermediate_values={1: 0.5}))
-    trial = create_trial(values=[1.0, 2.0])
-    trial.datetime_start, trial.datetime_complete = EARLY, LATE
-    study.add_trial(trial)
-    study.enqueue_trial({"lr": 0.5})
-    return study
 
 
 @pytest.mark.parametrize("zone", ["UTC", "Europe/Berlin"])
@@ -437,145 +327,3 @@ def test_a_study_of_another_tuner_database_keeps_its_spec(database, another_data
         import_studies(source, target)
     found = studies.find_study(target, "s")
     assert (found.spec, found.created_at, found.metrics) == (spec, created.created_at, ("accuracy",))
-
-
-def test_the_database_itself_is_no_source_by_whatever_name(database, target):
-    alias = parse_url(database).update_query_dict({"application_name": "other"})
-    with (
-        open_source(alias.render_as_string(hide_password=False)) as source,
-        pytest.raises(StorageError, match="is the database to import into"),
-    ):
-        import_studies(source, target)
-
-
-def test_no_password_is_shown_or_kept(another_database, target, tmp_path):
-    with an_rdb(another_database) as origin:
-        origin.study().add_trial(create_trial(value=1.0))
-    url = parse_url(another_database)
-    given = url if url.password else url.set(password="hunter2")  # which the server does not ask for
-    with open_source(given.render_as_string(hide_password=False)) as source:
-        import_studies(source, target)
-        assert ":***@" in source.shown
-    with target.connect() as conn:
-        kept = conn.execute(text("SELECT string_agg(value_json, ' ') FROM study_system_attributes")).scalar_one()
-    assert ":***@" in kept
-    assert given.password not in kept
-
-
-def test_a_source_is_only_read(sqlite, target, tmp_path):
-    set_up_every_kind(sqlite)
-    sqlite.storage.engine.dispose()
-    (path,) = tmp_path.iterdir()
-    path.chmod(0o400)
-    before = path.read_bytes()
-    imported(sqlite, target)
-    with open_source(str(path)) as source:
-        import_studies(source, target)
-        with pytest.raises(StorageError, match="readonly"), source.connect() as conn:
-            conn.execute(text("DELETE FROM trials"))
-    assert list(tmp_path.iterdir()) == [path]
-    assert path.read_bytes() == before
-
-
-@pytest.mark.parametrize("given", ["sqlite:///{}/no.db", "{}/no.db", "journal:{}/no.log", "{}", "sqlite://"])
-def test_a_file_that_is_not_there_is_not_made(tmp_path, given):
-    with pytest.raises(StorageError, match=r"no file|is not a file"), open_source(given.format(tmp_path)):
-        pass
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize(
-    ("content", "told"),
-    [
-        (b"hello\nworld\n", "is no Optuna journal"),
-        (b'{"a": 1}\n', "is no Optuna journal"),
-        (b"[1]\n", "is no Optuna journal"),
-        (b"\xff\xfe\n\n", "is no Optuna journal"),
-        (b"SQLite format 3\0" + b"x" * 100, "cannot read sqlite:///"),
-    ],
-)
-def test_a_file_of_another_kind_is_refused(tmp_path, content, told):
-    (tmp_path / "file").write_bytes(content)
-    with pytest.raises(StorageError, match=told), open_source(str(tmp_path / "file")):
-        pass
-
-
-@pytest.mark.parametrize(
-    ("given", "told"),
-    [
-        ("ann:secret@host/db", "there is no file of that name to import from"),
-        ("mysql+nope://ann:secret@host/db", r"tuner imports from sqlite:///FILE, .*; got 'mysql\+nope'"),
-        ("redis://ann:secret@host/0", r"tuner imports from sqlite:///FILE, .*; got 'redis'"),
-        ("postgresql://ann:secret@127.0.0.1:port/db", "this URL is malformed"),
-        (
-            "postgresql://ann:secret@127.0.0.1:1/db",
-            r"cannot reach PostgreSQL at postgresql://ann:\*\*\*@127.0.0.1:1/db",
-        ),
-        pytest.param(
-            "mysql+pymysql://ann:secret@host/db",
-            r"mysql\+pymysql://ann:\*\*\*@host/db needs the Python module 'pymysql', .*: pip install pymysql",
-            marks=pytest.mark.skipif(importlib.util.find_spec("pymysql") is not None, reason="pymysql is installed"),
-        ),
-    ],
-)
-def test_a_url_that_leads_nowhere_is_told_without_its_password(given, told):
-    with pytest.raises(StorageError, match=told) as caught, open_source(given):
-        pass
-    assert "secret" not in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    "given", ["sqlite:///{}", "mysql+pymysql://ann:other@host/db", "postgresql://ann:other@host/db"]
-)
-def test_a_password_where_none_is_wanted_is_refused(tmp_path, given):
-    (tmp_path / "file").touch()
-    with (
-        pytest.raises(StorageError, match="password file") as caught,
-        open_source(given.format(tmp_path / "file"), "secret"),
-    ):
-        pass
-    assert "other" not in str(caught.value)
-
-
-def test_an_empty_file_holds_no_studies(tmp_path, target):
-    (tmp_path / "file").touch()
-    with (
-        open_source(str(tmp_path / "file")) as source,
-        pytest.raises(StudyNotFoundError, match=r"journal:.*file holds no studies"),
-    ):
-        import_studies(source, target)
-
-
-def test_a_database_without_optunas_tables_is_refused_and_gets_none(empty_database):
-    with pytest.raises(StorageError, match="holds no Optuna studies"), open_source(empty_database):
-        pass
-    engine = open_engine(empty_database)
-    with engine.connect() as conn:
-        assert conn.execute(text("SELECT count(*) FROM pg_tables WHERE schemaname = 'public'")).scalar_one() == 0
-    engine.dispose()
-
-
-def test_tables_of_each_other_optuna_are_refused_with_advice(sqlite):
-    sqlite.study()
-    versions = sqlite.storage.get_all_versions()
-    head = sqlite.storage.get_head_version()
-    for revision in [*versions, "v99.0.0.a"]:
-        with closing(sqlite3.connect(sqlite.storage.engine.url.database)) as conn, conn:
-            conn.execute("UPDATE alembic_version SET version_num = ?", (revision,))
-        if revision == head:
-            with open_source(sqlite.url) as source:
-                assert [study.study_name for study in source.studies()] == ["s"]
-            continue
-        advice = "'optuna storage upgrade" if revision in versions else "upgrade tuner"
-        with pytest.raises(StorageError, match=advice), open_source(sqlite.url):
-            pass
-
-
-def test_an_unknown_study_is_told_with_those_there_are(journal, target):
-    journal.study("a")
-    journal.study("b")
-    with pytest.raises(StudyNotFoundError, match=r"no study named 'c' in journal:.*; there are: 'a', 'b'"):
-        imported(journal, target, "c")
-    with pytest.raises(StorageError, match="2 studies cannot all be called 'x'"):
-        imported(journal, target, new_name="x")
-    assert [result.study for result in imported(journal, target, "b")] == ["b"]

@@ -1,135 +1,20 @@
+"""From a study to a model: what is exported, how it is tested, and what is refused."""
+
 import json
-import os
-import pickle
-import shutil
-import subprocess
-import textwrap
-import zipfile
 from importlib.metadata import version
-from pathlib import Path
 
 import optuna
 import pytest
 import torch
+from exporting import FUNCTION, code
 from safetensors.torch import load_file, save_file
 
 import tuner
-from storage import open_engine, open_storage, studies
+from storage import open_storage, studies
 from tuner.data import tensors
 from tuner.errors import TunerError
-from tuner.export import check_output, export_study
-from tuner.log import Log
 from tuner.model import MANIFEST, PROGRAM, WEIGHTS, read_manifest, sha256_of
-from tuner.registry import find_objective
-from tuner.spec import Budget
-from tuner.study import create_study, plan
 from tuner.training import predict
-
-OBJECTIVE = """
-    import torch
-    from torch import nn
-    from tuner.data import Data, Split
-    from tuner.objective import Objective
-
-    KIND = "{kind}"
-
-    class Model(nn.Module):
-        def __init__(self, width):
-            super().__init__()
-            self.layers = nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, width), nn.ReLU(), nn.Linear(width, 2))
-
-        def forward(self, x, y=None):
-            return self.layers(x if y is None else torch.cat([x, y.float()], 1))
-
-    class Signs(Objective):
-        width: int = 4
-
-        def suggest(self, trial):
-            trial.suggest_float("lr", 0.01, 0.1)
-
-        def load_data(self, root):
-            splits = []
-            for seed in range(3):
-                x = torch.randn(40, 3, generator=torch.Generator().manual_seed(seed))
-                pair = (x[:, :2], x[:, 2:].double())
-                inputs = {{"tensor": x, "tuple": pair, "dict": dict(zip("xy", pair, strict=True))}}[KIND]
-                splits.append(Split(inputs, (x[:, 0] > 0).long()))
-            return Data(*splits, class_names=("negative", "positive"))
-
-        def build_model(self, params):
-            return Model(self.width)
-
-    {more}
-"""
-FUNCTION = """
-    def loss(trial):
-        return trial.suggest_float("x", -1, 1) ** 2
-"""
-
-
-class Exporting:
-    """A study with finished trials, and what export_study takes."""
-
-    def __init__(self, database, tmp_path):
-        self.database = database
-        self.engine = open_engine(database)
-        self.path = tmp_path / "mine.py"
-        self.data_dir = tmp_path
-        self.output = tmp_path / "model"
-
-    def start(self, code, attribute="Signs", *, name="signs", epoch=2, values=(0.5, 0.9, 0.7), **options):
-        self.path = self.path.with_stem(name)
-        self.path.write_text(textwrap.dedent(code))
-        self.source = find_objective(f"{self.path}:{attribute}")
-        spec, self.objective = plan(
-            self.source,
-            self.source.load(),
-            options=options,
-            budget=Budget(trials=3),
-            epochs=None,
-            sampler="tpe",
-            pruner="median",
-            direction=None,
-            seed=5,
-        )
-        self.study = create_study(self.engine, name, spec)
-        in_optuna = optuna.load_study(study_name=name, storage=open_storage(self.database))
-        for value in values:
-            in_optuna.add_trial(
-                optuna.trial.create_trial(
-                    value=value,
-                    params={"lr": 0.05},
-                    distributions={"lr": optuna.distributions.FloatDistribution(0.01, 0.1)},
-                    user_attrs={"epoch": epoch} if epoch else {},
-                )
-            )
-        return self
-
-    def __call__(self, output=None):
-        return export_study(
-            self.engine,
-            self.study,
-            self.source,
-            output=output or self.output,
-            data_dir=self.data_dir,
-            device="cpu",
-            log=Log(),
-        )
-
-    def recorded(self):
-        return studies.list_exports(self.engine, self.study.study_id)
-
-
-@pytest.fixture
-def exporting(database, tmp_path):
-    made = Exporting(database, tmp_path)
-    yield made
-    made.engine.dispose()
-
-
-def code(kind="tensor", more=""):
-    return textwrap.dedent(OBJECTIVE).format(kind=kind, more=textwrap.dedent(more))
-
 
 LOAD_WITHOUT_PICKLE = """
 import json, pathlib, pickle, sys
@@ -153,6 +38,8 @@ for directory in map(pathlib.Path, sys.argv[1:]):
         outputs = model(**rows) if "x" in rows else model(*(rows[name] for name in sorted(rows)))
     print(json.dumps({"training": model.training, "outputs": outputs.tolist()}))
 """
+
+
 DESCRIBED = {
     "tensor": [(None, (3,), "float32")],
     "tuple": [(None, (2,), "float32"), (None, (1,), "float64")],
@@ -350,137 +237,6 @@ def test_a_study_without_a_complete_trial_has_nothing_to_export(exporting):
     assert not exporting.output.exists()
 
 
-# What a test does to an export that is whole.
-def _cut(directory, name):
-    content = (directory / name).read_bytes()
-    (directory / name).write_bytes(content[: len(content) // 2])
-
-
-def _flip(directory, name):
-    content = bytearray((directory / name).read_bytes())
-    content[len(content) // 2] ^= 1
-    (directory / name).write_bytes(content)
-
-
-def _remove(directory, name):
-    (directory / name).unlink()
-
-
-@pytest.fixture(scope="module")
-def kept(tmp_path_factory):
-    """Where one export is kept for this module's tests to copy."""
-    return tmp_path_factory.mktemp("kept") / "model"
-
-
-@pytest.fixture
-def export_copy(exporting, kept, tmp_path):
-    """An export of the test's own."""
-    if not kept.exists():
-        exporting.start(code())
-        exporting(kept)
-    return shutil.copytree(kept, tmp_path / "copy")
-
-
-@pytest.mark.parametrize("name", [WEIGHTS, PROGRAM])
-@pytest.mark.parametrize(
-    ("damage", "told"), [(_cut, "needs the sha256"), (_flip, "needs the sha256"), (_remove, "cannot read")]
-)
-def test_a_damaged_file_is_refused(export_copy, damage, name, told):
-    damage(export_copy, name)
-    with pytest.raises(TunerError) as caught:
-        tuner.load_model(export_copy)
-    assert str(export_copy / name) in str(caught.value)
-    assert told in str(caught.value)
-    assert "run 'tuner export' again" in str(caught.value)
-
-
-def test_an_export_without_its_manifest_is_none(export_copy):
-    (export_copy / MANIFEST).unlink()
-    with pytest.raises(TunerError) as caught:
-        tuner.load_model(export_copy)
-    assert str(caught.value) == f"no model in {export_copy}: it has no manifest.json; 'tuner export' writes one"
-
-
-@pytest.mark.parametrize("path", ["missing", "copy/model.safetensors"])
-def test_a_path_that_is_no_directory_of_an_export_is_told(export_copy, path):
-    with pytest.raises(TunerError, match=r"no model in|Not a directory"):
-        tuner.load_model(export_copy.parent / path)
-
-
-@pytest.mark.parametrize(
-    ("change", "told"),
-    [
-        (lambda text: text[:50], "invalid json"),
-        (lambda text: text.replace('"format": 1', '"format": 2'), "format: input should be 1"),
-        (lambda text: text.replace('"metric"', '"metrik"'), "metric: field required"),
-        (lambda text: "", "invalid json"),
-    ],
-)
-def test_a_manifest_that_cannot_be_read_is_told_in_one_line(export_copy, change, told):
-    path = export_copy / MANIFEST
-    path.write_text(change(path.read_text()))
-    with pytest.raises(TunerError) as caught:
-        tuner.load_model(export_copy)
-    assert str(caught.value).startswith(f"cannot read {path}: {told}")
-    assert "\n" not in str(caught.value)
-
-
-def test_a_loaded_model_stays_in_eval_mode_and_takes_batches_of_any_size(export_copy):
-    model = tuner.load_model(export_copy)
-    assert model.eval() is model
-    with pytest.raises(TunerError, match="for inference only"):
-        model.train()
-    assert not model.training
-    rows = torch.randn(300, 3)
-    with torch.inference_mode():
-        together, one_by_one = model(rows), torch.cat([model(row[None]) for row in rows])
-    torch.testing.assert_close(together, one_by_one)
-    assert model.manifest.study == "signs"
-
-
-class _Payload:
-    def __reduce__(self):
-        return pytest.fail, ("something was unpickled",)
-
-
-def _with_sample_inputs(archive, pickled):
-    archive["archive/data/sample_inputs/model.pt"] = pickled
-
-
-def _with_a_pickled_weight(archive, pickled):
-    name = "archive/data/weights/model_weights_config.json"
-    config = json.loads(archive[name])
-    meta = next(iter(config["config"].values()))
-    meta["use_pickle"] = True
-    archive |= {name: json.dumps(config).encode(), f"archive/data/weights/{meta['path_name']}": pickled}
-
-
-def _with_a_pickled_constant(archive, pickled):
-    archive["archive/data/constants/opaque_obj_0"] = pickled
-
-
-def _with_compiled_code(archive, pickled):
-    archive["archive/data/aotinductor/model/model.so"] = pickled
-
-
-@pytest.mark.parametrize(
-    "change", [_with_sample_inputs, _with_a_pickled_weight, _with_a_pickled_constant, _with_compiled_code]
-)
-def test_an_export_that_somebody_put_a_pickle_into_is_refused(export_copy, change):
-    path = export_copy / PROGRAM
-    with zipfile.ZipFile(path) as old:
-        content = {name: old.read(name) for name in old.namelist()}
-    change(content, pickle.dumps(_Payload()))
-    with zipfile.ZipFile(path, "w") as new:
-        for name, value in content.items():
-            new.writestr(name, value)
-    manifest = read_manifest(export_copy)
-    manifest.files[PROGRAM] = sha256_of(path)
-    (export_copy / MANIFEST).write_text(manifest.model_dump_json())
-    with pytest.raises(TunerError, match="needs to hold plain tensors and a program, got archive/data"):
-        tuner.load_model(export_copy)
-
-
 def test_a_model_with_constants_and_buffers_is_exported(exporting):
     exporting.start(
         code(
@@ -552,103 +308,3 @@ def test_an_objective_of_samples_is_exported_with_its_test_figure(exporting):
     assert (manifest.data["train"], manifest.data["test"]) == (40, 40)
     assert 0 < manifest.test["accuracy"] <= 1
     assert [described.shape for described in manifest.inputs] == [(3,)]
-
-
-def test_the_manifest_is_moved_last(exporting, monkeypatch):
-    moved = []
-    replace = os.replace
-
-    def watch(source, target):
-        moved.append((target.name, sha256_of(source)))
-        replace(source, target)
-
-    exporting.start(code())
-    monkeypatch.setattr(os, "replace", watch)
-    exporting()
-    assert [name for name, _ in moved] == [WEIGHTS, PROGRAM, MANIFEST]
-
-
-def test_a_second_export_takes_the_place_of_the_first_and_leaves_other_files(exporting):
-    exporting.start(code())
-    exporting()
-    (exporting.output / "notes.txt").write_text("mine")
-    before = read_manifest(exporting.output)
-    assert exporting().manifest.files[WEIGHTS] == before.files[WEIGHTS]
-    names = sorted(path.name for path in exporting.output.iterdir())
-    assert names == sorted([WEIGHTS, PROGRAM, MANIFEST, "notes.txt"])
-    tuner.load_model(exporting.output)
-
-
-@pytest.fixture
-def small_disk(tmp_path):
-    """A file system of 128 KiB."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=128k", "tmpfs", str(place)]
-    try:
-        done = subprocess.run(mount, capture_output=True, text=True, check=False)
-    except FileNotFoundError:
-        pytest.skip("there is no mount program here")
-    if done.returncode != 0:
-        pytest.skip(f"a file system cannot be mounted here: {done.stderr.strip()}")
-    yield place
-    subprocess.run(["umount", str(place)], check=True)
-
-
-def _files(directory):
-    return {path.name: path.read_bytes() for path in directory.rglob("*") if path.is_file()}
-
-
-def _pages(*paths):
-    return sum(-(-path.stat().st_size // os.sysconf("SC_PAGE_SIZE")) for path in paths)
-
-
-@pytest.mark.parametrize(
-    "fits", [(), (WEIGHTS,), (WEIGHTS, PROGRAM)], ids=["nothing", "the weights", "all but the manifest"]
-)
-def test_a_full_disk_leaves_the_old_export_and_nothing_half_written(exporting, small_disk, export_copy, fits):
-    output = small_disk / "model"
-    shutil.copytree(export_copy, output)
-    with (small_disk / "filler").open("wb", buffering=0) as filler:
-        disk = os.statvfs(small_disk)
-        free = disk.f_bavail - _pages(*(export_copy / name for name in fits))
-        filler.write(b"x" * free * disk.f_frsize)
-    before = _files(small_disk)
-    exporting.start(code())
-    with pytest.raises(TunerError) as caught:
-        exporting(output)
-    assert str(caught.value) == (
-        f"cannot write the model to {output}: No space left on device; free some space or choose another --output"
-    )
-    assert _files(small_disk) == before
-    assert sorted(path.name for path in output.iterdir()) == sorted([WEIGHTS, PROGRAM, MANIFEST])
-    tuner.load_model(output)
-    # Once the test split has been evaluated, that stays on record.
-    assert len(exporting.recorded()) == (1 if PROGRAM in fits else 0)
-
-
-def test_a_full_disk_without_an_old_export_leaves_nothing(exporting, small_disk):
-    (small_disk / "filler").write_bytes(b"x" * 120_000)
-    exporting.start(code())
-    with pytest.raises(TunerError, match="No space left on device"):
-        exporting(small_disk / "new" / "model")
-    assert [path.name for path in small_disk.iterdir()] == ["filler"]
-
-
-def test_an_output_that_is_a_file_is_refused_before_training(exporting, tmp_path):
-    (tmp_path / "file").touch()
-    exporting.start(code())
-    for output in (tmp_path / "file", tmp_path / "file" / "model"):
-        with pytest.raises(TunerError, match=r"needs to be a directory, got .*file.*; choose another --output"):
-            exporting(output)
-    assert (tmp_path / "file").read_bytes() == b""
-
-
-def test_an_output_that_cannot_be_written_is_refused():
-    with pytest.raises(TunerError, match=r"cannot write to /proc: .*; choose another --output"):
-        check_output(Path("/proc/model"))
-
-
-def test_looking_at_an_output_leaves_nothing_behind(tmp_path):
-    check_output(tmp_path / "a" / "b")
-    assert list(tmp_path.iterdir()) == []
