@@ -30,6 +30,24 @@ _STATEMENTS = (
     WHERE study_id = :study_id AND (state = 'COMPLETE' OR s <= :n_steps / 4) ORDER BY trial_id, s
     """,
     """
+    INSERT INTO tuner_attempts
+        (token, trial_id, attempt, worker, slot, device, share, started_at, ended_at, outcome)
+    SELECT gen_random_uuid(), trial_id, 1, 'host-' || number % 100 || '\\:1', 0, 'cuda:0', 1,
+           datetime_start AT TIME ZONE 'UTC', datetime_complete AT TIME ZONE 'UTC', lower(state::text)
+    FROM trials WHERE study_id = :study_id ORDER BY trial_id
+    """,
+    """
+    INSERT INTO tuner_leases (trial_id, attempts, token, worker)
+    SELECT trial_id, attempt, token, worker FROM tuner_attempts JOIN trials USING (trial_id) WHERE study_id = :study_id
+    """,
+    """
+    INSERT INTO tuner_workers (worker_id, study_id, name, slots, versions, started_at, last_seen)
+    SELECT gen_random_uuid(), :study_id, 'host-' || n || '\\:1',
+           '[{"slot": 0, "device": "cuda:0", "share": 1.0, "state": "idle"}]', '{"torch": "2.10.0"}',
+           timestamptz '2026-01-01', now()
+    FROM generate_series(0, 99) n
+    """,
+    """
     INSERT INTO trial_user_attributes (trial_id, key, value_json)
     SELECT trial_id, k, '1.5' FROM trials, unnest(ARRAY['seconds', 'seed']) k WHERE study_id = :study_id
     """,
@@ -37,7 +55,10 @@ _STATEMENTS = (
 
 
 def fill(engine: Engine, study_id: int, n_trials: int) -> None:
-    """Give an empty study of one objective finished trials of N_PARAMS params and up to N_STEPS steps."""
+    """Give an empty study of one objective finished trials of N_PARAMS params and up to N_STEPS steps.
+
+    Each ran once, on one of 100 workers, which are all there.
+    """
     with engine.begin() as conn:
         conn.execute(text("SET LOCAL statement_timeout = 0"))
         for statement in _STATEMENTS:

@@ -2,12 +2,13 @@
 
     python benchmarks/reading.py [--storage URL] [--sizes 1000 10000 50000] [--repeats 5]
 
-Fills a study of each size by bulk SQL with finished trials of 5 params and up to 20 steps. Then, in turns, each time
-in a process of its own: `tuner best`, `status` and `studies` beside `optuna best-trial`, from start to end; the data of
-the study's page, first and again, from a dashboard just started, `tuner dashboard` beside optuna-dashboard on Optuna's
-RDBStorage; and the first reading by a new storage object, with what it adds to the process's memory at its peak (on
-Linux), as a worker has it and with all intermediate values. Prints median, minimum and maximum, and stock's median over
-ours. The stock side of a study of more than 1000 trials runs once. Without --storage, starts an embedded PostgreSQL.
+Fills a study of each size by bulk SQL with finished trials of 5 params and up to 20 steps, run by 100 workers. Then,
+in turns, each time in a process of its own: `tuner best`, `status` and `studies` beside `optuna best-trial`, from
+start to end; the data of the study's page, first and again, from a dashboard just started, `tuner dashboard` beside
+optuna-dashboard on Optuna's RDBStorage; and the first reading by a new storage object, with what it adds to the
+process's memory at its peak (on Linux), as a worker has it and with all intermediate values. Prints median, minimum
+and maximum, and stock's median over ours. The stock side of a study of more than 1000 trials runs once. Without
+--storage, starts an embedded PostgreSQL.
 """
 
 from __future__ import annotations

@@ -123,11 +123,15 @@ def present(conn: Connection, study_id: int) -> list[WorkerNow]:
     for attempt in _running_attempts(conn, study_id) if rows else []:
         attempts.setdefault(attempt.worker, []).append(attempt)
     workers = []
-    # The newest first: a restarted container has its predecessor's name, down to the process id.
+    # The newest first: a restarted container has its predecessor's name, down to the process id. The first of a name
+    # has what is left, should it have told of itself a moment after it took a trial.
+    firsts = {row.name: row.worker_id for row in reversed(rows)}
     for row in reversed(rows):
         of_name = attempts.get(row.name, [])
-        workers.append(_worker_now(row, {each.slot: each for each in of_name if each.started_at >= row.started_at}))
-        attempts[row.name] = [each for each in of_name if each.started_at < row.started_at]
+        is_first = firsts[row.name] == row.worker_id
+        its = {each.slot: each for each in of_name if is_first or each.started_at >= row.started_at}
+        attempts[row.name] = [each for each in of_name if its.get(each.slot) is not each]
+        workers.append(_worker_now(row, its))
     return workers[::-1]
 
 

@@ -245,6 +245,12 @@ def test_workers_of_one_name_are_told_apart_by_time(engine, study_id):
     check_cost(engine, study_id, complete=380, idle=20 + 200)
 
 
+def test_a_worker_that_told_of_itself_after_its_first_attempt_had_begun_was_not_idle_meanwhile(engine, study_id):
+    an_attempt(engine, a_trial(engine, study_id, "COMPLETE"), 1010, 100, "complete")
+    a_worker(engine, study_id, 1000, 0)
+    check_cost(engine, study_id, complete=910, idle=100)
+
+
 def test_more_attempts_than_a_worker_has_time_for_make_idle_time_nothing_and_not_less(engine, study_id):
     for _ in range(3):
         an_attempt(engine, a_trial(engine, study_id, "COMPLETE"), 1000, 0, "complete")

@@ -166,6 +166,13 @@ def test_a_trial_belongs_to_the_latest_worker_of_its_workers_name(sessions, stud
     assert running(sessions, study_id) == [[0], [1]]
 
 
+def test_a_trial_that_was_claimed_before_its_worker_told_of_itself_is_its_own(sessions, study_id):
+    a_claim(sessions, study_id)
+    a_row(sessions, study_id, started=0, slots=1)
+    execute(sessions, "update tuner_attempts set started_at = now() - interval '1 s'")
+    assert running(sessions, study_id) == [[0]]
+
+
 def test_workers_of_other_studies_are_not_present(sessions, study_id):
     a_row(sessions, study_id)
     other = studies.create_study(sessions._engine, "other", "minimize", {"version": 1}, {}, "value").study_id
