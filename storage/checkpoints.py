@@ -13,7 +13,6 @@ from sqlalchemy.sql.dml import ReturningInsert
 
 from storage.claims import Claim
 from storage.errors import InvalidWriteError
-from storage.frozen import UNFINISHED
 from storage.sessions import Sessions
 from storage.tables import trials, tuner_leases
 from storage.tables import tuner_checkpoints as checkpoints
@@ -76,7 +75,7 @@ def load_head(sessions: Sessions, trial_id: int, n_bytes: int) -> bytes | None:
 
 def still_needed(sessions: Sessions, study_id: int, numbers: Sequence[int]) -> set[int]:
     """Return those of the study's trials with these numbers that run or wait."""
-    unfinished = trials.c.state.in_(UNFINISHED)
+    unfinished = trials.c.state.in_(["RUNNING", "WAITING"])
     query = select(trials.c.number).where(trials.c.study_id == study_id, trials.c.number.in_(numbers), unfinished)
     return set(sessions.statement(lambda conn: conn.scalars(query).all()))
 

@@ -20,6 +20,7 @@ def test_an_unknown_name_is_an_attribute_error():
         ("import tuner.cli.app", ("torch", "optuna", "numpy", "rich")),
         ("import tuner.study, tuner.registry, tuner.progress, tuner.doctor", ("torch", "optuna")),
         ("import tuner.sampling", ("torch",)),
+        ("import tuner.shared", ("torch", "optuna", "fsspec")),
         ("import tuner.cli.importing, storage.importing", ("torch",)),
         ("import tuner.training, tuner.data", ("optuna", "sqlalchemy", "psycopg2", "storage")),
     ],
