@@ -158,32 +158,75 @@ plugins.register(_PLUGIN, __name__, _ConnectionErrors.__name__)
 
 # libpq gives no SQLSTATE for a connection that failed, so its words decide; most specific first. A server
 # that speaks another language falls through to UnreachableError, with the server's words.
-_FULL = re.compile(r"too many clients|remaining connection slots|too many connections for")
-_BAD_PARAMETER = re.compile(r"invalid (connection option|integer value|port number|\w+ value:)")
-_NO_DATABASE = re.compile(r'database ".*" does not exist')
-_REFUSED_ROLE = re.compile(
-    r"authentication failed|no password supplied|no pg_hba\.conf entry|pg_hba\.conf rejects"
-    r'|role ".*" (does not exist|is not permitted to log in)|permission denied for database'
+_EXPLANATIONS: Final[tuple[tuple[str, type[StorageError], str, str], ...]] = (
+    (
+        r"too many clients|remaining connection slots|too many connections for",
+        UnreachableError,
+        "no free connection at",
+        f"a tuner process takes {CONNECTIONS_PER_PROCESS}, so raise max_connections above {CONNECTIONS_PER_PROCESS} x "
+        "processes, or start fewer",
+    ),
+    (
+        r"invalid (connection option|integer value|port number|\w+ value:)",
+        InvalidURLError,
+        "cannot use",
+        "correct the URL's parameters",
+    ),
+    (
+        r"server certificate for|server's certificate",
+        AuthenticationError,
+        "not trusted:",
+        "write the host in the URL as the server's certificate has it, or give the server a certificate whose "
+        "subjectAltName has that name",
+    ),
+    (
+        r"certificate verify failed",
+        AuthenticationError,
+        "not trusted:",
+        "sslrootcert in the URL has to name the file with the certificate of the authority that issued the server's; "
+        "see also that it has not expired",
+    ),
+    (
+        r"root certificate file",
+        AuthenticationError,
+        "not trusted:",
+        "name the file with the certificate of the authority that issued the server's in the URL: sslrootcert=",
+    ),
+    (
+        r"server does not support SSL",
+        AuthenticationError,
+        "no TLS at",
+        "give the server a certificate (ssl = on), or take sslmode=disable to one that only this machine reaches",
+    ),
+    (
+        r"no pg_hba\.conf entry.*no encryption",
+        AuthenticationError,
+        "not let in at",
+        "the server may want TLS: sslmode=verify-full and sslrootcert= in the URL; else check its pg_hba.conf",
+    ),
+    (
+        r"authentication failed|no password supplied|no pg_hba\.conf entry|pg_hba\.conf rejects"
+        r'|role ".*" (does not exist|is not permitted to log in)|permission denied for database',
+        AuthenticationError,
+        "not let in at",
+        "check the user name and the password (PGPASSWORD, PGPASSFILE or a password file), and the server's "
+        "pg_hba.conf",
+    ),
+    (
+        r'database ".*" does not exist',
+        NoDatabaseError,
+        "no such database at",
+        "create it (createdb), or correct the name",
+    ),
 )
-_HINT = re.compile(r"\s*Is the server running[^?]*\?")
+_HINT: Final = re.compile(r"\s*(Is the server running[^?]*\?|Either provide the file[^.]*verification\.)")
 
 
 def _connection_error(error: BaseException, url: URL) -> StorageError:
     shown, reason = mask_url(url), _one_line(error)
-    if _FULL.search(reason):
-        return UnreachableError(
-            f"no free connection at {shown}: {reason}; a tuner process takes {CONNECTIONS_PER_PROCESS}, so "
-            f"raise max_connections above {CONNECTIONS_PER_PROCESS} x processes, or start fewer"
-        )
-    if _BAD_PARAMETER.search(reason):
-        return InvalidURLError(f"cannot use {shown}: {reason}; correct the URL's parameters")
-    if _REFUSED_ROLE.search(reason):
-        return AuthenticationError(
-            f"not let in at {shown}: {reason}; check the user name and the password (PGPASSWORD, PGPASSFILE "
-            "or a password file), and the server's pg_hba.conf"
-        )
-    if _NO_DATABASE.search(reason):
-        return NoDatabaseError(f"no such database at {shown}: {reason}; create it (createdb), or correct the name")
+    for pattern, kind, what, remedy in _EXPLANATIONS:
+        if re.search(pattern, reason):
+            return kind(f"{what} {shown}: {reason}; {remedy}")
     return UnreachableError(
         f"cannot reach PostgreSQL at {shown}: {reason}; check that the server runs, and its host and port"
     )

@@ -16,7 +16,7 @@ class UnreachableError(StorageError):
 
 
 class AuthenticationError(UnreachableError):
-    """The server answers but does not let this role in."""
+    """The server answers, but does not let this role in, or does not prove that it is the one we want."""
 
 
 class NoDatabaseError(UnreachableError):

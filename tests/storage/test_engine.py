@@ -168,6 +168,24 @@ def test_a_server_that_accepts_and_says_nothing_is_unreachable_by_the_deadline(e
         assert 1 < time.monotonic() - started < 8
 
 
+def test_a_server_without_tls_is_not_asked_again_where_tls_is_wanted(engine_of):
+    def refuse_tls():
+        client, _ = listener.accept()
+        with client:
+            client.recv(8)  # libpq's SSLRequest
+            client.sendall(b"N")
+            client.recv(1)  # until it hangs up
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        server = threading.Thread(target=refuse_tls)
+        server.start()
+        url = f"postgresql://ann@127.0.0.1:{listener.getsockname()[1]}/tuner?sslmode=verify-full"
+        with pytest.raises(AuthenticationError, match=r"no TLS at .*; give the server a certificate") as caught:
+            _connect(engine_of(url))
+        server.join()
+    assert not is_outage(caught.value)
+
+
 def test_an_unknown_host_is_unreachable(engine_of):
     with pytest.raises(UnreachableError, match=r"could not translate host name"):
         _connect(engine_of("postgresql://ann@no-such-host.invalid/tuner"))

@@ -79,10 +79,11 @@ class Running:
 
 @dataclass(frozen=True)
 class Tuner:
-    """Starts `tuner` with these environment variables, in this directory."""
+    """Starts `tuner` with these environment variables, in this directory; `within` is a command that runs commands."""
 
     environment: dict[str, str]
     directory: Path
+    within: tuple[str, ...] = ()
 
     def __call__(self, *arguments: str | Path, **environment: str) -> Finished:
         """Run a command to its end."""
@@ -94,7 +95,7 @@ class Tuner:
         """Start a command; it is killed at the end of the block if it still runs."""
         clean = {name: value for name, value in os.environ.items() if not name.startswith(("TUNER_", "PG"))}
         process = subprocess.Popen(
-            [str(Path(sys.executable).with_name("tuner")), *map(str, arguments)],
+            [*self.within, str(Path(sys.executable).with_name("tuner")), *map(str, arguments)],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
