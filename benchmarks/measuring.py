@@ -22,8 +22,11 @@ Times = dict[str, list[float]]
 
 
 @contextmanager
-def database(url: str | None) -> Iterator[str]:
-    """The URL of a database with its tables: the one given, or an embedded server's that ends with the block."""
+def database(url: str | None, max_connections: int | None = None) -> Iterator[str]:
+    """The URL of a database with its tables: the one given, or an embedded server's that ends with the block.
+
+    An embedded server lets in `max_connections`, if given.
+    """
     if url is not None:
         _prepare(url)
         yield url
@@ -32,6 +35,8 @@ def database(url: str | None) -> Iterator[str]:
         server = EmbeddedServer(Path(directory) / "data")
         try:
             server.start()
+            if max_connections is not None:
+                _let_in(server, max_connections)
             _prepare(server.url())
             yield server.url()
         finally:
@@ -84,3 +89,12 @@ def _prepare(url: str) -> None:
     engine = open_engine(url)
     ensure_schema(engine)
     engine.dispose()
+
+
+def _let_in(server: EmbeddedServer, max_connections: int) -> None:
+    engine = open_engine(server.admin_url())
+    with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as conn:
+        conn.execute(text(f"ALTER SYSTEM SET max_connections = {max_connections:d}"))
+    engine.dispose()
+    server.stop()
+    server.start()

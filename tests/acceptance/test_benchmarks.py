@@ -52,6 +52,20 @@ def test_worker_load_prints_both_sides_and_their_ratio(database: str) -> None:
     assert re.search(r" 2 ratio( +\d+\.\d+){3}", done.stdout)
 
 
+def test_report_load_prints_percentiles_connections_and_errors(database: str) -> None:
+    arguments = ["--storage", database, "--workers", "2", "--history", "10", "--seconds", "2", "--every", "0.1"]
+    arguments += ["--reports", "3", "--watch", "0.5"]
+    done = subprocess.run(
+        [sys.executable, BENCHMARKS / "report_load.py", *arguments], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "  2 of 2 workers ready after" in done.stdout
+    for call in ("report", "should_prune", "claim", "params", "tell", "watch"):
+        assert re.search(rf"{call}( +\d+\.\d+){{3}} +\d+\n", done.stdout), done.stdout
+    assert re.search(r"connections +[2-8] at most\n", done.stdout), done.stdout
+    assert re.search(r"waits +0\n +gave up +0, never got in 0\n", done.stdout), done.stdout
+
+
 def test_training_speed_prints_three_sides_and_their_ratios(database: str) -> None:
     arguments = ["--storage", database, "--rows", "64", "--repeats", "1", "--batch-sizes", "32", "--device", "cpu"]
     done = subprocess.run(
