@@ -13,7 +13,14 @@ from sqlalchemy.dialects import plugins
 from sqlalchemy.exc import ArgumentError, InvalidatePoolError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
-from storage.errors import AuthenticationError, InvalidURLError, NoDatabaseError, StorageError, UnreachableError
+from storage.errors import (
+    AuthenticationError,
+    InvalidURLError,
+    NoDatabaseError,
+    NotReadyError,
+    StorageError,
+    UnreachableError,
+)
 from storage.url import mask_url, parse_url
 
 if TYPE_CHECKING:
@@ -160,8 +167,14 @@ plugins.register(_PLUGIN, __name__, _ConnectionErrors.__name__)
 # that speaks another language falls through to UnreachableError, with the server's words.
 _EXPLANATIONS: Final[tuple[tuple[str, type[StorageError], str, str], ...]] = (
     (
+        r"the database system is (starting up|shutting down|in recovery|not yet accepting)",
+        NotReadyError,
+        "not ready yet at",
+        "try again in a moment",
+    ),
+    (
         r"too many clients|remaining connection slots|too many connections for",
-        UnreachableError,
+        NotReadyError,
         "no free connection at",
         f"a tuner process takes {CONNECTIONS_PER_PROCESS}, so raise max_connections above {CONNECTIONS_PER_PROCESS} x "
         "processes, or start fewer",

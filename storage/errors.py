@@ -23,6 +23,10 @@ class NoDatabaseError(UnreachableError):
     """The server answers but has no database of that name."""
 
 
+class NotReadyError(UnreachableError):
+    """The server is there, but has no connection free, or is starting or stopping: soon it may let us in."""
+
+
 class BusyError(UnreachableError):
     """The server is there, but others kept what was needed locked or busy for longer than a session waits."""
 

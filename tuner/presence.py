@@ -137,7 +137,7 @@ class Presence:
 
     def _note_outage(self, error: Exception) -> None:
         if not self._is_away:
-            reason = str(error.__cause__ or error).partition("\n")[0]
+            reason = str(error).partition("\n")[0]
             self._log.event("database_away", f"{reason}; trying again")
         self._is_away = True
 

@@ -352,7 +352,9 @@ def pruner_on(storage: PostgresStorage, study_id: int, spec: PrunerSpec) -> Base
 
 
 def _first_line(error: BaseException) -> str:
-    return str(error.__cause__ or error).strip().partition("\n")[0]
+    """Return our own message where there is one: it says what to do."""
+    shown = error if isinstance(error, StorageError) else error.__cause__ or error
+    return str(shown).strip().partition("\n")[0]
 
 
 def main() -> None:

@@ -9,7 +9,7 @@ from command import Tuner, wait_for
 from optuna.trial import TrialState
 from sqlalchemy import text
 
-from storage import open_engine, open_storage
+from storage import open_engine, open_storage, parse_url
 
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
@@ -205,3 +205,19 @@ def test_a_trial_that_takes_its_device_along_fails_and_the_slot_goes_on_in_a_new
     assert (first.state, first.user_attrs["failure"]) == (TrialState.FAIL, "user_error")
     assert [trial.state for trial in others] == [TrialState.COMPLETE] * 2
     assert first.user_attrs["pid"] != others[0].user_attrs["pid"] == others[1].user_attrs["pid"]
+
+
+def test_a_worker_waits_for_a_connection_of_a_full_server(tuner: Tuner, database: str) -> None:
+    worker = create(tuner, "short", 2)
+    limit = f'ALTER DATABASE "{parse_url(database).database}" CONNECTION LIMIT'
+    engine = open_engine(database)
+    with engine.connect() as conn:
+        conn.execution_options(isolation_level="AUTOCOMMIT").execute(text(f"{limit} 1"))
+        with tuner.start(*worker) as running:
+            running.wait_for_line("too many connections for database")
+            (told,) = running.events("database_away")
+            assert "raise max_connections above 2 x processes, or start fewer; trying again" in told["message"]
+            conn.execute(text(f"{limit} -1"))
+            assert running.finish().code == 0
+    engine.dispose()
+    assert [trial.state for trial in trials_of(database)] == [TrialState.COMPLETE] * 2

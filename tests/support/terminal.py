@@ -88,7 +88,12 @@ class Terminal:
 @contextmanager
 def on_terminal(tuner: Tuner, *arguments: str, rows: int = 40, columns: int = 120) -> Iterator[Terminal]:
     """Start a command on a terminal; it is killed at the end of the block if it still runs."""
-    clean = {name: value for name, value in os.environ.items() if not name.startswith(("TUNER_", "PG"))}
+    own_size = ("COLUMNS", "LINES")  # pytest-xdist tells its processes those of its own terminal
+    clean = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("TUNER_", "PG")) and name not in own_size
+    }
     master, slave = os.openpty()
     fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
     command = [str(Path(sys.executable).with_name("tuner")), *arguments]

@@ -60,7 +60,7 @@ def run(
     slots = Slots(plans, objective)  # they import torch and the objective while this process does
     try:
         spec, model_class = plan(source, source.load(), **wanted)
-        engine = settings.open()
+        engine = settings.open_for_work()
         joined, created = create_or_join(
             engine,
             source.study_name if options.study is None else options.study,
@@ -159,7 +159,7 @@ def worker(
         idle_exit_s=None if idle_exit is None else seconds("--idle-exit", idle_exit),
     )
     plans = plan_slots(slots, device)[:trials]
-    engine = settings.open()
+    engine = settings.open_for_work()
     joined = open_study(engine, study)
     reference = objective or _installed_name(joined)
     source = find_objective(reference)

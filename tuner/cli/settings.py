@@ -137,6 +137,19 @@ class Settings:
         ensure_schema(engine)
         return engine
 
+    def open_for_work(self) -> Engine:
+        """Return what `open` does, also from a server that has no connection free just now, or that is starting.
+
+        Waits for it for ten minutes.
+        """
+        from storage import NotReadyError
+        from storage.sessions import Backoff
+
+        def notice(error: Exception) -> None:
+            self.log().event("database_away", f"{error}; trying again")
+
+        return Backoff(notice=notice, is_away=lambda error: isinstance(error, NotReadyError))(self.open)
+
     def options(self) -> str:
         """Return the options that lead another command to the same database, for the messages that name one."""
         parts = []
