@@ -54,7 +54,7 @@ class Resident:
     def shuffled(self, order: Tensor, first: int = 0, seed: int = 0) -> Iterator[Batch]:  # noqa: ARG002 - for samples
         """Yield the rows in this order, a tensor of their numbers on the device, from batch `first` on."""
         order = order[first * self._batch_size :]
-        if len(order) == 0:  # resumed after the last batch; splitting nothing gives one empty batch, whose loss is NaN
+        if len(order) == 0:  # splitting nothing gives one empty batch, whose loss is NaN
             return
         per_row = max(1, self._split.n_bytes // len(self._split))
         batches_at_once = max(1, PERMUTED_BYTES // (per_row * self._batch_size))

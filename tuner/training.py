@@ -230,12 +230,13 @@ class _Training:
         self._model.train()
         for batch in self._batches.shuffled(self._order(), self._n_done, derive_seed(self._seed, "epoch", number)):
             self._run.check()
+            # Before a step, so that resuming makes one before the epoch ends: torch warns of a schedule stepped first.
+            if checkpoint is not None and checkpoint.is_due():
+                self.save()
             self._losses.add(self._step(batch), len(batch.targets))
             self._n_done += 1
             if self._losses.is_broken():
                 break
-            if checkpoint is not None and checkpoint.is_due():
-                self.save()
         train_loss = self._losses.mean()
         if not math.isfinite(train_loss):
             raise DivergedError(f"the training loss is {train_loss} in epoch {number}")

@@ -78,6 +78,13 @@ def test_resident_batches_are_the_rows_in_the_order_of_the_epoch(monkeypatch, ki
             assert torch.equal(part, whole[batch.targets])
 
 
+@READERS
+def test_after_the_last_batch_there_is_none(streamed, readers):
+    order = torch.arange(10)
+    assert list(Resident(a_split(), 4).shuffled(order, 3)) == []
+    assert list(streamed(Samples(a_split()), 4, CPU, readers).shuffled(order, 3)) == []
+
+
 def test_batches_are_views_of_rows_that_were_gathered_at_once():
     first, second, third = Resident(a_split(), 4).shuffled(torch.arange(10).flip(0))
     assert {batch.inputs.untyped_storage().data_ptr() for batch in (first, second, third)} == {

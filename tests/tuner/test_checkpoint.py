@@ -9,6 +9,7 @@ import fsspec
 import numpy as np
 import pytest
 import torch
+from command import wait_for
 from proxy import Proxy
 from sqlalchemy import text
 from torch import nn
@@ -154,31 +155,31 @@ def test_a_training_that_was_killed_goes_on_from_the_last_checkpoint(tmp_path):
     assert lines[0].startswith("resumed after epoch ")
 
 
+@pytest.mark.parametrize("batch", range(5))
 @pytest.mark.parametrize("kind", [lambda split: split, Samples])
-def test_saved_after_the_last_batch_of_an_epoch_a_training_goes_on_with_its_evaluation(tmp_path, kind):
-    class SavedAfterTheLastBatch(Checkpoint):
-        """Due once, after the fifth batch of the second epoch: each epoch asks after each batch and at its end."""
+def test_killed_in_the_evaluation_of_the_first_epoch_a_training_goes_on_from_the_batch_saved(tmp_path, kind, batch):
+    class DueAt(Checkpoint):
+        """Due once, at that batch."""
 
         asked = 0
 
         def is_due(self):
             self.asked += 1
-            return self.asked == 6 + 5
+            return self.asked == batch + 1
 
     class Killed(BaseException):
         pass
 
-    def kill(epoch):
-        if epoch.number == 2:
-            raise Killed
+    def kill(_):
+        raise Killed
 
     rows = kind(some_rows())
     wanted = train(rows=rows)
     with pytest.raises(Killed):
-        train(SavedAfterTheLastBatch(tmp_path / "a.pt"), rows=rows, on_epoch=kill)
+        train(DueAt(tmp_path / "a.pt"), rows=rows, on_epoch=kill)
     lines = []
     assert_same(train(Checkpoint(tmp_path / "a.pt"), rows=rows, seed=99, lines=lines), wanted)
-    assert lines == ["resumed after epoch 1, batch 5"]
+    assert lines == [f"resumed after epoch 0, batch {batch}"]
 
 
 def test_nothing_is_written_before_it_is_due(tmp_path):
@@ -411,27 +412,31 @@ def test_a_state_that_is_too_large_for_the_database_stays_here_and_is_told_once(
     assert (tmp_path / "a.pt").exists()
 
 
-def test_a_database_that_is_away_does_not_stop_the_training_and_is_told_once(tmp_path, storage, database):
+def test_a_database_that_is_away_does_not_stop_the_training_and_is_told_once(tmp_path, storage, database, monkeypatch):
+    monkeypatch.setattr(tuner.checkpoint, "COPY_SHARE", 1)
     held = claim(storage)
+    near = in_database(storage, held)
     proxy = Proxy(database)
     far = PostgresStorage(proxy.url, retry=Backoff(limit_s=0))
     lines = []
+    checkpoint = Checkpoint(tmp_path / "a.pt", shared=in_database(far, held), every_s=0, log=lines.append)
 
     def go_away(epoch):
         if epoch.number == 2:
+            wait_for(lambda: near.head(8) is not None, "a state is copied")
             proxy.close()
 
     started_at = time.monotonic()
-    ended = train(
-        Checkpoint(tmp_path / "a.pt", shared=in_database(far, held), every_s=0, log=lines.append), on_epoch=go_away
-    )
+    with pytest.raises(Interrupted):
+        train(checkpoint, check=interrupt_at(29), on_epoch=go_away)
     assert time.monotonic() - started_at < 20
-    assert_same(ended, train())
-    (line,) = [line for line in lines if line.startswith("cannot copy")]
+    (line,) = lines
     assert line.startswith("cannot copy the checkpoint to the database: ")
-    # Back again, the state that is on the disk is the further one.
-    assert len(Checkpoint(tmp_path / "a.pt", shared=in_database(storage, held)).load()["history"]) >= 5
-    assert in_database(storage, held).head(8) is not None
+    # It is back; what is on the disk has come further.
+    resumed = []
+    again = train(Checkpoint(tmp_path / "a.pt", shared=near), seed=99, lines=resumed)
+    assert_same(again, train())
+    assert resumed == ["resumed after epoch 5, batch 4"]
     far.engine.dispose()
 
 
