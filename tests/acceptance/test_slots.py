@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING
 
+import pytest
 from command import Tuner, wait_for
 from optuna.trial import TrialState
 from sqlalchemy import text
@@ -50,6 +51,11 @@ def device_fails(trial):
     with (HERE / "attempts").open("a") as file:
         file.write(f"{trial.number} {os.getpid()}\\n")
     raise RuntimeError("CUDA error: unspecified launch failure")
+
+def hears_nothing(trial):
+    (HERE / "deaf").touch()
+    pause.wait(600)
+    return 1.0
 
 def takes_its_device_along(trial):
     trial.set_user_attr("pid", os.getpid())
@@ -221,3 +227,32 @@ def test_a_worker_waits_for_a_connection_of_a_full_server(tuner: Tuner, database
             assert running.finish().code == 0
     engine.dispose()
     assert [trial.state for trial in trials_of(database)] == [TrialState.COMPLETE] * 2
+
+
+@pytest.mark.parametrize("signals", [1, 2])
+def test_a_worker_ends_in_time_though_its_trial_hears_nothing(tuner: Tuner, database: str, signals: int) -> None:
+    worker = create(tuner, "hears_nothing", 1)
+    with tuner.start(*worker) as running:
+        wait_for((tuner.directory / "deaf").exists, "the trial runs", 120)
+        start = time.monotonic()
+        for _ in range(signals):
+            running.process.terminate()
+            wait_for(lambda: bool(running.events("stopping")), "it stops")
+        assert running.finish().code == 130
+        assert time.monotonic() - start < (13 if signals == 1 else 5)  # a second or more of it is Python's own end
+    (trial,) = trials_of(database)
+    assert trial.state == TrialState.WAITING
+    assert query(database, "select attempts, token from tuner_leases") == [(0, None)]
+
+
+def test_workers_in_different_time_zones_take_no_trial_from_each_other(tuner: Tuner, database: str) -> None:
+    worker = create(tuner, "needs_much_memory", 6)
+    with (
+        tuner.start(*worker, TZ="Pacific/Auckland") as east,
+        tuner.start(*worker, TZ="America/Los_Angeles") as west,
+    ):
+        done = [running.finish() for running in (east, west)]
+    assert [finished.code for finished in done] == [0, 0], done
+    outcomes = query(database, "select outcome, count(*) from tuner_attempts group by 1 order by 1")
+    assert outcomes in ([("complete", 6)], [("complete", 6), ("fail", 1)])  # out of memory beside the other worker's
+    assert {abs(trial.duration.total_seconds()) < 60 for trial in trials_of(database) if trial.duration} == {True}

@@ -128,6 +128,7 @@ class Chaos:
         faults: dict[str, Callable[[Machine], None]] = {
             "SIGKILL of a slot": lambda machine: self._signal(machine, "slot", signal.SIGKILL),
             "SIGKILL of a worker": lambda machine: self._signal(machine, "worker", signal.SIGKILL),
+            "loss of a machine": self._lose,
             "SIGTERM of a worker": lambda machine: self._signal(machine, "worker", signal.SIGTERM),
             "SIGSTOP of a slot": lambda machine: self._freeze(machine, "slot"),
             "SIGSTOP of a worker": lambda machine: self._freeze(machine, "worker"),
@@ -149,6 +150,11 @@ class Chaos:
         if pids:
             with suppress(ProcessLookupError):
                 os.kill(self._random.choice(pids), number)
+
+    def _lose(self, machine: Machine) -> None:
+        for pid in (*machine.pids("worker"), *machine.pids("slot")):
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
 
     def _freeze(self, machine: Machine, who: str) -> None:
         pids = machine.pids(who)
