@@ -44,8 +44,10 @@ from torchvision.transforms import v2
 from workers import Ours
 
 from storage import EmbeddedServer, open_engine, studies
+from storage.sessions import Backoff
 from tuner.attempt import CheckedTrial
 from tuner.data import Split
+from tuner.reports import Reports
 from tuner.steps import fastest
 from tuner.training import Epoch, Options, Run, choose_device, fit
 
@@ -233,7 +235,8 @@ def trial_in_memory() -> Iterator[CheckedTrial]:
 
 @contextmanager
 def trial_in_database(url: str) -> Iterator[CheckedTrial]:
-    """The same in PostgreSQL: a trial that was claimed and is held, with the pruner and the storage of a slot."""
+    """The same in PostgreSQL: a trial that was claimed and is held, with the pruner, the storage and the thread that
+    writes the reports of a slot."""
     name = f"overhead-{os.getpid()}"
     engine = open_engine(url)
     studies.create_study(engine, name, "minimize", {"version": 1}, {}, "value")
@@ -241,7 +244,13 @@ def trial_in_database(url: str) -> Iterator[CheckedTrial]:
     side = Ours(url, name, RandomSampler())
     side.study.add_trials(N_FINISHED * [FINISHED])
     try:
-        yield CheckedTrial(side.study, side.claim()._trial_id, lambda: None)
+        trial_id = side.claim()._trial_id
+
+        def write(step: int, value: float) -> None:
+            side.study._storage.set_trial_intermediate_value(trial_id, step, value)
+
+        with Reports(write, lambda *_: None) as reports:
+            yield CheckedTrial(side.study, trial_id, reports.check, reports, Backoff())
     finally:
         side.close()
 

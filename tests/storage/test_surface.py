@@ -14,7 +14,7 @@ def test_the_public_surface_is_what_all_says():
         "LeaseLostError",
         "LiveTrialsError",
         "NoDatabaseError",
-    "NotReadyError",
+        "NotReadyError",
         "PostgresStorage",
         "SchemaVersionError",
         "StorageError",
