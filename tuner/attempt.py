@@ -158,8 +158,9 @@ class CheckedTrial(optuna.Trial):
         Raises Interrupted, DivergedError for NaN or infinity, InvalidReportError for a bad step.
         """
         self.check()
-        if not 0 <= step <= MAX_STEP:
-            raise InvalidReportError(f"a step needs to be in 0..{MAX_STEP}, got {step}")
+        if not 0 <= step <= MAX_STEP or int(step) != step:
+            raise InvalidReportError(f"a step needs to be a whole number in 0..{MAX_STEP}, got {step}")
+        step = int(step)
         if not math.isfinite(float(value)):
             raise training.DivergedError(f"the reported value is {value} at step {step}")
         known = self._cached_frozen_trial.intermediate_values
@@ -207,11 +208,11 @@ def run_attempt(what: TrialObjective, trial: CheckedTrial) -> Outcome:
     except (StorageError, SQLAlchemyError) as error:
         if is_outage(error):
             raise
-        outcome = _failed("user_error", f"the database refused it: {first_line(error)}")
+        outcome = failed("user_error", f"the database refused it: {first_line(error)}")
     except training.DivergedError as error:
-        outcome = _failed("nan", str(error))
+        outcome = failed("nan", str(error))
     except DataError as error:
-        outcome = _failed("user_error", f"{type(what.objective).__name__}: {error}")
+        outcome = failed("user_error", f"{type(what.objective).__name__}: {error}")
     except (Exception, SystemExit) as error:  # noqa: BLE001 - foreign code: what it raises fails its trial alone
         outcome = _by(error, what.objective)
     if outcome.attrs.get("failure") == "oom":
@@ -334,12 +335,12 @@ def _checked_value(value: object) -> float:
 def _by(error: BaseException, objective: Objective | FunctionObjective) -> Outcome:
     """Return how an attempt ended by what its objective raised."""
     if _is_out_of_memory(error):
-        return _failed("oom", first_line(error) or "out of memory")
+        return failed("oom", first_line(error) or "out of memory")
     message = with_line(error, objective)
     if not _is_of_device(error):
-        return _failed("user_error", message)
+        return failed("user_error", message)
     by_trial = any(part in str(error) for part in _BY_THE_TRIAL)
-    return replace(_failed("user_error" if by_trial else "infrastructure", message), is_poisoned=True)
+    return replace(failed("user_error" if by_trial else "infrastructure", message), is_poisoned=True)
 
 
 def _is_of_device(error: BaseException) -> bool:
@@ -367,6 +368,8 @@ def _free_memory() -> None:
         torch.mps.empty_cache()
 
 
-def _failed(kind: FailureClass, message: str) -> Outcome:
-    attrs = {"failure": kind, "failure_message": message.replace("\0", "")[:MAX_MESSAGE_CHARS]}
+def failed(kind: FailureClass, message: str) -> Outcome:
+    """Return the outcome of an attempt that failed, with its message as a database can hold it."""
+    text = message.replace("\0", "").encode(errors="backslashreplace").decode()
+    attrs = {"failure": kind, "failure_message": text[:MAX_MESSAGE_CHARS]}
     return Outcome(state=TrialState.FAIL, attrs=attrs)

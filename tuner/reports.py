@@ -90,6 +90,7 @@ class Reports:
                 step, value = self._waiting[0]
             try:
                 self._write(step, value)
+                self._written(step, value)
             except (StorageError, SQLAlchemyError) as error:
                 if is_outage(error):
                     self._closed.wait(PAUSE_S)
@@ -99,7 +100,6 @@ class Reports:
             except (KeyError, ValueError, RuntimeError) as error:  # the study was deleted, the trial has ended
                 self._end(error)
                 return
-            self._written(step, value)
             with self._changed:
                 self._waiting.popleft()
                 self._is_behind = bool(self._waiting)

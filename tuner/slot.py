@@ -7,6 +7,7 @@ trial back and exits. On its standard output the slot writes one line of JSON an
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sys
@@ -30,11 +31,11 @@ from sqlalchemy.exc import SQLAlchemyError
 from storage import claims
 from storage.delivery import Result
 from storage.engine import is_outage
-from storage.errors import LeaseLostError, StorageError, StudyHaltedError, UnreachableError
+from storage.errors import InvalidWriteError, LeaseLostError, StorageError, StudyHaltedError, UnreachableError
 from storage.postgres import PostgresStorage
 from storage.pruning import IndexedPercentilePruner
 from storage.sessions import OUTAGE_S, Backoff, Sessions
-from tuner.attempt import BrokenDeviceError, CheckedTrial, Outcome, TrialObjective, check_device, run_attempt
+from tuner.attempt import BrokenDeviceError, CheckedTrial, Outcome, TrialObjective, check_device, failed, run_attempt
 from tuner.errors import EXIT_UNREACHABLE, TunerError
 from tuner.lease import Lease
 from tuner.orders import Orders
@@ -228,7 +229,7 @@ class Slot:
         else:
             self._keep(optuna_study, held, trial, outcome)
         if outcome.is_poisoned:
-            raise BrokenDeviceError(outcome.message)
+            sys.exit(EXIT_AGAIN)  # the trial has ended, and takes the process along
 
     def _attempt(
         self, optuna_study: optuna.Study, what: TrialObjective, held: claims.Claim, lease: Lease
@@ -252,8 +253,8 @@ class Slot:
 
             trial = CheckedTrial(optuna_study, held.trial_id, check, reports, self._retry)
             outcome = run_attempt(what, trial)
-            if outcome.failure in ("oom", "infrastructure"):
-                return trial, outcome, True  # most likely to be run again, without them
+            if outcome.failure == "infrastructure":
+                return trial, outcome, True  # it is run again, without them
             return trial, outcome, not reports.flush(OUTAGE_S, self._orders.stop)
 
     def _end(
@@ -272,6 +273,9 @@ class Slot:
             if not is_outage(error):
                 raise
             self._keep(optuna_study, held, trial, outcome)
+            return
+        except InvalidWriteError as error:  # such as a metric's name that no database takes
+            self._end(optuna_study, what, held, trial, failed("user_error", str(error)))
             return
         if (checkpoint := what.checkpoint(held.number, trial.params)) is not None:
             checkpoint.delete()
@@ -368,7 +372,7 @@ def main() -> None:
     one_at_a_time = threading.Lock()
 
     def emit(event: Event) -> None:
-        line = event.model_dump_json(exclude_none=True) + "\n"
+        line = json.dumps(event.model_dump(exclude_none=True)) + "\n"  # in ASCII, whatever an error's message holds
         with one_at_a_time, suppress(BrokenPipeError):  # the worker is gone; the end of stdin says so
             events.write(line)
 

@@ -44,8 +44,10 @@ class SlotProcess:
             stderr=subprocess.PIPE,
             env=plan.environment,
             start_new_session=True,  # a Ctrl-C at the terminal reaches the worker alone, which drains its slots
-            text=True,
+            encoding="utf-8",
+            errors="replace",  # an objective may print what it likes
         )
+        self._is_over = False
         assert self._process.stdout is not None
         assert self._process.stderr is not None
         readers = [
@@ -69,6 +71,8 @@ class SlotProcess:
 
     def kill(self) -> None:
         """End the process at once, with all that it started."""
+        if self._is_over:
+            return  # its number may be another's by now
         with suppress(ProcessLookupError, PermissionError):  # nobody is left; macOS says so by the second
             os.killpg(self._process.pid, signal.SIGKILL)
 
@@ -88,6 +92,7 @@ class SlotProcess:
     def _report_end(self, readers: list[threading.Thread]) -> None:
         self._process.wait()
         self.kill()  # what an objective started and left behind, which would hold the pipes open
+        self._is_over = True
         for reader in readers:
             reader.join(LAST_OUTPUT_S)
         self._inbox.put(Message(kind="end", slot=self.plan.number))

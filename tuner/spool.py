@@ -8,14 +8,21 @@ import uuid
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Final, Literal
 
 from optuna.trial import TrialState
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from storage import claims, delivery
 from storage.delivery import Result
+from storage.errors import InvalidWriteError
 from storage.sessions import Sessions
+
+_STATES: Final[dict[TrialState, Literal["COMPLETE", "PRUNED", "FAIL"]]] = {
+    TrialState.COMPLETE: "COMPLETE",
+    TrialState.PRUNED: "PRUNED",
+    TrialState.FAIL: "FAIL",
+}
 
 
 class _File(BaseModel):
@@ -26,7 +33,7 @@ class _File(BaseModel):
     study: str
     number: int
     token: uuid.UUID
-    state: str
+    state: Literal["COMPLETE", "PRUNED", "FAIL"]
     value: float | None
     attrs: dict[str, Any]
     reports: list[tuple[int, float]]
@@ -44,7 +51,7 @@ class Spool:
             study=study,
             number=number,
             token=result.token,
-            state=result.state.name,
+            state=_STATES[result.state],
             value=result.value,
             attrs=dict(result.attrs),
             reports=list(result.reports),
@@ -88,10 +95,21 @@ class Spool:
                 attrs=kept.attrs,
                 reports=kept.reports,
             )
-            how = delivery.deliver(sessions, study_id, budget, result)
+            try:
+                how = delivery.deliver(sessions, study_id, budget, result)
+            except InvalidWriteError as error:
+                refused = path.with_suffix(".refused")
+                with suppress(OSError):
+                    path.rename(refused)
+                log(
+                    "result_refused",
+                    f"trial {kept.number}: its result, kept in {refused}, is no good: {error}",
+                    kept.number,
+                )
+                continue
             if how == "unknown":
                 continue
-            with suppress(FileNotFoundError):  # another worker here was as quick
+            with suppress(OSError):  # another worker here was as quick; to deliver it again does no harm
                 path.unlink()
             became = "is delivered" if how == "delivered" else "came too late and is dropped"
             message = f"trial {kept.number}: its result, kept while the database was away, {became}"

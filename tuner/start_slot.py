@@ -7,6 +7,7 @@ makes sure of the study: the slot can begin as soon as it is configured.
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -16,6 +17,10 @@ from tuner.imports import uncollected
 
 def main() -> None:
     """Import what the slot will need, then run it (`tuner.slot.main`)."""
+    # A scheduler sends SIGTERM to all processes: the worker, which gets it too, drains its slots. Not ignored, which
+    # what the objective starts would inherit.
+    signal.signal(signal.SIGTERM, lambda *_: None)
+    os.register_at_fork(after_in_child=lambda: signal.signal(signal.SIGTERM, signal.SIG_DFL))
     with uncollected():
         from tuner import slot
 

@@ -82,6 +82,7 @@ class _Slot:
     deaths: int = 0
     breaker: Breaker = field(default_factory=Breaker)
     failed_by: str | None = None
+    last_trial: int | None = None
     is_paused: bool = False
     since: float = field(default_factory=time.monotonic)
     restart_at: float | None = None
@@ -161,8 +162,10 @@ class Worker:
                         progress.show(shown)
             finally:
                 presence.close()
-            if (last := presence.look()) is not None:
+            self._count_late_signals()
+            if not self._signals and (last := presence.look()) is not None:
                 progress.show(last, last=True)
+            self._count_late_signals()
         if self._signals:
             self._log.event("stopped", "stopped; the same command goes on where the study is")
             raise WorkerInterrupted
@@ -202,6 +205,11 @@ class Worker:
             return
         self._log.event("stopping", "stopping: running trials are given back; again to stop at once")
         self._drain()
+
+    def _count_late_signals(self) -> None:
+        """Count the signals that came after the last slot had ended."""
+        while not self._inbox.empty():
+            self._signals += self._inbox.get().kind == "signal"
 
     def _drain(self) -> None:
         self._is_draining = True
@@ -313,6 +321,7 @@ class Worker:
             token=uuid.UUID(event.pop("token")),
         )
         slot.state, slot.since, slot.is_paused = "running", time.monotonic(), False
+        slot.last_trial = event["trial"]
         self._presence.tell()
 
     def _on_report(self, slot: _Slot, event: dict[str, Any]) -> None:
@@ -357,20 +366,19 @@ class Worker:
     def _handle_end(self, slot: _Slot) -> None:
         code = slot.process.exit_code()
         how = f"signal {-code}" if code < 0 else f"exit code {code}"
-        number = None if slot.held is None else slot.held.number
         if slot.held is not None:
-            why = claims.GivenBack(outcome="lost", reason=f"its process died ({how})", counts=not self._signals)
+            why = claims.GivenBack(outcome="lost", reason=f"its process died ({how})", counts=not self._is_draining)
             self._presence.release(slot.held, why)
         self._give_up_trial(slot)
         slot.wants = False
-        if code == 0 or self._is_draining or self._is_finished:
+        if self._is_draining or self._is_finished:
             slot.state = "ended"
         elif not slot.was_ready:
             self._handle_death_at_start(slot, how)
         elif code == EXIT_AGAIN and slot.failed_by is None:
             self._restart(slot)  # its last trial ended, and took the process along
         else:
-            self._handle_failure(slot, number, slot.failed_by or how)
+            self._handle_failure(slot, slot.failed_by or how)
         self._grant()
 
     def _handle_death_at_start(self, slot: _Slot, how: str) -> None:
@@ -387,8 +395,8 @@ class Worker:
         self._refusal = TunerError(message)
         self._drain()
 
-    def _handle_failure(self, slot: _Slot, trial: int | None, how: str) -> None:
-        pause_s = slot.breaker.failed(trial, time.monotonic() - slot.since)
+    def _handle_failure(self, slot: _Slot, how: str) -> None:
+        pause_s = slot.breaker.failed(slot.last_trial, time.monotonic() - slot.since)
         named = f"slot {slot.plan.number} ({slot.device})"
         if not pause_s:
             self._say(slot, "slot_died", f"{named} died ({how}); starting it again")
@@ -400,7 +408,7 @@ class Worker:
         self._presence.tell()
 
     def _restart(self, slot: _Slot) -> None:
-        slot.state, slot.failed_by, slot.since = "starting", None, time.monotonic()
+        slot.state, slot.failed_by, slot.last_trial, slot.since = "starting", None, None, time.monotonic()
         slot.process = self._start(slot.plan)
         slot.process.send(self._config_of(slot))
 

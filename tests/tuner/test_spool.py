@@ -145,3 +145,11 @@ def test_a_failed_and_a_pruned_trial_are_delivered_as_such(storage, study_id, da
         (TrialState.FAIL, None),
         (TrialState.PRUNED, 0.75),
     ]
+
+
+def test_a_result_that_no_database_takes_is_put_aside(storage, study_id, held, tmp_path):
+    spool = Spool(tmp_path)
+    path = spool.add("s", held.number, a_result(held, attrs={"k" * 600: 1}))
+    assert deliver(spool, storage, study_id) == ["result_refused"]
+    assert [left.name for left in path.parent.iterdir()] == [path.with_suffix(".refused").name]
+    assert deliver(spool, storage, study_id) == []
