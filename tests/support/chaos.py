@@ -50,7 +50,7 @@ class Machine:
         self.gate = Gate(database)
         self.log = directory / f"worker-{number}.log"
         self.exits: list[tuple[int, bool]] = []
-        """The exit codes of the workers that ended, and whether they had joined the study."""
+        """The exit codes of the workers that ended, and whether one of their slots had been ready."""
         self._log_start = 0
         self._directory = directory
         self._data_dir = directory / f"machine-{number}"
@@ -81,7 +81,7 @@ class Machine:
         code = self._process.poll()
         if code is None:
             return False
-        has_joined = b'"event": "study"' in self.log.read_bytes()[self._log_start :]
+        has_joined = b'"event": "ready"' in self.log.read_bytes()[self._log_start :]
         self.exits.append((code, has_joined))
         if code == 0:
             return True
