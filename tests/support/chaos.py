@@ -49,8 +49,8 @@ class Machine:
     def __init__(self, number: int, database: str, directory: Path) -> None:
         self.gate = Gate(database)
         self.log = directory / f"worker-{number}.log"
-        self.exits: list[tuple[int, bool]] = []
-        """The exit codes of the workers that ended, and whether one of their slots had been ready."""
+        self.exits: list[tuple[int, bool, bool]] = []
+        """The exit codes of the workers that ended, whether they had joined, and whether a slot had been ready."""
         self._log_start = 0
         self._directory = directory
         self._data_dir = directory / f"machine-{number}"
@@ -81,8 +81,8 @@ class Machine:
         code = self._process.poll()
         if code is None:
             return False
-        has_joined = b'"event": "ready"' in self.log.read_bytes()[self._log_start :]
-        self.exits.append((code, has_joined))
+        log = self.log.read_bytes()[self._log_start :]
+        self.exits.append((code, b'"event": "study"' in log, b'"event": "ready"' in log))
         if code == 0:
             return True
         self.start()
