@@ -9,7 +9,6 @@ import multiprocessing
 import os
 import sys
 import time
-import traceback
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from typing import Any, NamedTuple, TypeAlias
@@ -19,7 +18,6 @@ from torch import Tensor
 from torch.utils.data import DataLoader, get_worker_info
 
 from tuner.data import Batch, Data, DataError, Inputs, Rows, Samples, Split, concatenate, map_inputs, tensors
-from tuner.errors import first_line
 from tuner.seeds import derive_seed, seed_everything
 from tuner.spec import DataPlace
 
@@ -267,12 +265,6 @@ def _read(samples: Samples, rows: list[int]) -> Batch | DataError:
         return samples.read(rows).batch
     except DataError as error:
         return error
-    except Exception as error:  # noqa: BLE001 - foreign code: what it raises ends the training
-        place = traceback.extract_tb(error.__traceback__)[-1]
-        return DataError(
-            f"the {samples.split} split cannot be read: {type(error).__name__}: {first_line(error)}"
-            f" ({place.filename}, line {place.lineno})"
-        )
 
 
 def _loader(samples: Samples, plan: list[_Planned], device: torch.device, readers: int) -> Any:
