@@ -172,9 +172,10 @@ class Data:
 
     def __post_init__(self) -> None:
         for name, split in self.splits():
-            if not isinstance(split, Split | Samples):
+            dataset = split.dataset if isinstance(split, Samples) else split
+            if not isinstance(split, Split | Samples) or not hasattr(dataset, "__len__"):
                 raise DataError(
-                    f"the {name} split needs to be a Split of tensors or Samples, got {type(split).__name__}:"
+                    f"the {name} split needs to be a Split of tensors or Samples, got {type(dataset).__name__}:"
                     " Samples(dataset) takes anything with __len__ and __getitem__"
                 )
             if len(split) == 0:
@@ -327,8 +328,11 @@ def _why_not(error: Exception, name: str, directory: Path) -> str:
         return f"{name} cannot be read from {directory} or kept there ({text}): check its path and permissions"
     # torchvision tells of the network, and of what is missing, by a RuntimeError; torch of too few bytes.
     if isinstance(error, OSError) or (isinstance(error, RuntimeError) and "download" in text):
+        # What is in a directory that is closed to us seems not to be there.
+        closed = [path for path in directory.rglob("*") if not os.access(path, os.R_OK, effective_ids=True)]
         return (
-            f"{name} is not in {directory} and cannot be downloaded ({text}):"
+            f"{name} is not in {directory} and cannot be downloaded ({text}"
+            f"{f'; no permission to read {closed[0]}' if closed else ''}):"
             " copy it there from a machine that has it, or connect this one to the network"
         )
     cause = f"{type(error).__name__}: {text}" if text else type(error).__name__

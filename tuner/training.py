@@ -379,7 +379,7 @@ def best_epoch(history: Sequence[Epoch], metric: str, direction: Direction) -> E
     return max(history, key=goodness)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def predict(model: nn.Module, inputs: Inputs, predictions: Predictions | None = None) -> Tensor:
     """Return the model's predictions (n, ...) for all rows of `inputs`, in eval mode, on their device."""
     model.eval()
@@ -401,7 +401,7 @@ def evaluate(
         return _evaluate(model, batches, metrics, predictions, precision)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def _evaluate(
     model: nn.Module,
     batches: Batches,

@@ -290,6 +290,7 @@ class Unreadable:
     ("split", "told"),
     [
         (None, "the valid split needs to be a Split of tensors or Samples, got NoneType: Samples(dataset) takes"),
+        (Samples(iter([])), "the valid split needs to be a Split of tensors or Samples, got list_iterator: Samples"),
         (Unreadable(), "the valid split needs to be a Split of tensors or Samples, got Unreadable: Samples(dataset)"),
         (Samples(Unreadable()), f"the valid split cannot be read: OSError: no image 0 ({__file__}, line "),
     ],
