@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 import optuna
 import torch
 from optuna.trial import TrialState
+from pydantic import ValidationError
 from sqlalchemy.exc import SQLAlchemyError
 from torch import nn
 
@@ -33,7 +34,7 @@ from tuner.record import Record
 from tuner.registry import FunctionObjective
 from tuner.reports import Reports
 from tuner.seeds import derive_seed, seed_everything, set_deterministic
-from tuner.spec import Spec
+from tuner.spec import Spec, first_problem
 from tuner.training import Interrupted
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ MAX_STEP = 2**31 - 1  # a PostgreSQL integer
 _BROKEN_ERRNOS = {errno.EIO, errno.ESTALE, errno.ENODEV, errno.ENXIO}
 _BY_THE_TRIAL = ("device-side assert",)  # an index out of range, as a rule
 _DEVICE_ERRORS = ("CUDA error:", "CUDA driver error", "cuDNN error", "CUDNN_STATUS_", "CUBLAS_STATUS_", "HIP error:")
+_DEAD_READER = "DataLoader worker (pid"  # a process that read samples was killed, by a host out of memory as a rule
 _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
 
@@ -255,7 +257,8 @@ def with_line(error: BaseException, objective: Objective | FunctionObjective) ->
         file = ""  # a callable object, such as a functools.partial
     frames = traceback.extract_tb(error.__traceback__)
     place = ([frame for frame in frames if frame.filename == file] or frames)[-1]
-    return f"{type(error).__name__}: {first_line(error)} ({place.filename}, line {place.lineno})"
+    text = first_problem(error).partition("\n")[0] if isinstance(error, ValidationError) else first_line(error)
+    return f"{type(error).__name__}: {text} ({place.filename}, line {place.lineno})"
 
 
 def _run(what: TrialObjective, trial: CheckedTrial, seed: int, record: Record) -> tuple[float, dict[str, Any]]:
@@ -370,12 +373,15 @@ def _by(error: BaseException, objective: Objective | FunctionObjective) -> Outco
 
 
 def _is_of_device(error: BaseException) -> bool:
-    """Whether a device or a disk failed, by an error of its own: after a CUDA error no call of the process succeeds."""
+    """Whether a device, a disk or a reader of samples failed, and not the trial.
+
+    After a CUDA error no call of the process succeeds.
+    """
     if isinstance(error, OSError):
         return error.errno in _BROKEN_ERRNOS
     text = str(error)
     return isinstance(error, torch.AcceleratorError) or (
-        isinstance(error, RuntimeError) and any(part in text for part in _DEVICE_ERRORS)
+        isinstance(error, RuntimeError) and any(part in text for part in (*_DEVICE_ERRORS, _DEAD_READER))
     )
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -273,6 +274,7 @@ def _loader(samples: Samples, plan: list[_Planned], device: torch.device, reader
         # By fork where there is one: an objective that was loaded from a file cannot be imported by its name.
         context = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
         in_processes = {
+            "worker_init_fn": _outlive_sigterm,
             "persistent_workers": True,
             "prefetch_factor": PREFETCHED,
             "multiprocessing_context": context,
@@ -286,6 +288,12 @@ def _loader(samples: Samples, plan: list[_Planned], device: torch.device, reader
         generator=torch.Generator(),  # or it would draw from the global one
         **in_processes,
     )
+
+
+def _outlive_sigterm(_: int) -> None:
+    # A scheduler sends SIGTERM to all processes, and the training has yet to be saved: it ends its readers itself.
+    # Not ignored, which what a data set starts would inherit.
+    signal.signal(signal.SIGTERM, lambda *_: None)
 
 
 def _as_it_is(read: Batch | DataError) -> Batch | DataError:

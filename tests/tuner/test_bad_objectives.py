@@ -68,6 +68,18 @@ def test_what_cannot_be_used_is_told_in_one_line(study, method, returns, told, t
     assert trial.intermediate_values == {}
 
 
+def test_an_attribute_that_is_set_is_told_by_its_name_and_line(study):
+    class Keeps(Signs):
+        def build_model(self, params):
+            self.width = torch.eye(2)
+            return nn.Linear(2, 2)
+
+    message = attempt(study, Keeps())[0].message
+    assert message.startswith("ValidationError: width: instance is frozen, got tensor(")
+    assert f"{__file__}, line " in message
+    assert "\n" not in message
+
+
 class WithItsOwnLoop(Signs):
     """Gives tensors where numbers are wanted, or no loss."""
 

@@ -3,6 +3,8 @@
 import functools
 import gc
 import math
+import os
+import signal
 import weakref
 
 import optuna
@@ -10,6 +12,7 @@ import pytest
 import torch
 from attempts import Constant, Signs, a_spec, attempt
 from optuna.trial import TrialState
+from torch.utils.data import get_worker_info
 from torchmetrics import MeanMetric
 
 from storage.errors import LeaseLostError, UnreachableError
@@ -21,7 +24,7 @@ from tuner.attempt import (
     TrialObjective,
     run_attempt,
 )
-from tuner.data import Data
+from tuner.data import Data, Samples
 from tuner.seeds import derive_seed
 from tuner.training import DivergedError
 
@@ -160,6 +163,30 @@ def test_out_of_memory_is_told_apart_and_leaves_none_behind(study):
     assert outcome.attrs["failure"] == "oom"
     assert "\n" not in outcome.attrs["failure_message"]
     assert [model() for model in models] == [None]
+
+
+class KilledReader:
+    """Samples of which one ends the process that reads it while training, as a host out of memory does."""
+
+    def __len__(self):
+        return 1000
+
+    def __getitem__(self, row):
+        if row == 1 and get_worker_info() is not None:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return torch.zeros(2), 0
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_a_reader_of_samples_that_was_killed_is_not_the_trial_s_fault(study):
+    class Streamed(Signs):
+        def load_data(self, root):
+            data = super().load_data(root)
+            return Data(Samples(KilledReader()), data.valid, data.test, data.class_names)
+
+    outcome, _ = attempt(study, Streamed(), data="stream")
+    assert (outcome.failure, outcome.is_poisoned) == ("infrastructure", True)
+    assert "DataLoader worker (pid" in outcome.message
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
