@@ -9,14 +9,15 @@ import json
 import math
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import optuna
 import torch
 from optuna.trial import TrialState
+from pydantic import ValidationError
 from sqlalchemy.exc import SQLAlchemyError
 from torch import nn
 
@@ -27,14 +28,17 @@ from tuner import training
 from tuner.batches import place
 from tuner.checkpoint import Checkpoint, Shared
 from tuner.data import Data, DataError
-from tuner.errors import TunerError, first_line
+from tuner.errors import ObjectiveError, TunerError, first_line
 from tuner.objective import Objective
 from tuner.record import Record
 from tuner.registry import FunctionObjective
 from tuner.reports import Reports
 from tuner.seeds import derive_seed, seed_everything, set_deterministic
-from tuner.spec import Spec
+from tuner.spec import Spec, first_problem
 from tuner.training import Interrupted
+
+if TYPE_CHECKING:
+    from torchmetrics import Metric
 
 FailureClass: TypeAlias = Literal["nan", "oom", "user_error", "infrastructure"]
 
@@ -43,6 +47,7 @@ MAX_STEP = 2**31 - 1  # a PostgreSQL integer
 _BROKEN_ERRNOS = {errno.EIO, errno.ESTALE, errno.ENODEV, errno.ENXIO}
 _BY_THE_TRIAL = ("device-side assert",)  # an index out of range, as a rule
 _DEVICE_ERRORS = ("CUDA error:", "CUDA driver error", "cuDNN error", "CUDNN_STATUS_", "CUBLAS_STATUS_", "HIP error:")
+_DEAD_READER = "DataLoader worker (pid"  # a process that read samples was killed, by a host out of memory as a rule
 _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
 
@@ -68,8 +73,8 @@ class Outcome:
 
     @property
     def failure(self) -> FailureClass | None:
-        """The class of what the attempt failed by."""
-        failure: FailureClass | None = self.attrs.get("failure")
+        """The class of what the attempt failed by; a metric may be called so too."""
+        failure: FailureClass | None = self.attrs.get("failure") if self.state == TrialState.FAIL else None
         return failure
 
     @property
@@ -211,11 +216,11 @@ def run_attempt(what: TrialObjective, trial: CheckedTrial) -> Outcome:
         outcome = failed("user_error", f"the database refused it: {first_line(error)}")
     except training.DivergedError as error:
         outcome = failed("nan", str(error))
-    except DataError as error:
+    except (DataError, ObjectiveError) as error:
         outcome = failed("user_error", f"{type(what.objective).__name__}: {error}")
     except (Exception, SystemExit) as error:  # noqa: BLE001 - foreign code: what it raises fails its trial alone
         outcome = _by(error, what.objective)
-    if outcome.attrs.get("failure") == "oom":
+    if outcome.failure == "oom":
         _free_memory()  # here the error is gone, and with it the frames that held the tensors
     always = {**record.attrs(), "seconds": round(time.perf_counter() - start, 3)}
     return replace(outcome, attrs={**outcome.attrs, **always})
@@ -240,7 +245,7 @@ def load_data(objective: Objective, data_dir: Path) -> Data:
     except (Exception, SystemExit) as error:
         raise TunerError(f"{name}.load_data({str(data_dir)!r}) failed: {with_line(error, objective)}") from error
     if not isinstance(data, Data):
-        raise TunerError(f"{name}.load_data needs to return tuner.data.Data, got {data!r}: check its return")
+        raise TunerError(f"{name}.load_data needs to return tuner.data.Data, got {type(data).__name__}")
     return data
 
 
@@ -252,7 +257,8 @@ def with_line(error: BaseException, objective: Objective | FunctionObjective) ->
         file = ""  # a callable object, such as a functools.partial
     frames = traceback.extract_tb(error.__traceback__)
     place = ([frame for frame in frames if frame.filename == file] or frames)[-1]
-    return f"{type(error).__name__}: {first_line(error)} ({place.filename}, line {place.lineno})"
+    text = first_problem(error).partition("\n")[0] if isinstance(error, ValidationError) else first_line(error)
+    return f"{type(error).__name__}: {text} ({place.filename}, line {place.lineno})"
 
 
 def _run(what: TrialObjective, trial: CheckedTrial, seed: int, record: Record) -> tuple[float, dict[str, Any]]:
@@ -270,15 +276,16 @@ def _train(
     params = trial.params
     model = objective.build_model(params)
     if not isinstance(model, nn.Module):
-        raise InvalidReportError(f"build_model needs to return a torch.nn.Module, got {model!r}")
+        raise ObjectiveError(f"build_model needs to return a torch.nn.Module, got {type(model).__name__}")
     try:
         model.to(what.device)
     except NotImplementedError as error:  # of a model on the device "meta", which has no weights
         raise DataError(f"build_model's model cannot be moved to {what.device}: {first_line(error)}") from error
 
     def on_epoch(epoch: training.Epoch) -> None:
+        value = _value_of(epoch, metric)
         record.add(epoch)
-        trial.report(epoch.metrics[metric], epoch.number)
+        trial.report(value, epoch.number)
         if epoch.number < what.spec.epochs and trial.should_prune():
             raise optuna.TrialPruned
 
@@ -287,17 +294,13 @@ def _train(
             record.add(epoch)
             trial.report(epoch.metrics[metric], epoch.number)
 
-    metrics = {name: its.to(what.device) for name, its in objective.build_metrics(what.data).items()}
-    if metric not in metrics:
-        raise InvalidReportError(
-            f"build_metrics needs to return {metric!r}, the study's metric, got: {', '.join(metrics) or 'none'}"
-        )
+    metrics = _built_metrics(objective, what.data, metric)
     history = objective.fit(
         model,
         what.data.train,
         what.data.valid,
         params,
-        metrics=metrics,
+        metrics={name: its.to(what.device) for name, its in metrics.items()},
         epochs=what.spec.epochs,
         seed=seed,
         on_epoch=on_epoch,
@@ -313,12 +316,38 @@ def _train(
         ),
     )
     if not history:
-        raise InvalidReportError("fit needs to return the epochs that ended, got none")
+        raise ObjectiveError("fit needs to return the epochs that ended, got none")
+    for epoch in history:
+        _value_of(epoch, metric)
     best = training.best_epoch(history, metric, what.spec.direction)
-    # JSON has no NaN, and neither have the readers of these.
-    others = {name: value for name, value in best.metrics.items() if name != metric and math.isfinite(value)}
-    attrs = {**others, "epoch": best.number, "epochs": len(history), "train_loss": best.train_loss}
-    return _checked_value(best.metrics[metric]), attrs
+    others = {name: value for name, value in best.metrics.items() if name != metric}
+    others["train_loss"] = best.train_loss
+    # An own loop may give tensors. JSON has no NaN, and neither have the readers of these.
+    numbers = {name: float(value) for name, value in others.items() if math.isfinite(value)}
+    return _checked_value(best.metrics[metric]), {**numbers, "epoch": best.number, "epochs": len(history)}
+
+
+def _built_metrics(objective: Objective, data: Data, metric: str) -> dict[str, Metric]:
+    """Return the objective's metrics. Raises ObjectiveError if they are none, or `metric` is not among them."""
+    built: Any = objective.build_metrics(data)
+    metrics = dict(built.items()) if isinstance(built, Mapping | nn.ModuleDict) else {"": built}
+    if wrong := [type(its).__name__ for its in metrics.values() if not isinstance(its, nn.Module)]:
+        raise ObjectiveError(f"build_metrics needs to return torchmetrics objects by name, got {wrong[0]}")
+    if metric not in metrics:
+        raise ObjectiveError(
+            f"build_metrics needs to return {metric!r}, the study's metric, got: {', '.join(metrics) or 'none'}"
+        )
+    return metrics
+
+
+def _value_of(epoch: object, metric: str) -> float:
+    if not isinstance(epoch, training.Epoch):
+        raise ObjectiveError(f"fit needs to give tuner.training.Epoch objects, got {type(epoch).__name__}")
+    if metric not in epoch.metrics:
+        raise ObjectiveError(
+            f"the metrics of an epoch need {metric!r}, the study's metric, got: {', '.join(epoch.metrics) or 'none'}"
+        )
+    return epoch.metrics[metric]
 
 
 def _checked_value(value: object) -> float:
@@ -344,12 +373,15 @@ def _by(error: BaseException, objective: Objective | FunctionObjective) -> Outco
 
 
 def _is_of_device(error: BaseException) -> bool:
-    """Whether a device or a disk failed, by an error of its own: after a CUDA error no call of the process succeeds."""
+    """Whether a device, a disk or a reader of samples failed, and not the trial.
+
+    After a CUDA error no call of the process succeeds.
+    """
     if isinstance(error, OSError):
         return error.errno in _BROKEN_ERRNOS
     text = str(error)
     return isinstance(error, torch.AcceleratorError) or (
-        isinstance(error, RuntimeError) and any(part in text for part in _DEVICE_ERRORS)
+        isinstance(error, RuntimeError) and any(part in text for part in (*_DEVICE_ERRORS, _DEAD_READER))
     )
 
 

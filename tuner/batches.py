@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import sys
 import time
-import traceback
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from typing import Any, NamedTuple, TypeAlias
@@ -19,7 +19,6 @@ from torch import Tensor
 from torch.utils.data import DataLoader, get_worker_info
 
 from tuner.data import Batch, Data, DataError, Inputs, Rows, Samples, Split, concatenate, map_inputs, tensors
-from tuner.errors import first_line
 from tuner.seeds import derive_seed, seed_everything
 from tuner.spec import DataPlace
 
@@ -267,12 +266,6 @@ def _read(samples: Samples, rows: list[int]) -> Batch | DataError:
         return samples.read(rows).batch
     except DataError as error:
         return error
-    except Exception as error:  # noqa: BLE001 - foreign code: what it raises ends the training
-        place = traceback.extract_tb(error.__traceback__)[-1]
-        return DataError(
-            f"the {samples.split} split cannot be read: {type(error).__name__}: {first_line(error)}"
-            f" ({place.filename}, line {place.lineno})"
-        )
 
 
 def _loader(samples: Samples, plan: list[_Planned], device: torch.device, readers: int) -> Any:
@@ -281,6 +274,7 @@ def _loader(samples: Samples, plan: list[_Planned], device: torch.device, reader
         # By fork where there is one: an objective that was loaded from a file cannot be imported by its name.
         context = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
         in_processes = {
+            "worker_init_fn": _outlive_sigterm,
             "persistent_workers": True,
             "prefetch_factor": PREFETCHED,
             "multiprocessing_context": context,
@@ -294,6 +288,12 @@ def _loader(samples: Samples, plan: list[_Planned], device: torch.device, reader
         generator=torch.Generator(),  # or it would draw from the global one
         **in_processes,
     )
+
+
+def _outlive_sigterm(_: int) -> None:
+    # A scheduler sends SIGTERM to all processes, and the training has yet to be saved: it ends its readers itself.
+    # Not ignored, which what a data set starts would inherit.
+    signal.signal(signal.SIGTERM, lambda *_: None)
 
 
 def _as_it_is(read: Batch | DataError) -> Batch | DataError:

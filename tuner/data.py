@@ -9,6 +9,7 @@ import fcntl
 import hashlib
 import os
 import pickle
+import traceback
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -55,6 +56,8 @@ class Split:
 
     def __post_init__(self) -> None:
         inputs = tensors(self.inputs) if isinstance(self.inputs, tuple | dict) else (self.inputs,)
+        if not inputs:
+            raise DataError("inputs need at least one tensor, got none: check load_data")
         for tensor in (*inputs, self.targets):
             if not isinstance(tensor, Tensor) or tensor.dim() == 0:
                 kind = "one number" if isinstance(tensor, Tensor) else type(tensor).__name__
@@ -127,10 +130,18 @@ class Samples:
         return self.read(torch.arange(len(self))[index].tolist())
 
     def read(self, rows: Sequence[int]) -> Split:
-        """Read these rows. Raises DataError, naming the split, if they cannot be trained on."""
+        """Read these rows. Raises DataError, naming the split, if they cannot be read or trained on."""
         if isinstance(self.dataset, Split):
             return self.dataset.rows(torch.tensor(rows))
-        read = _collate(self._samples(rows), self.split)
+        try:
+            samples = self._samples(rows)
+        except Exception as error:
+            place = traceback.extract_tb(error.__traceback__)[-1]
+            raise DataError(
+                f"the {self.split} split cannot be read: {type(error).__name__}: {first_line(error)}"
+                f" ({place.filename}, line {place.lineno})"
+            ) from error
+        read = _collate(samples, self.split)
         _check_values(read, self.split, self.n_classes)
         return read
 
@@ -161,6 +172,12 @@ class Data:
 
     def __post_init__(self) -> None:
         for name, split in self.splits():
+            dataset = split.dataset if isinstance(split, Samples) else split
+            if not isinstance(split, Split | Samples) or not hasattr(dataset, "__len__"):
+                raise DataError(
+                    f"the {name} split needs to be a Split of tensors or Samples, got {type(dataset).__name__}:"
+                    " Samples(dataset) takes anything with __len__ and __getitem__"
+                )
             if len(split) == 0:
                 raise DataError(f"the {name} split needs at least one row, got none: check load_data")
             if isinstance(split, Samples):
@@ -237,11 +254,12 @@ def concatenate(splits: Sequence[Split]) -> Split:
 def class_weights(train: Rows, n_classes: int) -> Tensor:
     """Return a weight for each class, n / (n_classes * its count), so that each counts the same in the loss.
 
-    A class without rows has weight 0. Raises DataError for samples, whose targets are not known beforehand.
+    A class without rows has weight 0. Raises DataError for samples whose targets are not known beforehand.
     """
-    if isinstance(train, Samples):
+    rows = train.dataset if isinstance(train, Samples) else train  # a split that is streamed still has its targets
+    if not isinstance(rows, Split):
         raise DataError("class weights need targets in memory, got samples: count them once in load_data")
-    counts = torch.bincount(train.targets.flatten(), minlength=n_classes)
+    counts = torch.bincount(rows.targets.flatten(), minlength=n_classes)
     weights = len(train) / (n_classes * counts.clamp(min=1))
     return weights * (counts > 0)
 
@@ -310,8 +328,11 @@ def _why_not(error: Exception, name: str, directory: Path) -> str:
         return f"{name} cannot be read from {directory} or kept there ({text}): check its path and permissions"
     # torchvision tells of the network, and of what is missing, by a RuntimeError; torch of too few bytes.
     if isinstance(error, OSError) or (isinstance(error, RuntimeError) and "download" in text):
+        # What is in a directory that is closed to us seems not to be there.
+        closed = [path for path in directory.rglob("*") if not os.access(path, os.R_OK, effective_ids=True)]
         return (
-            f"{name} is not in {directory} and cannot be downloaded ({text}):"
+            f"{name} is not in {directory} and cannot be downloaded ({text}"
+            f"{f'; no permission to read {closed[0]}' if closed else ''}):"
             " copy it there from a machine that has it, or connect this one to the network"
         )
     cause = f"{type(error).__name__}: {text}" if text else type(error).__name__

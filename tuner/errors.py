@@ -27,6 +27,10 @@ class UsageError(TunerError):
     exit_code = EXIT_USAGE
 
 
+class ObjectiveError(Exception):
+    """A method of an objective returned what cannot be used; the message says what was wanted and what was got."""
+
+
 class SharedPlaceError(Exception):
     """A checkpoint could not be read from, or written to, the place that other machines reach."""
 

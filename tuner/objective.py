@@ -15,6 +15,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler
 
 from tuner import training
 from tuner.data import Data, DataError, Rows
+from tuner.errors import ObjectiveError
 from tuner.steps import Loss, fastest
 
 if TYPE_CHECKING:
@@ -150,13 +151,21 @@ class Objective(BaseModel, ABC):
         empty. What `run` says of precision, patience and checkpoints is then its own to do, or to leave.
         """
         optimizer = self.build_optimizer(model, params)
+        if not isinstance(optimizer, Optimizer):
+            raise ObjectiveError(f"build_optimizer needs to return an Optimizer, got {type(optimizer).__name__}")
+        scheduler = self.build_scheduler(optimizer, params, epochs)
+        if scheduler is not None and not isinstance(scheduler, LRScheduler):
+            raise ObjectiveError(f"build_scheduler needs to return an LRScheduler, got {type(scheduler).__name__}")
+        loss = self.build_loss(params, train)
+        if not callable(loss):
+            raise ObjectiveError(f"build_loss needs to return a function or module, got {type(loss).__name__}")
         return training.fit(
             model,
             train,
             valid,
             optimizer=optimizer,
-            scheduler=self.build_scheduler(optimizer, params, epochs),
-            loss=self.build_loss(params, train),
+            scheduler=scheduler,
+            loss=loss,
             metrics=metrics,
             epochs=epochs,
             batch_size=self.batch_size(params),

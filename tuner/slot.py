@@ -366,6 +366,11 @@ def main() -> None:
     # What an objective prints goes to stderr: stdout carries the events.
     events = os.fdopen(os.dup(sys.stdout.fileno()), "w", buffering=1)
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    # Orders come on a stream of their own: a process that is forked, as those that read samples are, closes
+    # sys.stdin, and would wait for ever for the thread that was reading it.
+    orders = os.fdopen(os.dup(sys.stdin.fileno()))
+    with open(os.devnull) as nothing:
+        os.dup2(nothing.fileno(), sys.stdin.fileno())
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the worker's to handle
     warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -376,11 +381,11 @@ def main() -> None:
         with one_at_a_time, suppress(BrokenPipeError):  # the worker is gone; the end of stdin says so
             events.write(line)
 
-    line = sys.stdin.readline()
+    line = orders.readline()
     if not line:
         return
     try:
-        Slot(SlotConfig.model_validate_json(line), emit, Orders(sys.stdin)).run()
+        Slot(SlotConfig.model_validate_json(line), emit, Orders(orders)).run()
     except BrokenDeviceError as error:
         emit(Event(event="broken", message=str(error)))
         sys.exit(EXIT_AGAIN)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from tuner.data import Batch, Inputs, map_inputs, tensors
-from tuner.errors import first_line
+from tuner.errors import ObjectiveError, first_line
 from tuner.spec import Precision
 
 Loss: TypeAlias = Callable[[Any, Tensor], Tensor]
@@ -106,6 +106,8 @@ class Step:
         inputs = map_inputs(_channels_last, batch.inputs) if self._channels_last else batch.inputs
         with autocast(self._device, self._precision):
             loss = self._loss(call(self._model, inputs), batch.targets)
+        if not isinstance(loss, Tensor) or loss.dim() > 0 or not loss.requires_grad:
+            raise ObjectiveError(_why_no_loss(loss))
         self.scaler.scale(loss).backward()
         return loss.detach()
 
@@ -237,6 +239,16 @@ def _on(stream: torch.cuda.Stream) -> Iterator[None]:
     with torch.cuda.stream(stream):
         yield
     usual.wait_stream(stream)
+
+
+def _why_no_loss(loss: object) -> str:
+    if not isinstance(loss, Tensor) or loss.dim() > 0:
+        found = f"a tensor of shape {list(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+        return f"the loss needs to return a tensor that is one number, got {found}: take the mean over the rows"
+    return (
+        "the loss needs to follow from weights that are trained, got one without a gradient:"
+        " look for requires_grad_(False), detach(), no_grad() and argmax()"
+    )
 
 
 def _tensors(batch: Batch) -> tuple[Tensor, ...]:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,7 +19,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from tuner.batches import Batches, Resident, batches_of
 from tuner.checkpoint import Checkpoint, State, generator_states, set_generator_states
 from tuner.data import DataError, Inputs, Rows, Split, tensors
-from tuner.errors import UsageError
+from tuner.errors import ObjectiveError, UsageError
 from tuner.seeds import derive_seed
 from tuner.spec import DataPlace, Direction, Precision
 from tuner.steps import Loss, Step, autocast, call
@@ -142,9 +143,13 @@ def fit(
     follows `seed` alone. `scheduler` is stepped once an epoch. `on_epoch` is called after each epoch's evaluation;
     whatever it raises ends the training and passes through, which is how a caller prunes.
 
-    Raises DivergedError if the loss became NaN or infinite, at the end of the epoch at the latest, and DataError if
-    model and data are on different devices.
+    Raises DivergedError if the loss became NaN or infinite, at the end of the epoch at the latest, DataError if
+    model and data are on different devices, and ObjectiveError if the loss, a metric or a setting cannot be used.
     """
+    if not _is_whole(batch_size) or batch_size < 1:
+        raise ObjectiveError(f"batch_size needs a whole number above 0, got {batch_size!r}")
+    if max_grad_norm is not None and not max_grad_norm > 0:
+        raise ObjectiveError(f"max_grad_norm needs a number above 0, or None for no clipping, got {max_grad_norm!r}")
     device = _device_of(model, train)
     if isinstance(loss, nn.Module):
         loss.to(device)  # class weights
@@ -374,7 +379,7 @@ def best_epoch(history: Sequence[Epoch], metric: str, direction: Direction) -> E
     return max(history, key=goodness)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def predict(model: nn.Module, inputs: Inputs, predictions: Predictions | None = None) -> Tensor:
     """Return the model's predictions (n, ...) for all rows of `inputs`, in eval mode, on their device."""
     model.eval()
@@ -396,7 +401,7 @@ def evaluate(
         return _evaluate(model, batches, metrics, predictions, precision)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def _evaluate(
     model: nn.Module,
     batches: Batches,
@@ -418,13 +423,24 @@ def _evaluate(
     for name, metric in metrics.items():
         found = metric.compute()
         named = found if isinstance(found, dict) else {name: found}  # such as ClasswiseWrapper's: one for each class
-        values |= {name: float(value) for name, value in named.items()}
+        values |= {name: _number(name, value) for name, value in named.items()}
     return values
+
+
+def _number(name: str, value: Any) -> float:
+    if isinstance(value, Tensor) and value.numel() != 1:
+        raise ObjectiveError(
+            f"the metric {name!r} needs to compute one number, or a dict of them, got shape {list(value.shape)}:"
+            " torchmetrics.ClasswiseWrapper makes a dict of those of each class"
+        )
+    return float(value)
 
 
 def _prediction(model: nn.Module, inputs: Inputs, predictions: Predictions | None) -> Tensor:
     outputs = call(model, inputs)
     predicted: Tensor = outputs if predictions is None else predictions(outputs)
+    if not isinstance(predicted, Tensor):
+        raise ObjectiveError(f"a prediction needs to be one tensor, got {type(predicted).__name__}")
     return predicted
 
 
@@ -442,6 +458,10 @@ def _device_of(model: nn.Module, rows: Rows) -> torch.device:
     if found:
         return found.pop()
     return rows.targets.device if isinstance(rows, Split) else torch.device("cpu")
+
+
+def _is_whole(number: object) -> bool:
+    return isinstance(number, Integral)  # NumPy's as well
 
 
 def _wants_channels_last(model: nn.Module, device: torch.device) -> bool:

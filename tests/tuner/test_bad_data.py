@@ -15,7 +15,7 @@ from torch import nn
 
 from tuner.attempt import TrialObjective, load_data
 from tuner.batches import CHECKED_ROWS
-from tuner.data import Data, Samples, Split, downloading
+from tuner.data import Data, DataError, Samples, Split, downloading
 from tuner.errors import TunerError
 
 
@@ -240,6 +240,27 @@ def test_data_without_permission_are_told_with_objective_and_path(closed):
         " ([Errno 13] Permission denied: "
     )
     assert ": check its path and permissions (" in message
+
+
+def test_data_in_a_closed_directory_are_told_of_where_they_seem_to_be_missing():
+    def read(root):
+        with downloading("Images", root):
+            if not os.path.exists(root / "raw" / "images"):  # as torchvision asks
+                raise RuntimeError("Error downloading images.gz")
+
+    with tempfile.TemporaryDirectory() as name:
+        directory = Path(name)
+        (directory / "raw").mkdir()
+        (directory / "raw" / "images").touch()
+        directory.chmod(0o755)
+        (directory / "raw").chmod(0)
+        with unprivileged(), pytest.raises(DataError) as caught:
+            read(directory)
+        (directory / "raw").chmod(0o700)
+        assert f"(Error downloading images.gz; no permission to read {directory / 'raw'})" in str(caught.value)
+        (directory / "raw" / "images").unlink()
+        with pytest.raises(DataError, match=r"\(Error downloading images.gz\): copy it there"):
+            read(directory)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,5 @@
 import os
+import signal
 
 import pytest
 import torch
@@ -259,6 +260,18 @@ def test_other_processes_read_and_live_from_epoch_to_epoch(streamed):
     assert first == second
     assert len(first) == 2
     assert os.getpid() not in first
+
+
+def test_readers_outlive_a_sigterm_that_a_scheduler_sends_to_every_process(streamed):
+    order = torch.arange(64)
+    rows = streamed(Samples(Readers()), 1, CPU, 2)
+    readers = {int(batch.targets) for batch in rows.shuffled(order)}
+    again = rows.shuffled(order)
+    next(again)
+    for reader in readers:
+        os.kill(reader, signal.SIGTERM)
+    assert {int(batch.targets) for batch in again} == readers
+    assert {int(batch.targets) for batch in rows.shuffled(order)} == readers
 
 
 @pytest.mark.parametrize(("device", "pinned"), [("cpu", False), ("cuda", True)])

@@ -269,6 +269,39 @@ def test_each_class_weighs_the_same_in_all():
     assert weights.tolist() == pytest.approx([4 / 12, 0.0, 1.0, 0.0])
 
 
+def test_a_split_that_is_streamed_has_its_class_weights():
+    assert class_weights(Samples(a_split(3)), 2).tolist() == class_weights(a_split(3), 2).tolist() == [0.75, 1.5]
+
+
 def test_samples_have_no_class_weights():
     with pytest.raises(DataError, match="count them once in load_data"):
-        class_weights(Samples(a_split()), 2)
+        class_weights(Samples([(torch.zeros(2), 1)]), 2)
+
+
+class Unreadable:
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, row):
+        raise OSError(f"no image {row}")
+
+
+@pytest.mark.parametrize(
+    ("split", "told"),
+    [
+        (None, "the valid split needs to be a Split of tensors or Samples, got NoneType: Samples(dataset) takes"),
+        (Samples(iter([])), "the valid split needs to be a Split of tensors or Samples, got list_iterator: Samples"),
+        (Unreadable(), "the valid split needs to be a Split of tensors or Samples, got Unreadable: Samples(dataset)"),
+        (Samples(Unreadable()), f"the valid split cannot be read: OSError: no image 0 ({__file__}, line "),
+    ],
+)
+def test_a_split_that_cannot_be_read_is_told_with_its_name(split, told):
+    with pytest.raises(DataError) as caught:
+        the_data(valid=split)
+    assert str(caught.value).startswith(told)
+
+
+@pytest.mark.parametrize("inputs", [(), {}])
+def test_inputs_of_no_tensor_are_refused(inputs):
+    with pytest.raises(DataError, match="inputs need at least one tensor, got none"):
+        Split(inputs, torch.zeros(3))

@@ -3,6 +3,8 @@
 import functools
 import gc
 import math
+import os
+import signal
 import weakref
 
 import optuna
@@ -10,6 +12,7 @@ import pytest
 import torch
 from attempts import Constant, Signs, a_spec, attempt
 from optuna.trial import TrialState
+from torch.utils.data import get_worker_info
 from torchmetrics import MeanMetric
 
 from storage.errors import LeaseLostError, UnreachableError
@@ -21,7 +24,7 @@ from tuner.attempt import (
     TrialObjective,
     run_attempt,
 )
-from tuner.data import Data
+from tuner.data import Data, Samples
 from tuner.seeds import derive_seed
 from tuner.training import DivergedError
 
@@ -50,7 +53,7 @@ def test_a_plain_function_s_trial_is_not_failed_for_what_is_not_its_fault(study,
         (lambda _: torch.tensor(math.inf), "nan", "the objective returned inf"),
         (lambda trial: trial.report(math.nan, 1), "nan", "the reported value is nan at step 1"),
         (lambda trial: trial.report(-math.inf, 1), "nan", "the reported value is -inf at step 1"),
-        (lambda trial: trial.report(1.0, -1), "user_error", f"a step needs to be in 0..{MAX_STEP}, got -1"),
+        (lambda trial: trial.report(1.0, -1), "user_error", f"a whole number in 0..{MAX_STEP}, got -1"),
         (lambda trial: trial.report(1.0, MAX_STEP + 1), "user_error", f"got {MAX_STEP + 1}"),
         (lambda _: [][1], "user_error", "IndexError: list index out of range"),
         (lambda _: bytearray(1 << 62), "oom", "out of memory"),
@@ -160,6 +163,30 @@ def test_out_of_memory_is_told_apart_and_leaves_none_behind(study):
     assert outcome.attrs["failure"] == "oom"
     assert "\n" not in outcome.attrs["failure_message"]
     assert [model() for model in models] == [None]
+
+
+class KilledReader:
+    """Samples of which one ends the process that reads it while training, as a host out of memory does."""
+
+    def __len__(self):
+        return 1000
+
+    def __getitem__(self, row):
+        if row == 1 and get_worker_info() is not None:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return torch.zeros(2), 0
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_a_reader_of_samples_that_was_killed_is_not_the_trial_s_fault(study):
+    class Streamed(Signs):
+        def load_data(self, root):
+            data = super().load_data(root)
+            return Data(Samples(KilledReader()), data.valid, data.test, data.class_names)
+
+    outcome, _ = attempt(study, Streamed(), data="stream")
+    assert (outcome.failure, outcome.is_poisoned) == ("infrastructure", True)
+    assert "DataLoader worker (pid" in outcome.message
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

@@ -345,6 +345,27 @@ def test_an_epoch_tells_how_many_rows_it_took_and_how_long():
     assert all(epoch.train_s > 0 and epoch.evaluate_s > 0 and epoch.wait_s == 0 for epoch in epochs)
 
 
+class _Caching(nn.Module):
+    """Keeps what it multiplied by, as layers with rotary embeddings do."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+        self.kept = torch.zeros(0, 1)
+
+    def forward(self, x):
+        if len(self.kept) < len(x):
+            self.kept = torch.ones(len(x), 1)
+        return self.layer(x) * self.kept[: len(x)]
+
+
+def test_what_a_model_keeps_of_an_evaluation_can_be_trained_with():
+    model = _Caching()
+    assert len(train(model, rows_of(), rows_of(), epochs=2)) == 2
+    predict(model, rows_of(500).inputs)
+    assert len(train(model, rows_of(), epochs=1)) == 1
+
+
 def test_evaluation_needs_no_gradients_and_is_in_eval_mode():
     model = nn.Sequential(nn.Linear(3, 2), nn.Dropout(0.5))
     rows = Split(torch.rand(8, 3), torch.zeros(8, dtype=torch.int64))
