@@ -50,7 +50,11 @@ def test_a_plain_function_s_trial_is_not_failed_for_what_is_not_its_fault(study,
         (lambda _: torch.tensor(math.inf), "nan", "the objective returned inf"),
         (lambda trial: trial.report(math.nan, 1), "nan", "the reported value is nan at step 1"),
         (lambda trial: trial.report(-math.inf, 1), "nan", "the reported value is -inf at step 1"),
-        (lambda trial: trial.report(1.0, -1), "user_error", f"a step needs to be in 0..{MAX_STEP}, got -1"),
+        (
+            lambda trial: trial.report(1.0, -1),
+            "user_error",
+            f"a step needs to be a whole number in 0..{MAX_STEP}, got -1",
+        ),
         (lambda trial: trial.report(1.0, MAX_STEP + 1), "user_error", f"got {MAX_STEP + 1}"),
         (lambda _: [][1], "user_error", "IndexError: list index out of range"),
         (lambda _: bytearray(1 << 62), "oom", "out of memory"),
@@ -72,6 +76,26 @@ def test_a_message_names_the_last_line_of_the_objective_s_own_file(study):
 
     message = attempt(study, objective)[0].attrs["failure_message"]
     assert f"{__file__}, line {objective.__code__.co_firstlineno + 1})" in message
+
+
+def test_what_a_function_returned_is_told_with_the_line_that_defines_it(study):
+    def objective(trial):
+        return "text"
+
+    message = attempt(study, objective)[0].attrs["failure_message"]
+    assert message.endswith(f"got 'text' ({__file__}, line {objective.__code__.co_firstlineno})")
+
+
+def test_what_a_class_returned_is_not_laid_to_a_line_of_ours(study):
+    message = attempt(study, WithoutEpochs())[0].attrs["failure_message"]
+    assert message == "InvalidReportError: fit needs to return the epochs that ended, got none"
+
+
+def test_a_keyboard_interrupt_is_the_objectives_own_since_slots_hear_of_none(study):
+    def objective(trial):
+        raise KeyboardInterrupt
+
+    assert attempt(study, objective)[0].attrs["failure"] == "user_error"
 
 
 def test_a_message_is_what_the_database_can_hold(study):
