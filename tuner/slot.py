@@ -51,6 +51,8 @@ from tuner.training import Interrupted, choose_device
 FIRST_POLL_S, POLL_S = 0.05, 1.0
 """How soon a slot asks again while other workers' trials hold the rest of the budget, or the study is paused: at first,
 as the other's trial may be about to end, and at last, after twice as long each time."""
+LAST_S = 10.0
+"""How long a slot takes at most to end once it was to stop, should its worker be gone, which would have killed it."""
 EXIT_AGAIN = 75
 """The exit code of a slot that can go on only in a new process: its device failed."""
 
@@ -379,8 +381,10 @@ def main() -> None:
     line = sys.stdin.readline()
     if not line:
         return
+    orders, worker = Orders(sys.stdin), os.getppid()
+    threading.Thread(target=_end_in_time, args=(orders.stop,), daemon=True).start()
     try:
-        Slot(SlotConfig.model_validate_json(line), emit, Orders(sys.stdin)).run()
+        Slot(SlotConfig.model_validate_json(line), emit, orders).run()
     except BrokenDeviceError as error:
         emit(Event(event="broken", message=str(error)))
         sys.exit(EXIT_AGAIN)
@@ -388,3 +392,19 @@ def main() -> None:
         code = EXIT_UNREACHABLE if isinstance(error, UnreachableError) else getattr(error, "exit_code", 1)
         emit(Event(event="refused", message=str(error), exit_code=code))
         sys.exit(code)
+    finally:
+        if os.getppid() != worker:
+            _end_group()
+
+
+def _end_in_time(stop: threading.Event) -> None:
+    """End this process, whatever its trial does, if it was to stop and nobody has ended it by then."""
+    stop.wait()
+    threading.Event().wait(LAST_S)
+    _end_group()
+
+
+def _end_group() -> None:
+    """End this process and all that it started at once, as its worker does for one that has ended."""
+    with suppress(ProcessLookupError):  # started by hand, and in the group of somebody else
+        os.killpg(os.getpid(), signal.SIGKILL)
