@@ -54,8 +54,8 @@ class SlotPlan:
         return {**threads, **os.environ, **devices}
 
 
-def plan_slots(text: str, device: str | None = None) -> list[SlotPlan]:
-    """Return the slots that `--slots` asks for; `device`, that of `--device`, is for a number of slots.
+def plan_slots(text: str, device: str | None = None, *, at_most: int | None = None) -> list[SlotPlan]:
+    """Return the slots that `--slots` asks for, the first `at_most`; `device`, that of `--device`, is for a number.
 
     `auto` is one slot for each CUDA device, or one for the best other device. Raises UsageError.
     """
@@ -68,6 +68,7 @@ def plan_slots(text: str, device: str | None = None) -> list[SlotPlan]:
         devices = [found for item in text.split(",") for found in _named(item.strip(), text, gpus)]
     if not devices:
         raise UsageError(f"{_WANTED}, at least one, got {text!r}")
+    devices = devices[:at_most]  # before they share: the others take no memory and no threads
     shares = Counter(devices)
     threads = max(1, _n_cores() // len(devices))
     return [
