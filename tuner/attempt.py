@@ -218,7 +218,7 @@ def run_attempt(what: TrialObjective, trial: CheckedTrial) -> Outcome:
         outcome = failed("nan", str(error))
     except (DataError, ObjectiveError) as error:
         outcome = failed("user_error", f"{type(what.objective).__name__}: {error}")
-    except (Exception, SystemExit) as error:  # noqa: BLE001 - foreign code: what it raises fails its trial alone
+    except (Exception, SystemExit, KeyboardInterrupt) as error:  # noqa: BLE001 - foreign code: it fails its trial alone
         outcome = _by(error, what.objective)
     if outcome.failure == "oom":
         _free_memory()  # here the error is gone, and with it the frames that held the tensors
@@ -250,15 +250,22 @@ def load_data(objective: Objective, data_dir: Path) -> Data:
 
 
 def with_line(error: BaseException, objective: Objective | FunctionObjective) -> str:
-    """Describe the error with the last line of the objective's own file that it passed, if it passed any."""
+    """Describe the error with the last line of the objective's own file that it passed, if it passed any.
+
+    What a function returned is told with the line of its `def`.
+    """
     try:
         file = inspect.getfile(type(objective) if isinstance(objective, Objective) else objective)
     except TypeError:
         file = ""  # a callable object, such as a functools.partial
-    frames = traceback.extract_tb(error.__traceback__)
-    place = ([frame for frame in frames if frame.filename == file] or frames)[-1]
     text = first_problem(error).partition("\n")[0] if isinstance(error, ValidationError) else first_line(error)
-    return f"{type(error).__name__}: {text} ({place.filename}, line {place.lineno})"
+    told = f"{type(error).__name__}: {text}"
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if frame.filename == file]
+    if own or not isinstance(error, InvalidReportError):
+        place = (own or frames)[-1]
+        return f"{told} ({place.filename}, line {place.lineno})"
+    return f"{told} ({file}, line {objective.__code__.co_firstlineno})" if inspect.isfunction(objective) else told
 
 
 def _run(what: TrialObjective, trial: CheckedTrial, seed: int, record: Record) -> tuple[float, dict[str, Any]]:

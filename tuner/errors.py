@@ -36,4 +36,4 @@ class SharedPlaceError(Exception):
 
 
 class WorkerInterrupted(Exception):  # noqa: N818 - a request, like KeyboardInterrupt
-    """The worker was asked to stop by SIGINT or SIGTERM, and has stopped."""
+    """The worker was asked to stop by SIGINT, SIGTERM or SIGHUP, and has stopped."""

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import datetime as dt
 import json
+import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Literal, TypeAlias
 
 LogFormat: TypeAlias = Literal["text", "json"]
@@ -21,7 +24,8 @@ class Log:
 
     Every line has the keys of `_NOWHERE`; they are null where the event is of no trial, or of no slot.
 
-    Text goes through `console`, so that lines appear above a live progress display and do not tear it.
+    On a terminal text goes through `console`, so that lines appear above a live progress display and do not tear it.
+    Where stderr takes nothing, such as on a full disk, lines are lost and nothing else.
     """
 
     def __init__(self, log_format: LogFormat = "text", **fields: Any) -> None:
@@ -29,6 +33,8 @@ class Log:
 
         self.format = log_format
         self.console = Console(stderr=True, highlight=False, soft_wrap=True)
+        self.is_unread = False
+        """Whether nobody reads stderr any more, as when `head` at the other end of a pipe has ended."""
         self._fields = fields
 
     def event(self, event: str, message: str, **fields: Any) -> None:
@@ -36,9 +42,23 @@ class Log:
         if self.format == "json":
             now = dt.datetime.now(dt.UTC).isoformat(timespec="milliseconds")
             line = {"time": now, "event": event, **_NOWHERE, **self._fields, **fields, "message": message}
-            sys.stderr.write(json.dumps(line, default=str) + "\n")
-            sys.stderr.flush()
-        else:
-            from rich.text import Text
+            message = json.dumps(line, default=str)
+        with self.writing():
+            if self.format == "text" and self.console.is_terminal:
+                from rich.text import Text
 
-            self.console.print(Text(message))
+                self.console.print(Text(message))
+            elif sys.stderr is not None:  # the shell's `2>&-`
+                sys.stderr.write(message + "\n")
+                sys.stderr.flush()
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Go on after the block if stderr takes nothing."""
+        try:
+            yield
+        except BrokenPipeError:
+            self.is_unread = True
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())  # for what Python still has to write there
+        except OSError:  # a full disk, a terminal that is gone
+            pass

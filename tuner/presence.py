@@ -130,7 +130,7 @@ class Presence:
             return
         from tuner.spool import Spool  # it imports Optuna
 
-        def log(event: str, message: str, trial: int) -> None:
+        def log(event: str, message: str, trial: int | None) -> None:
             self._log.event(event, message, trial=trial)
 
         Spool(self._data_dir).deliver(self._sessions, self._study.study_id, self._study.budget, log)

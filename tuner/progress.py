@@ -58,20 +58,23 @@ class Progress:
 
     def __enter__(self) -> Self:
         if self._live is not None:
-            self._live.start()
+            with self._log.writing():
+                self._live.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._live is not None:
-            self._live.stop()
+            with self._log.writing():
+                self._live.stop()
 
     def show(self, snapshot: Snapshot, *, last: bool = False) -> None:
         """Show the snapshot: at once on a terminal; as a line, not too often, elsewhere (`last`: in any case)."""
         text = snapshot.text()
         if self._live is not None:
-            self._live.update(_display(snapshot, text), refresh=True)
+            with self._log.writing():
+                self._live.update(_display(snapshot, text), refresh=True)
             return
         now = time.monotonic()
         without_time = text.partition(", about")[0]

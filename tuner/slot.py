@@ -51,6 +51,8 @@ from tuner.training import Interrupted, choose_device
 FIRST_POLL_S, POLL_S = 0.05, 1.0
 """How soon a slot asks again while other workers' trials hold the rest of the budget, or the study is paused: at first,
 as the other's trial may be about to end, and at last, after twice as long each time."""
+LAST_S = 10.0
+"""How long a slot takes at most to end once it was to stop, should its worker be gone, which would have killed it."""
 EXIT_AGAIN = 75
 """The exit code of a slot that can go on only in a new process: its device failed."""
 
@@ -368,7 +370,7 @@ def main() -> None:
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     # Orders come on a stream of their own: a process that is forked, as those that read samples are, closes
     # sys.stdin, and would wait for ever for the thread that was reading it.
-    orders = os.fdopen(os.dup(sys.stdin.fileno()))
+    stream = os.fdopen(os.dup(sys.stdin.fileno()))
     with open(os.devnull) as nothing:
         os.dup2(nothing.fileno(), sys.stdin.fileno())
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the worker's to handle
@@ -381,11 +383,13 @@ def main() -> None:
         with one_at_a_time, suppress(BrokenPipeError):  # the worker is gone; the end of stdin says so
             events.write(line)
 
-    line = orders.readline()
+    line = stream.readline()
     if not line:
         return
+    orders, worker = Orders(stream), os.getppid()
+    threading.Thread(target=_end_in_time, args=(orders.stop,), daemon=True).start()
     try:
-        Slot(SlotConfig.model_validate_json(line), emit, Orders(orders)).run()
+        Slot(SlotConfig.model_validate_json(line), emit, orders).run()
     except BrokenDeviceError as error:
         emit(Event(event="broken", message=str(error)))
         sys.exit(EXIT_AGAIN)
@@ -393,3 +397,19 @@ def main() -> None:
         code = EXIT_UNREACHABLE if isinstance(error, UnreachableError) else getattr(error, "exit_code", 1)
         emit(Event(event="refused", message=str(error), exit_code=code))
         sys.exit(code)
+    finally:
+        if os.getppid() != worker:
+            _end_group()
+
+
+def _end_in_time(stop: threading.Event) -> None:
+    """End this process, whatever its trial does, if it was to stop and nobody has ended it by then."""
+    stop.wait()
+    threading.Event().wait(LAST_S)
+    _end_group()
+
+
+def _end_group() -> None:
+    """End this process and all that it started at once, as its worker does for one that has ended."""
+    with suppress(ProcessLookupError):  # started by hand, and in the group of somebody else
+        os.killpg(os.getpid(), signal.SIGKILL)

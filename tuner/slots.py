@@ -15,8 +15,11 @@ from pathlib import Path
 
 from tuner.errors import UsageError
 
-_ITEM = re.compile(r"(?P<device>cpu|mps|cuda(?::\d+)?)(?:\*(?P<count>\d+))?")
+_ITEM = re.compile(r"(?P<device>cpu|mps|cuda(?::[0-9]+)?)(?:\*(?P<count>[0-9]+))?")
+_NUMBER = re.compile(r"[0-9]+")
 _WANTED = "--slots needs auto, a number, or devices such as cuda:0*3,cuda:1 or cpu*4"
+MAX_SLOTS = 1000
+"""More is a slip of the finger: each is a process of some hundred megabytes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,13 +54,13 @@ class SlotPlan:
         return {**threads, **os.environ, **devices}
 
 
-def plan_slots(text: str, device: str | None = None) -> list[SlotPlan]:
-    """Return the slots that `--slots` asks for; `device`, that of `--device`, is for a number of slots.
+def plan_slots(text: str, device: str | None = None, *, at_most: int | None = None) -> list[SlotPlan]:
+    """Return the slots that `--slots` asks for, the first `at_most`; `device`, that of `--device`, is for a number.
 
     `auto` is one slot for each CUDA device, or one for the best other device. Raises UsageError.
     """
     gpus = visible_gpus()
-    if text == "auto" or text.isdecimal():
+    if text == "auto" or _NUMBER.fullmatch(text):
         devices = _devices(text, device, gpus)
     elif device is not None:
         raise UsageError(f"--slots names the devices already, got --slots {text} and --device {device}: leave one out")
@@ -65,6 +68,7 @@ def plan_slots(text: str, device: str | None = None) -> list[SlotPlan]:
         devices = [found for item in text.split(",") for found in _named(item.strip(), text, gpus)]
     if not devices:
         raise UsageError(f"{_WANTED}, at least one, got {text!r}")
+    devices = devices[:at_most]  # before they share: the others take no memory and no threads
     shares = Counter(devices)
     threads = max(1, _n_cores() // len(devices))
     return [
@@ -99,7 +103,7 @@ def _devices(text: str, device: str | None, gpus: list[str] | None) -> list[str 
         if device is not None:
             return [device]
         return [f"cuda:{number}" for number in range(len(gpus or ()))] or [None]
-    count = int(text)
+    count = _count(text, text)
     if device is not None or not gpus:
         return [device] * count
     return [f"cuda:{number % len(gpus)}" for number in range(count)]
@@ -113,7 +117,15 @@ def _named(item: str, text: str, gpus: list[str] | None) -> list[str | None]:
     if device.startswith("cuda") and gpus is not None and int(device[5:]) >= len(gpus):
         has = f"{len(gpus)} CUDA device{'' if len(gpus) == 1 else 's'}"
         raise UsageError(f"--slots names {match['device']}, but this machine has {has}")
-    return [device] * int(match["count"] or 1)
+    if device == "mps" and sys.platform != "darwin":
+        raise UsageError("--slots names mps, which only machines of Apple have")
+    return [device] * _count(match["count"] or "1", text)
+
+
+def _count(digits: str, text: str) -> int:
+    if len(digits) > len(str(MAX_SLOTS)) or int(digits) > MAX_SLOTS:
+        raise UsageError(f"a worker has at most {MAX_SLOTS} slots of a device, got {text!r}")
+    return int(digits)
 
 
 def _visible(device: str | None, gpus: list[str] | None) -> str | None:

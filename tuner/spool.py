@@ -75,14 +75,20 @@ class Spool:
         sessions: Sessions,
         study_id: int,
         budget: claims.Budget,
-        log: Callable[[str, str, int], None],
+        log: Callable[[str, str, int | None], None],
     ) -> None:
         """Deliver what waits for this study, and tell `log` of each by event, message and trial number.
 
-        What belongs to other studies or databases stays. Raises StorageError if the database is away.
+        What is damaged, or no database takes, is put aside; what belongs to other studies or databases stays. Raises
+        StorageError if the database is away.
         """
         for path in sorted(self._directory.glob("*.json")):
-            kept = _read(path)
+            try:
+                kept = _read(path)
+            except ValueError as error:
+                aside = _put_aside(path)
+                log("result_refused", f"{aside}, a result that was kept on disk, is damaged and lost: {error}", None)
+                continue
             if kept is None:
                 continue
             found = delivery.find_attempt(sessions, kept.token)
@@ -98,14 +104,8 @@ class Spool:
             try:
                 how = delivery.deliver(sessions, study_id, budget, result)
             except InvalidWriteError as error:
-                refused = path.with_suffix(".refused")
-                with suppress(OSError):
-                    path.rename(refused)
-                log(
-                    "result_refused",
-                    f"trial {kept.number}: its result, kept in {refused}, is no good: {error}",
-                    kept.number,
-                )
+                message = f"trial {kept.number}: its result, kept in {_put_aside(path)}, is no good: {error}"
+                log("result_refused", message, kept.number)
                 continue
             if how == "unknown":
                 continue
@@ -116,9 +116,20 @@ class Spool:
             log(f"result_{how}", message, kept.number)
 
 
+def _put_aside(path: Path) -> Path:
+    refused = path.with_suffix(".refused")
+    with suppress(OSError):
+        path.rename(refused)
+    return refused
+
+
 def _read(path: Path) -> _File | None:
-    """Return the result, None for a file that is gone or not ours to understand."""
+    """Return the result, None for a file that is gone or not ours to understand. Raises ValueError if it is no JSON."""
     try:
-        return _File.model_validate(json.loads(path.read_text()))
-    except (OSError, ValueError, ValidationError):
+        found = json.loads(path.read_text())
+    except OSError:
+        return None
+    try:
+        return _File.model_validate(found)
+    except ValidationError:  # of another version of tuner
         return None

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 import queue
-import signal
+import threading
 import time
 import uuid
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from sqlalchemy import Engine
@@ -26,7 +24,8 @@ from tuner.errors import TunerError, WorkerInterrupted
 from tuner.log import Log
 from tuner.presence import LIVE_PROGRESS_S, PROGRESS_S, Presence
 from tuner.progress import Progress
-from tuner.slot_process import Inbox, Message, SlotProcess
+from tuner.signals import TOGETHER_S, signals_into
+from tuner.slot_process import Inbox, SlotProcess
 from tuner.slots import SlotPlan
 from tuner.study import Study
 from tuner.versions import versions
@@ -138,9 +137,10 @@ class Worker:
     def run(self) -> None:
         """Return when nothing is left to do.
 
-        Raises WorkerInterrupted after SIGINT or SIGTERM, TunerError if the slots refused or kept dying.
+        Raises WorkerInterrupted after SIGINT, SIGTERM or SIGHUP, or once nobody reads its log any more, TunerError if
+        the slots refused or kept dying.
         """
-        with _signals_into(self._inbox), Progress(self._log) as progress:
+        with signals_into(self._inbox), Progress(self._log) as progress:
             presence = self._presence = Presence(
                 self._engine,
                 self._study,
@@ -157,6 +157,8 @@ class Worker:
                 while any(slot.state != "ended" for slot in self._slots):
                     self._wait_and_handle()
                     self._look_at_the_clock()
+                    if self._log.is_unread and not self._is_draining:
+                        self._stop()
                     if presence.snapshot is not None and presence.snapshot is not shown:
                         shown = presence.snapshot
                         progress.show(shown)
@@ -203,8 +205,9 @@ class Worker:
             for slot in self._slots:
                 slot.process.kill()
             return
-        self._log.event("stopping", "stopping: running trials are given back; again to stop at once")
         self._drain()
+        threading.Event().wait(TOGETHER_S)  # from now on another signal is a second one
+        self._log.event("stopping", "stopping: running trials are given back; again to stop at once")
 
     def _count_late_signals(self) -> None:
         """Count the signals that came after the last slot had ended."""
@@ -453,21 +456,6 @@ class Worker:
                 f"study {self._study.name!r} ended: {failed} trials failed, more than the {allowed} allowed;"
                 f" the last: {last}; 'tuner trials {self._study.name}' lists them"
             )
-
-
-@contextmanager
-def _signals_into(inbox: Inbox) -> Iterator[None]:
-    """Put SIGINT and SIGTERM into `inbox` for a while, then put the handlers back."""
-
-    def handle(number: int, _: FrameType | None) -> None:
-        inbox.put(Message(kind="signal", text=signal.Signals(number).name))
-
-    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 def _describe(name: str, slot: _Slot, event: dict[str, Any], metric: str) -> str | None:

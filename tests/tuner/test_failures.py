@@ -77,6 +77,26 @@ def test_a_message_names_the_last_line_of_the_objective_s_own_file(study):
     assert f"{__file__}, line {objective.__code__.co_firstlineno + 1})" in message
 
 
+def test_what_a_function_returned_is_told_with_the_line_that_defines_it(study):
+    def objective(trial):
+        return "text"
+
+    message = attempt(study, objective)[0].attrs["failure_message"]
+    assert message.endswith(f"got 'text' ({__file__}, line {objective.__code__.co_firstlineno})")
+
+
+def test_what_a_class_returned_is_not_laid_to_a_line_of_ours(study):
+    message = attempt(study, WithoutEpochs())[0].attrs["failure_message"]
+    assert message == "InvalidReportError: fit needs to return the epochs that ended, got none"
+
+
+def test_a_keyboard_interrupt_is_the_objectives_own_since_slots_hear_of_none(study):
+    def objective(trial):
+        raise KeyboardInterrupt
+
+    assert attempt(study, objective)[0].attrs["failure"] == "user_error"
+
+
 def test_a_message_is_what_the_database_can_hold(study):
     def objective(trial):
         raise ValueError("\0" + "x" * 9999)

@@ -1,6 +1,10 @@
 import datetime as dt
 import json
+import os
+import sys
 from pathlib import Path
+
+import pytest
 
 from tuner.log import Log
 
@@ -35,3 +39,33 @@ def test_json_is_one_object_a_line_with_the_time_the_event_and_every_field(capsy
         "message": "two\nlines",
     }
     assert (second["event"], second["study"]) == ("done", "digits")
+
+
+@pytest.mark.parametrize("log_format", ["text", "json"])
+def test_a_log_that_nobody_reads_any_more_says_so_and_ends_nothing(monkeypatch, log_format):
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as stderr:
+        monkeypatch.setattr(sys, "stderr", stderr)
+        log = Log(log_format)
+        assert not log.is_unread
+        log.event("note", "not read")
+        assert log.is_unread
+        log.event("note", "not read either")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+@pytest.mark.parametrize("log_format", ["text", "json"])
+def test_a_log_on_a_full_disk_ends_nothing(monkeypatch, log_format):
+    with open("/dev/full", "w", buffering=1) as stderr:
+        monkeypatch.setattr(sys, "stderr", stderr)
+        log = Log(log_format)
+        log.event("note", "not written")
+        assert not log.is_unread
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stderr.fileno())
+
+
+@pytest.mark.parametrize("log_format", ["text", "json"])
+def test_a_log_without_stderr_ends_nothing(monkeypatch, log_format):
+    monkeypatch.setattr(sys, "stderr", None)
+    Log(log_format).event("note", "not written")

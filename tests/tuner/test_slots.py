@@ -1,6 +1,7 @@
 """What --slots means on a machine."""
 
 import os
+import sys
 
 import pytest
 
@@ -58,7 +59,9 @@ def test_slots_on_the_cpu_share_its_threads_and_see_no_gpu(two_gpus, monkeypatch
     assert plans[0].environment["OMP_NUM_THREADS"] == "7"
 
 
-@pytest.mark.parametrize("text", ["", "0", "cpu*0", "gpu", "cuda:x", "cpu*", "-1", "cpu,", "2,3"])
+@pytest.mark.parametrize(
+    "text", ["", "0", "cpu*0", "gpu", "cuda:x", "cpu*", "-1", "cpu,", "2,3", "\u0663", "cpu*\u0663"]
+)
 def test_what_is_no_slots_is_refused(no_gpu, text):
     with pytest.raises(UsageError, match="--slots needs auto, a number, or devices such as cuda:0"):
         plan_slots(text)
@@ -67,6 +70,18 @@ def test_what_is_no_slots_is_refused(no_gpu, text):
 def test_a_gpu_that_is_not_there_is_refused(two_gpus):
     with pytest.raises(UsageError, match="--slots names cuda:2, but this machine has 2 CUDA devices"):
         plan_slots("cuda:2*2")
+
+
+@pytest.mark.parametrize("text", ["1001", "99999999999", "cpu*99999999999"])
+def test_more_slots_than_any_machine_has_are_refused_before_they_are_planned(no_gpu, text):
+    with pytest.raises(UsageError, match="a worker has at most 1000 slots of a device, got '"):
+        plan_slots(text)
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="has the device")
+def test_a_device_of_another_kind_of_machine_is_refused(no_gpu):
+    with pytest.raises(UsageError, match="--slots names mps, which only machines of Apple have"):
+        plan_slots("cpu,mps")
 
 
 def test_devices_are_named_once(two_gpus):

@@ -127,9 +127,11 @@ def test_results_of_other_studies_and_databases_stay(storage, study_id, held, tm
     foreign = spool.add("s", 0, a_result(replace(held, token=uuid.uuid4())))
     other = studies.create_study(storage.engine, "other", "maximize", {"version": 1}, {}, "value").study_id
     mine = spool.add("s", held.number, a_result(held))
-    (tmp_path / "spool" / "half.json").write_text('{"study":')
+    of_another_version = tmp_path / "spool" / "new.json"
+    of_another_version.write_text('{"version": 2}')
     assert deliver(spool, storage, other) == []
     assert foreign.exists()
+    assert of_another_version.exists()
     assert mine.exists()
     assert deliver(spool, storage, study_id) == ["result_delivered"]
     assert foreign.exists()
@@ -153,3 +155,12 @@ def test_a_result_that_no_database_takes_is_put_aside(storage, study_id, held, t
     assert deliver(spool, storage, study_id) == ["result_refused"]
     assert [left.name for left in path.parent.iterdir()] == [path.with_suffix(".refused").name]
     assert deliver(spool, storage, study_id) == []
+
+
+def test_a_damaged_result_is_told_once_and_keeps_no_other_back(storage, study_id, held, database, tmp_path):
+    spool = Spool(tmp_path)
+    path = spool.add("s", held.number, a_result(held))
+    path.with_name("0.json").write_text('{"study": "s", "num')
+    assert deliver(spool, storage, study_id) == ["result_refused", "result_delivered"]
+    assert [left.name for left in path.parent.iterdir()] == ["0.refused"]
+    check_delivered(database)

@@ -158,7 +158,7 @@ def worker(
         timeout_s=None if timeout is None else seconds("--timeout", timeout),
         idle_exit_s=None if idle_exit is None else seconds("--idle-exit", idle_exit),
     )
-    plans = plan_slots(slots, device)[:trials]
+    plans = plan_slots(slots, device, at_most=trials)
     engine = settings.open_for_work()
     joined = open_study(engine, study)
     reference = objective or _installed_name(joined)
