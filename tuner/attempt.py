@@ -25,7 +25,7 @@ from storage.engine import is_outage
 from storage.errors import LeaseLostError, StorageError, StudyHaltedError, UnreachableError
 from storage.sessions import Backoff
 from tuner import training
-from tuner.batches import place
+from tuner.batches import DeadReaderError, place
 from tuner.checkpoint import Checkpoint, Shared
 from tuner.data import Data, DataError
 from tuner.errors import ObjectiveError, TunerError, first_line
@@ -47,7 +47,6 @@ MAX_STEP = 2**31 - 1  # a PostgreSQL integer
 _BROKEN_ERRNOS = {errno.EIO, errno.ESTALE, errno.ENODEV, errno.ENXIO}
 _BY_THE_TRIAL = ("device-side assert",)  # an index out of range, as a rule
 _DEVICE_ERRORS = ("CUDA error:", "CUDA driver error", "cuDNN error", "CUDNN_STATUS_", "CUBLAS_STATUS_", "HIP error:")
-_DEAD_READER = "DataLoader worker (pid"  # a process that read samples was killed, by a host out of memory as a rule
 _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
 
@@ -129,12 +128,14 @@ class TrialObjective:
         """
         if self.checkpoints is None:
             return None
-        fixed = self.spec.model_dump(mode="json", exclude={"budget", "retry", "sampler", "pruner", "checkpoints"})
+        apart = {"budget", "retry", "sampler", "pruner", "checkpoints", "checkpoint_every_s"}
+        fixed = self.spec.model_dump(mode="json", exclude=apart)
         text = json.dumps([number, params, fixed], sort_keys=True, default=str)
         return Checkpoint(
             self.checkpoints / f"trial-{number}.pt",
             identity=text,
             shared=self.shared,
+            every_s=self.spec.checkpoint_every_s,
             log=self.log,
         )
 
@@ -387,8 +388,8 @@ def _is_of_device(error: BaseException) -> bool:
     if isinstance(error, OSError):
         return error.errno in _BROKEN_ERRNOS
     text = str(error)
-    return isinstance(error, torch.AcceleratorError) or (
-        isinstance(error, RuntimeError) and any(part in text for part in (*_DEVICE_ERRORS, _DEAD_READER))
+    return isinstance(error, torch.AcceleratorError | DeadReaderError) or (
+        isinstance(error, RuntimeError) and any(part in text for part in _DEVICE_ERRORS)
     )
 
 

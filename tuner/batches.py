@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
@@ -34,6 +35,11 @@ CHECKED_ROWS = 64
 tenth of them, such as the last of ten classes, all but once in a thousand times."""
 PREFETCHED = 4
 """How many batches each reader is ahead."""
+_DEAD_READER = "DataLoader worker (pid"  # what torch says of one
+
+
+class DeadReaderError(Exception):
+    """A process that reads samples ended by itself, killed by a host out of memory as a rule."""
 
 
 class Resident:
@@ -97,7 +103,8 @@ class Streamed:
     def shuffled(self, order: Tensor, first: int = 0, seed: int = 0) -> Iterator[Batch]:
         """Yield the rows in this order, a tensor of their numbers, from batch `first` on.
 
-        Random samples follow from `seed` and the number of their batch, whichever process reads them.
+        Random samples follow from `seed` and the number of their batch, whichever process reads them. Raises
+        DeadReaderError if one of these processes ended, at most 5 s later.
         """
         self._plan[:] = _planned(order, self._batch_size, seed)[first:]
         self._reading = self._read()
@@ -114,7 +121,7 @@ class Streamed:
 
     def _read(self) -> Generator[Batch, None, None]:
         started_at = time.perf_counter()
-        for read in self._loader:
+        for read in _watched(_started(self._loader)):
             if isinstance(read, DataError):
                 raise read
             batch = Batch(
@@ -288,6 +295,27 @@ def _loader(samples: Samples, plan: list[_Planned], device: torch.device, reader
         generator=torch.Generator(),  # or it would draw from the global one
         **in_processes,
     )
+
+
+def _started(loader: Any) -> Iterator[Any]:
+    """Start the readers. The handler that torch sets for their end raises in whatever the main thread does then."""
+    if threading.current_thread() is not threading.main_thread():
+        return iter(loader)  # torch sets none
+    handler = signal.getsignal(signal.SIGCHLD)
+    try:
+        return iter(loader)
+    finally:
+        signal.signal(signal.SIGCHLD, handler)
+
+
+def _watched(reading: Iterator[Any]) -> Iterator[Any]:
+    """Yield what is read; what samples raise is among it, so that all that is raised is of the reading itself."""
+    try:
+        yield from reading
+    except (OSError, EOFError, RuntimeError) as error:  # the first two where what it had sent cannot be taken over
+        if isinstance(error, RuntimeError) and _DEAD_READER not in str(error):
+            raise
+        raise DeadReaderError("a process that reads samples was killed, as a host out of memory does it") from error
 
 
 def _outlive_sigterm(_: int) -> None:

@@ -22,13 +22,13 @@ import torch
 from torch import Tensor
 
 from tuner.errors import SharedPlaceError, first_line
+from tuner.spec import Spec
 
 State = dict[str, Any]
 
 Progress: TypeAlias = tuple[int, int]
 """How far a training has come: the epochs that have ended, and the batches of the next one."""
 
-CHECKPOINT_EVERY_S: Final = 30.0
 COPY_S: Final = 5.0
 """How long the end of a training waits until its last state is copied; a worker that is stopped has 10 s in all."""
 COPY_SHARE: Final = 0.05
@@ -73,7 +73,7 @@ class Checkpoint:
         *,
         identity: str = "",
         shared: Shared | None = None,
-        every_s: float = CHECKPOINT_EVERY_S,
+        every_s: float = Spec.model_fields["checkpoint_every_s"].default,
         log: Callable[[str], None] = lambda _: None,
     ) -> None:
         self._file = _File(path)

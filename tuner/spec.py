@@ -97,6 +97,8 @@ class Spec(_Frozen):
     training: TrainingSpec = TrainingSpec()
     checkpoints: str = "database"
     """Where every worker finds the checkpoints of trials: `database`, a URL, or `local` for nowhere."""
+    checkpoint_every_s: PositiveFloat = 30.0
+    """A trial saves its state at most so often; what it trained since is lost with its process."""
 
 
 def parse_spec(stored: object, study_name: str) -> Spec:

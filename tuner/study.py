@@ -173,6 +173,7 @@ def plan(
     seed: int,
     training: TrainingSpec = TrainingSpec(),  # noqa: B008 - frozen
     checkpoints: str = Spec.model_fields["checkpoints"].default,
+    checkpoint_every_s: float = Spec.model_fields["checkpoint_every_s"].default,
 ) -> tuple[Spec, Objective | None]:
     """Return the checked spec of a study of `kind`, and the objective (None for a plain function).
 
@@ -193,8 +194,10 @@ def plan(
             raise UsageError(f"--epochs: the plain function {source.name} trains as long as it likes")
         if training != TrainingSpec():
             raise UsageError(f"--{_first_change(training)}: the plain function {source.name} trains as it likes")
-        if checkpoints != Spec.model_fields["checkpoints"].default:
-            raise UsageError(f"--checkpoints: the plain function {source.name} keeps none")
+        for name, value in (("checkpoints", checkpoints), ("checkpoint_every_s", checkpoint_every_s)):
+            if value != Spec.model_fields[name].default:
+                option = name.removesuffix("_s").replace("_", "-")
+                raise UsageError(f"--{option}: the plain function {source.name} keeps no checkpoints")
         metric, direction, epochs = "value", direction or "minimize", 1
     sampler_ = sampler_spec(sampler, objective)
     spec = Spec(
@@ -212,6 +215,7 @@ def plan(
         seed=seed,
         training=training,
         checkpoints=checkpoints,
+        checkpoint_every_s=checkpoint_every_s,
     )
     return spec, objective
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import datetime as dt
+import os
 import signal
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import optuna
@@ -16,8 +18,6 @@ from storage import EmbeddedServer, open_engine, open_storage
 from tuner.worker import DRAIN_S
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from command import Running
 
 # Trains 100 batches an epoch, slowly once it is further than the file `gate` beside it says.
@@ -161,6 +161,24 @@ def test_a_trial_that_was_stopped_goes_on_within_its_epoch_on_another_machine(
     assert files_below(tmp_path / "a") == []
 
 
+def test_a_trial_whose_process_is_killed_goes_on_from_what_it_saved_last(
+    tuner: Tuner, database: str, objective: str, tmp_path: Path
+) -> None:
+    assert tuner("create", objective, "--trials", "1", "--checkpoint-every", "0.1s").code == 0
+    with tuner.start(*worker(objective)) as running:
+        wait_for_epoch_three(database)
+        pid = running.process.pid
+        (slot,) = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        wait_for(lambda: kept_in(database) == 1, "a state is copied")
+        os.kill(int(slot), signal.SIGKILL)
+        open_gate(tmp_path, 9)
+        assert running.finish().code == 0
+    (resumed,) = notes(running, "resumed")
+    assert resumed.startswith("trial 0: resumed after epoch "), resumed
+    trial = the_trial(database)
+    assert (trial.state, sorted(trial.intermediate_values)) == (TrialState.COMPLETE, [1, 2, 3, 4, 5])
+
+
 def test_kept_local_a_trial_starts_again_on_another_machine(
     tuner: Tuner, database: str, objective: str, tmp_path: Path
 ) -> None:
@@ -236,6 +254,7 @@ def test_a_place_that_is_none_is_refused_in_one_line(tuner: Tuner, place: str, t
 
 def test_a_plain_function_keeps_no_checkpoints(tuner: Tuner, tmp_path: Path) -> None:
     (tmp_path / "plain.py").write_text("def objective(trial):\n    return 1.0\n")
-    done = tuner("create", "plain.py:objective", "--checkpoints", "local")
-    assert done.code == 2
-    assert "--checkpoints: the plain function plain.py:objective keeps none" in done.error()
+    for option, value in (("--checkpoints", "local"), ("--checkpoint-every", "5m")):
+        done = tuner("create", "plain.py:objective", option, value)
+        assert done.code == 2
+        assert f"{option}: the plain function plain.py:objective keeps no checkpoints" in done.error()

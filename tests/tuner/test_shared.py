@@ -96,8 +96,9 @@ def test_what_is_no_place_is_refused_in_one_line(given, told):
 
 def test_a_spec_that_was_stored_before_it_had_a_place_keeps_checkpoints_in_the_database():
     stored = a_spec().model_dump(mode="json")
-    del stored["checkpoints"]
-    assert parse_spec(stored, "digits").checkpoints == "database"
+    del stored["checkpoints"], stored["checkpoint_every_s"]
+    spec = parse_spec(stored, "digits")
+    assert (spec.checkpoints, spec.checkpoint_every_s) == ("database", 30.0)
 
 
 def test_the_spec_says_where(storage, tmp_path):

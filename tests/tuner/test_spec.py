@@ -73,6 +73,7 @@ def test_a_spec_cannot_be_changed():
         ({"sampler": {"name": "annealing"}}, "sampler.name"),
         ({"pruner": {"name": "hedge"}}, "pruner.name"),
         ({"retry": {"max_attempts": 0}}, "retry.max_attempts"),
+        ({"checkpoint_every_s": 0}, "checkpoint_every_s"),
         ({"prunner": {}}, "prunner"),
     ],
 )

@@ -76,6 +76,9 @@ class StudyOptions:
             " bucket of this study database's own: file:///mnt/share, s3://bucket/folder",
         ),
     ] = "database"
+    checkpoint_every: Annotated[
+        str, typer.Option(metavar="TIME", help="Save a trial's state at most this often: 30s, 5m.")
+    ] = "30s"
 
     def plan(self) -> dict[str, Any]:
         """Return the arguments of `tuner.study.plan`, as far checked as can be before torch is imported."""
@@ -100,6 +103,7 @@ class StudyOptions:
             "seed": self.seed,
             "training": self._training(),
             "checkpoints": checked_place(self.checkpoints),
+            "checkpoint_every_s": seconds("--checkpoint-every", self.checkpoint_every),
         }
 
     def _budget(self) -> Budget:
