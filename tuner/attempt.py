@@ -109,16 +109,27 @@ class TrialObjective:
         checkpoints: Path | None = None,
         log: Callable[[str], None] = lambda _: None,
     ) -> TrialObjective:
-        """Load the objective's train and valid data once, onto the device if it fits. The test split stays behind."""
+        """Load the objective's train and valid data once, onto the device if it fits. The test split stays behind.
+
+        Raises TunerError that says what is wrong with the data, BrokenDeviceError.
+        """
         if not isinstance(objective, Objective):
             return cls(spec=spec, objective=objective, device=device)
         import torchmetrics  # noqa: F401 - its 3 s are not to count as the first trial's
 
         set_deterministic(spec.training.deterministic)
+        name = type(objective).__name__
         try:
             data = place(load_data(objective, data_dir), device, spec.training.data, log)
         except DataError as error:
-            raise TunerError(f"{type(objective).__name__}: {error}") from error
+            raise TunerError(f"{name}: {error}") from error
+        except (RuntimeError, TypeError, MemoryError, OSError, DeadReaderError) as error:
+            if _is_of_device(error):
+                raise BrokenDeviceError(first_line(error)) from error
+            raise TunerError(
+                f"{name}: the data cannot be put on {device}: {type(error).__name__}: {first_line(error)};"
+                " where memory is short, try --data stream or fewer slots"
+            ) from error
         return cls(spec=spec, objective=objective, device=device, data=data, checkpoints=checkpoints, log=log)
 
     def checkpoint(self, number: int, params: dict[str, Any]) -> Checkpoint | None:

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import io
-import os
 import pickle
 import random
-import socket
 import struct
 import threading
 import time
@@ -21,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tuner import files
 from tuner.errors import SharedPlaceError, first_line
 from tuner.spec import Spec
 
@@ -250,19 +249,7 @@ class _File:
 
     def write(self, data: memoryview) -> None:
         """Replace it, so that it is whole at any time. Raises OSError, and then leaves it as it was."""
-        aside = self._path.with_name(f"{self._path.name}.{socket.gethostname()}-{os.getpid()}")
-        try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            with aside.open("wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(aside, self._path)
-            _sync_directory(self._path.parent)
-        except OSError:
-            with suppress(OSError):
-                aside.unlink()
-            raise
+        files.replace(self._path, data)
 
     def delete(self) -> None:
         for path in (self._path, *self._path.parent.glob(f"{self._path.name}.*")):
@@ -349,11 +336,3 @@ def _on_cpu(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return type(value)(_on_cpu(item) for item in value)
     return value
-
-
-def _sync_directory(directory: Path) -> None:
-    handle = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

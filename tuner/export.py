@@ -25,6 +25,7 @@ from tuner.attempt import load_data, with_line
 from tuner.batches import place_rows
 from tuner.data import Data, Inputs, Rows, join, tensors
 from tuner.errors import TunerError
+from tuner.files import sync_directory
 from tuner.log import Log
 from tuner.model import MANIFEST, PROGRAM, WEIGHTS, InputDescription, Manifest, load_program, sha256_of
 from tuner.objective import Objective
@@ -256,11 +257,7 @@ def _publish(directory: Path, output: Path) -> None:
             os.fsync(file.fileno())
     for name in (WEIGHTS, PROGRAM, MANIFEST):
         os.replace(directory / name, output / name)
-    handle = os.open(output, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    sync_directory(output)
 
 
 def _weights(model: nn.Module) -> dict[str, torch.Tensor]:

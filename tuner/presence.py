@@ -24,7 +24,7 @@ PROGRESS_S = 5.0
 LIVE_PROGRESS_S = 1.0
 """How often the study is looked at: for a line now and then, or for a display."""
 CLOSE_S = 3.0
-"""How long the way out waits for what is left to be written."""
+"""How long the way out waits at most for what is left to be written."""
 _PAUSE_S = 1.0
 
 
@@ -74,11 +74,11 @@ class Presence:
         self._has_news.set()
         self._wake.set()
 
-    def close(self) -> None:
+    def close(self, within_s: float = CLOSE_S) -> None:
         """Tell that the worker ends, and end the thread; what cannot be written soon is left to the leases' end."""
         self._closing.set()
         self._wake.set()
-        self._thread.join(CLOSE_S)
+        self._thread.join(min(within_s, CLOSE_S))
 
     def look(self) -> Snapshot | None:
         """Look at the study now; None if the database is away."""

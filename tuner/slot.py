@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import optuna
+import torch
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.pruners import BasePruner, PercentilePruner
 from optuna.trial import TrialState
@@ -120,6 +121,7 @@ class Slot:
         self._orders = orders
         self._parent = os.getppid()
         self._away_at = -OUTAGE_S
+        self._is_poisoned = False  # by a device that failed: this process can use it no more
         self._retry = Backoff(stop=orders.stop, notice=self._tell_outage, is_away=self._note_outage)
         self._storage = PostgresStorage(config.storage, application_name=f"tuner {config.worker}", retry=self._retry)
         self._engine: Engine = self._storage.engine
@@ -134,7 +136,7 @@ class Slot:
         """
         study = self._retry(lambda: open_study(self._engine, self._config.study))
         what = self._load(study)
-        shown = self._config.shown_device or str(what.device)
+        shown = self._shown(what.device)
         self._holder = claims.Holder(
             worker=self._config.worker, slot=self._config.slot, device=shown, share=self._config.share
         )
@@ -165,6 +167,15 @@ class Slot:
             self._emit(Event(event="nothing", message=claimed.reason, paused=claimed.paused))
             self._orders.stop.wait(poll_s)
             poll_s = min(2 * poll_s, POLL_S)
+
+    def _shown(self, device: torch.device) -> str:
+        """Return the worker's name for the device, where it is the one that the worker had in mind."""
+        wanted = self._config.shown_device
+        if wanted is None or wanted.partition(":")[0] == device.type:
+            return wanted or str(device)
+        message = f"torch cannot use {wanted}, which this machine has, and takes {device} instead"
+        self._emit(Event(event="note", message=message))
+        return str(device)
 
     def _load(self, study: Study) -> TrialObjective:
         source = find_objective(self._config.objective)
@@ -205,6 +216,8 @@ class Slot:
             self._release(study, held, "the database was away for too long")
         finally:
             self._storage.let_go(held)
+        if self._is_poisoned:
+            sys.exit(EXIT_AGAIN)  # whatever became of the trial
 
     def _run_held(
         self, study: Study, optuna_study: optuna.Study, what: TrialObjective, held: claims.Claim, lease: Lease
@@ -230,8 +243,6 @@ class Slot:
             self._end(optuna_study, what, held, trial, outcome)
         else:
             self._keep(optuna_study, held, trial, outcome)
-        if outcome.is_poisoned:
-            sys.exit(EXIT_AGAIN)  # the trial has ended, and takes the process along
 
     def _attempt(
         self, optuna_study: optuna.Study, what: TrialObjective, held: claims.Claim, lease: Lease
@@ -255,6 +266,7 @@ class Slot:
 
             trial = CheckedTrial(optuna_study, held.trial_id, check, reports, self._retry)
             outcome = run_attempt(what, trial)
+            self._is_poisoned = outcome.is_poisoned
             if outcome.failure == "infrastructure":
                 return trial, outcome, True  # it is run again, without them
             return trial, outcome, not reports.flush(OUTAGE_S, self._orders.stop)

@@ -27,7 +27,8 @@ class SlotPlan:
     """One slot. `device` is None for the best there is, which the slot finds out when it has imported torch.
 
     `share` is the part of its device that the slot has, `threads` how many of the CPU's. `visible` is what its process
-    gets as CUDA_VISIBLE_DEVICES, None to leave that as it is.
+    gets as CUDA_VISIBLE_DEVICES, None to leave that as it is. `is_chosen` if nobody named the device: should torch not
+    find it, the slot takes the best that there is instead.
     """
 
     number: int
@@ -35,6 +36,7 @@ class SlotPlan:
     share: float
     threads: int
     visible: str | None = None
+    is_chosen: bool = False
 
     @property
     def shown(self) -> str:
@@ -44,6 +46,8 @@ class SlotPlan:
     @property
     def own_device(self) -> str | None:
         """The device as the slot's process has to call it: the one that is visible is its first."""
+        if self.is_chosen:
+            return None
         return "cuda:0" if self.visible else self.device
 
     @property
@@ -60,7 +64,8 @@ def plan_slots(text: str, device: str | None = None, *, at_most: int | None = No
     `auto` is one slot for each CUDA device, or one for the best other device. Raises UsageError.
     """
     gpus = visible_gpus()
-    if text == "auto" or _NUMBER.fullmatch(text):
+    is_named = text != "auto" and not _NUMBER.fullmatch(text)
+    if not is_named:
         devices = _devices(text, device, gpus)
     elif device is not None:
         raise UsageError(f"--slots names the devices already, got --slots {text} and --device {device}: leave one out")
@@ -78,6 +83,7 @@ def plan_slots(text: str, device: str | None = None, *, at_most: int | None = No
             share=1 / shares[found],
             threads=threads,
             visible=_visible(found, gpus),
+            is_chosen=not is_named and device is None,
         )
         for number, found in enumerate(devices)
     ]

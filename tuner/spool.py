@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import uuid
 from collections.abc import Callable
 from contextlib import suppress
@@ -17,6 +16,7 @@ from storage import claims, delivery
 from storage.delivery import Result
 from storage.errors import InvalidWriteError
 from storage.sessions import Sessions
+from tuner import files
 
 _STATES: Final[dict[TrialState, Literal["COMPLETE", "PRUNED", "FAIL"]]] = {
     TrialState.COMPLETE: "COMPLETE",
@@ -56,14 +56,8 @@ class Spool:
             attrs=dict(result.attrs),
             reports=list(result.reports),
         )
-        self._directory.mkdir(parents=True, exist_ok=True)
         path = self._directory / f"{result.token}.json"
-        aside = path.with_suffix(f".{os.getpid()}")
-        with aside.open("w") as file:
-            file.write(kept.model_dump_json())
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
+        files.replace(path, kept.model_dump_json().encode())
         return path
 
     def is_empty(self) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import queue
 import threading
 import time
@@ -163,7 +164,7 @@ class Worker:
                         shown = presence.snapshot
                         progress.show(shown)
             finally:
-                presence.close()
+                presence.close(self._left_s())
             self._count_late_signals()
             if not self._signals and (last := presence.look()) is not None:
                 progress.show(last, last=True)
@@ -220,6 +221,10 @@ class Worker:
         for slot in self._slots:
             slot.process.drain()
         self._end_paused()
+
+    def _left_s(self) -> float:
+        """Return how long the worker may still take to end: it has a second after its slots."""
+        return math.inf if self._kill_at is None else max(0.0, self._kill_at + 1 - time.monotonic())
 
     def _end_paused(self) -> None:
         """End the slots that have no process, and wait to get one."""

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+import torch
 from command import Tuner, wait_for
 from optuna.trial import TrialState
 from sqlalchemy import text
@@ -55,6 +58,14 @@ def device_fails(trial):
 def hears_nothing(trial):
     (HERE / "deaf").touch()
     pause.wait(600)
+    return 1.0
+
+def takes_its_device_along_late(trial):
+    (HERE / f"runs-{os.getpid()}").touch()
+    if trial.number == 0 and len(list(HERE.glob("runs-*"))) == 1:
+        while not (HERE / "gate").exists():
+            pause.wait(0.05)
+        raise torch.AcceleratorError("CUDA error: device-side assert triggered")
     return 1.0
 
 def takes_its_device_along(trial):
@@ -256,3 +267,33 @@ def test_workers_in_different_time_zones_take_no_trial_from_each_other(tuner: Tu
     outcomes = query(database, "select outcome, count(*) from tuner_attempts group by 1 order by 1")
     assert outcomes in ([("complete", 6)], [("complete", 6), ("fail", 1)])  # out of memory beside the other worker's
     assert {abs(trial.duration.total_seconds()) < 60 for trial in trials_of(database) if trial.duration} == {True}
+
+
+def test_a_process_whose_device_is_lost_ends_whatever_became_of_its_trial(tuner: Tuner, database: str) -> None:
+    worker = create(tuner, "takes_its_device_along_late", 1)
+    with tuner.start(*worker) as running:
+        wait_for(lambda: len(list(tuner.directory.glob("runs-*"))) == 1, "the trial runs")
+        assert tuner("release", "s", "0").code == 0
+        (tuner.directory / "gate").touch()
+        done = running.finish()
+    assert done.code == 0, done.stderr
+    assert len(list(tuner.directory.glob("runs-*"))) == 2  # each of a process of its own
+    assert [trial.state for trial in trials_of(database)] == [TrialState.COMPLETE]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="has a CUDA device that torch can use")
+def test_slots_that_nobody_named_take_another_device_where_torch_cannot_use_the_gpu(
+    tuner: Tuner, database: str, tmp_path: Path
+) -> None:
+    smi = tmp_path / "bin" / "nvidia-smi"
+    smi.parent.mkdir()
+    smi.write_text("#!/bin/sh\necho 'GPU 0: NVIDIA H100 (UUID: GPU-7f)'\n")
+    smi.chmod(0o755)
+    worker = create(tuner, "short", 1)
+    with tuner.start(*worker, PATH=f"{smi.parent}:{os.environ['PATH']}") as running:
+        done = running.finish()
+    assert done.code == 0, done.stderr
+    assert [event["device"] for event in running.events("ready")] == ["cpu"]
+    (note,) = running.events("note")
+    assert note["message"].startswith("torch cannot use cuda:0, which this machine has, and takes cpu instead")
+    assert query(database, "select device from tuner_attempts") == [("cpu",)]

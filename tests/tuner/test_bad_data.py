@@ -282,3 +282,13 @@ def test_a_data_directory_that_cannot_be_read_is_told_in_one_line(tmp_path, make
     assert told in str(caught.value)
     assert str(tmp_path) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="has the device that is to be missing")
+def test_data_that_cannot_be_put_on_the_device_are_told_in_one_line():
+    with pytest.raises(TunerError) as caught:
+        TrialObjective.load(a_spec(), Signs(), "data", torch.device("cuda"))
+    message = str(caught.value)
+    assert message.startswith("Signs: the data cannot be put on cuda: ")
+    assert message.endswith("where memory is short, try --data stream or fewer slots")
+    assert "\n" not in message

@@ -25,6 +25,7 @@ def summary(text: str, device: str | None = None) -> list[tuple[str | None, str 
 
 def test_auto_is_a_slot_for_each_cuda_device(two_gpus):
     assert summary("auto") == [("cuda:0", "4", 1.0), ("cuda:1", "GPU-7f", 1.0)]
+    assert [plan.own_device for plan in plan_slots("auto")] == [None, None]  # the only one that each sees, if any
 
 
 def test_auto_without_a_gpu_is_one_slot_on_the_best_there_is(no_gpu):
