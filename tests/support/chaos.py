@@ -124,8 +124,8 @@ class Chaos:
         self._healing: list[threading.Timer] = []
 
     def inject(self) -> None:
-        """Inject a fault into one of the machines, or into the server."""
-        faults: dict[str, Callable[[Machine], None]] = {
+        """Inject a fault into one of the machines, or into the server; it counts if there was something to hit."""
+        faults: dict[str, Callable[[Machine], bool]] = {
             "SIGKILL of a slot": lambda machine: self._signal(machine, "slot", signal.SIGKILL),
             "SIGKILL of a worker": lambda machine: self._signal(machine, "worker", signal.SIGKILL),
             "loss of a machine": self._lose,
@@ -136,8 +136,7 @@ class Chaos:
             "partition": self._partition,
         }
         name = self._random.choice(list(faults))
-        self.injected[name] += 1
-        faults[name](self._random.choice(self._machines))
+        self.injected[name] += faults[name](self._random.choice(self._machines))
 
     def heal(self) -> None:
         """End all faults that last."""
@@ -145,21 +144,24 @@ class Chaos:
             timer.cancel()
             timer.function()
 
-    def _signal(self, machine: Machine, who: str, number: signal.Signals) -> None:
+    def _signal(self, machine: Machine, who: str, number: signal.Signals) -> bool:
         pids = machine.pids(who)
         if pids:
             with suppress(ProcessLookupError):
                 os.kill(self._random.choice(pids), number)
+        return bool(pids)
 
-    def _lose(self, machine: Machine) -> None:
-        for pid in (*machine.pids("worker"), *machine.pids("slot")):
+    def _lose(self, machine: Machine) -> bool:
+        pids = (*machine.pids("worker"), *machine.pids("slot"))
+        for pid in pids:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
+        return bool(pids)
 
-    def _freeze(self, machine: Machine, who: str) -> None:
+    def _freeze(self, machine: Machine, who: str) -> bool:
         pids = machine.pids(who)
         if not pids:
-            return
+            return False
         pid = self._random.choice(pids)
 
         def thaw() -> None:
@@ -169,19 +171,22 @@ class Chaos:
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGSTOP)
         self._later(thaw)
+        return True
 
-    def _partition(self, machine: Machine) -> None:
+    def _partition(self, machine: Machine) -> bool:
         drop = self._random.random() < 0.5
         machine.gate.shut()
         self._later(lambda: machine.gate.open(drop=drop))
+        return bool(machine.pids("worker"))
 
-    def _restart(self) -> None:
+    def _restart(self) -> bool:
         pid = self._server.status().pid
         if pid is not None:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGQUIT)  # PostgreSQL's "immediate" shutdown
             wait_for(lambda: not self._server.status().running, "the server is gone")
         self._server.start()
+        return True
 
     def _later(self, end: Callable[[], None]) -> None:
         timer = threading.Timer(self._random.uniform(1, self._longest_s), end)
