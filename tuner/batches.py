@@ -5,6 +5,7 @@ Knows nothing of Optuna or of a database.
 
 from __future__ import annotations
 
+import errno
 import multiprocessing
 import os
 import signal
@@ -35,7 +36,7 @@ CHECKED_ROWS = 64
 tenth of them, such as the last of ten classes, all but once in a thousand times."""
 PREFETCHED = 4
 """How many batches each reader is ahead."""
-_DEAD_READER = "DataLoader worker (pid"  # what torch says of one
+_DEAD_READER = ("DataLoader worker (pid", "Pin memory thread exited unexpectedly")  # what torch says of one
 
 
 class DeadReaderError(Exception):
@@ -121,7 +122,7 @@ class Streamed:
 
     def _read(self) -> Generator[Batch, None, None]:
         started_at = time.perf_counter()
-        for read in _watched(_started(self._loader)):
+        for read in _watched(self._loader):
             if isinstance(read, DataError):
                 raise read
             batch = Batch(
@@ -308,13 +309,18 @@ def _started(loader: Any) -> Iterator[Any]:
         signal.signal(signal.SIGCHLD, handler)
 
 
-def _watched(reading: Iterator[Any]) -> Iterator[Any]:
-    """Yield what is read; what samples raise is among it, so that all that is raised is of the reading itself."""
+def _watched(loader: Any) -> Iterator[Any]:
+    """Yield what is read; what samples raise is among it, so that all that is raised is of the reading itself.
+
+    Starting is part of that: a later epoch's finds out about a reader that was killed between the epochs.
+    """
     try:
-        yield from reading
+        yield from _started(loader)
     except (OSError, EOFError, RuntimeError) as error:  # the first two where what it had sent cannot be taken over
-        if isinstance(error, RuntimeError) and _DEAD_READER not in str(error):
+        if isinstance(error, RuntimeError) and not any(told in str(error) for told in _DEAD_READER):
             raise
+        if isinstance(error, OSError) and error.errno == errno.ENOMEM:
+            raise MemoryError(f"no memory to start a process that reads samples: {error}") from error
         raise DeadReaderError("a process that reads samples was killed, as a host out of memory does it") from error
 
 

@@ -1,3 +1,4 @@
+import errno
 import os
 import signal
 
@@ -6,7 +7,7 @@ import torch
 from torch import nn
 
 from tuner import batches, training
-from tuner.batches import Resident, Streamed, batches_of, place
+from tuner.batches import DeadReaderError, Resident, Streamed, batches_of, place
 from tuner.data import Data, DataError, Samples, Split, tensors
 
 CPU = torch.device("cpu")
@@ -279,3 +280,40 @@ def test_batches_are_read_ahead_and_pinned_for_a_cuda_device(streamed, device, p
     loader = streamed(Samples(Readers()), 4, torch.device(device), 2)._loader
     assert loader.pin_memory == pinned
     assert loader.prefetch_factor > 1
+
+
+def test_a_reader_that_was_killed_between_two_epochs_is_told_as_one(streamed):
+    rows = streamed(Samples(Readers()), 4, CPU, 2)
+    list(rows.in_order())
+    reader = rows._loader._iterator._workers[0]
+    reader.kill()
+    reader.join()
+    with pytest.raises(DeadReaderError, match="a process that reads samples was killed"):
+        list(rows.in_order())
+
+
+class Failing:
+    """A loader that raises when it is started."""
+
+    def __init__(self, error):
+        self.error = error
+
+    def __iter__(self):
+        raise self.error
+
+
+@pytest.mark.parametrize(
+    ("error", "told_as"),
+    [
+        (RuntimeError("DataLoader worker (pid 12) is killed by signal: Killed."), DeadReaderError),
+        (RuntimeError("DataLoader worker (pid(s) 12) exited unexpectedly"), DeadReaderError),
+        (RuntimeError("Pin memory thread exited unexpectedly"), DeadReaderError),
+        (EOFError(), DeadReaderError),
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), MemoryError),
+        (RuntimeError("of another kind"), RuntimeError),
+    ],
+)
+def test_what_a_loader_raises_is_told_by_its_cause(error, told_as):
+    with pytest.raises(Exception) as caught:  # noqa: PT011 - its exact type is looked at
+        list(batches._watched(Failing(error)))
+    assert type(caught.value) is told_as
