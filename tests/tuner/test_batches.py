@@ -1,6 +1,7 @@
 import errno
 import os
 import signal
+import threading
 
 import pytest
 import torch
@@ -317,3 +318,72 @@ def test_what_a_loader_raises_is_told_by_its_cause(error, told_as):
     with pytest.raises(Exception) as caught:  # noqa: PT011 - its exact type is looked at
         list(batches._watched(Failing(error)))
     assert type(caught.value) is told_as
+
+
+class Raising(Pairs):
+    def __init__(self, error):
+        super().__init__(64)
+        self.error = error
+
+    def __getitem__(self, row):
+        if row == 40:
+            raise self.error
+        return super().__getitem__(row)
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "number"),
+    [
+        (OSError(errno.EIO, "Input/output error", "/data/x.jpg"), OSError, errno.EIO),
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), MemoryError, None),
+        (MemoryError(), MemoryError, None),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), MemoryError, None),
+        (FileNotFoundError(errno.ENOENT, "No such file", "/data/x.jpg"), DataError, None),
+    ],
+)
+@READERS
+def test_a_broken_disk_and_too_little_memory_are_not_told_as_of_the_data(streamed, error, kind, number, readers):
+    with pytest.raises(kind) as caught:
+        list(streamed(Samples(Raising(error), split="train"), 8, CPU, readers).in_order())
+    assert type(caught.value) is kind
+    assert getattr(caught.value, "errno", None) == number
+
+
+FULL = "unable to allocate shared memory(shm) for file </torch_1_2_3>: No space left on device (28)"
+
+
+def no_space(*_):
+    raise RuntimeError(FULL)
+
+
+@pytest.mark.parametrize("rows", [a_split(), Pairs()])
+def test_a_batch_for_which_there_is_no_shared_memory_is_told_and_not_waited_for(monkeypatch, streamed, rows):
+    monkeypatch.setattr(torch.Tensor, "share_memory_", no_space)
+    with pytest.raises(DataError) as caught:
+        list(streamed(Samples(rows, split="train"), 4, CPU, 1).in_order())
+    assert str(caught.value) == (
+        f"processes that read samples need shared memory, got {FULL!r}:"
+        " give it a larger /dev/shm (docker --shm-size), or use --data resident"
+    )
+
+
+def test_samples_that_find_no_shared_memory_are_not_told_as_of_different_shapes(monkeypatch, streamed):
+    monkeypatch.setattr(torch.utils.data, "default_collate", no_space)
+    with pytest.raises(DataError, match="processes that read samples need shared memory"):
+        list(streamed(Samples(Pairs(), split="train"), 4, CPU, 1).in_order())
+
+
+class Stuck(Pairs):
+    def __getitem__(self, row):
+        if row >= 2:
+            threading.Event().wait(60)
+        return super().__getitem__(row)
+
+
+def test_closing_ends_readers_that_are_stuck(monkeypatch, streamed):
+    monkeypatch.setattr(batches, "CLOSE_S", 0.1)
+    rows = streamed(Samples(Stuck()), 2, CPU, 2)
+    next(rows.in_order())
+    readers = batches._workers(rows._loader)
+    rows.close()
+    assert [reader.exitcode for reader in readers] == [-signal.SIGKILL] * 2
