@@ -151,6 +151,8 @@ class Streamed:
 
     def _read(self) -> Generator[Batch, None, None]:
         started_at = time.perf_counter()
+        # MPS would read pageable memory after it was freed (pytorch issues 139550 and 189690).
+        move = partial(Tensor.to, device=self._device, non_blocking=self._device.type == "cuda")
         for read in _watched(self._loader):
             if self._at_exit is None:
                 # Where it is never closed: what ends processes at the exit waits for them, and they outlive a SIGTERM.
@@ -158,8 +160,8 @@ class Streamed:
             if isinstance(read, Exception):
                 raise read
             batch = Batch(
-                map_inputs(lambda tensor: tensor.to(self._device, non_blocking=True), read.inputs),
-                read.targets.to(self._device, non_blocking=True),
+                map_inputs(move, read.inputs),
+                move(read.targets),
             )
             self.waited_s += time.perf_counter() - started_at
             yield batch
@@ -328,6 +330,8 @@ def _loader(samples: Samples, plan: list[_Planned], device: torch.device, reader
     if readers:
         # By fork where there is one: an objective that was loaded from a file cannot be imported by its name.
         context = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
+        readers = _possible_readers(samples.dataset, readers, context.get_start_method())
+    if readers:
         in_processes = {
             "worker_init_fn": _outlive_sigterm,
             "persistent_workers": True,
@@ -343,6 +347,13 @@ def _loader(samples: Samples, plan: list[_Planned], device: torch.device, reader
         generator=torch.Generator(),  # or it would draw from the global one
         **in_processes,
     )
+
+
+def _possible_readers(dataset: Any, readers: int, start_method: str) -> int:
+    """Return 0 where a process that is not forked could not import the data set's class: one of an objective's file."""
+    parts = [dataset, *getattr(dataset, "datasets", ()), getattr(dataset, "dataset", None)]  # joined, or a subset
+    of_file = any(type(part).__module__.startswith("tuner_objective_") for part in parts)
+    return 0 if of_file and start_method != "fork" else readers
 
 
 def _started(loader: Any) -> Iterator[Any]:

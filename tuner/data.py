@@ -95,7 +95,8 @@ class Split:
 
     def to(self, device: torch.device) -> Split:
         """Return the split on `device`; the tensors that are there already are shared, not copied."""
-        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+        # MPS would read pageable memory after it was freed (pytorch issues 139550 and 189690).
+        return self._map(lambda tensor: tensor.to(device, non_blocking=device.type == "cuda"))
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> Split:
         return Split(map_inputs(function, self.inputs), function(self.targets))

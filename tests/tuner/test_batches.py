@@ -3,9 +3,11 @@ import os
 import signal
 import threading
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import ConcatDataset
 
 from tuner import batches, training
 from tuner.batches import DeadReaderError, Resident, Streamed, batches_of, place
@@ -387,3 +389,28 @@ def test_closing_ends_readers_that_are_stuck(monkeypatch, streamed):
     readers = batches._workers(rows._loader)
     rows.close()
     assert [reader.exitcode for reader in readers] == [-signal.SIGKILL] * 2
+
+
+def test_a_whole_number_of_numpy_is_a_batch_size():
+    split = Samples(Pairs(30)).rows(slice(None))
+    (one, _), (other, _) = fitted(split, batch_size=np.int64(8)), fitted(split)
+    assert_equal(one, other)
+
+
+@pytest.mark.parametrize(("start_method", "readers"), [("fork", 2), ("spawn", 0), ("forkserver", 0)])
+@pytest.mark.parametrize("joined", [False, True])
+def test_samples_of_an_objectives_file_are_read_by_processes_only_where_they_are_forked(start_method, readers, joined):
+    dataset = type("Mine", (Pairs,), {"__module__": "tuner_objective_mine_01234567"})()
+    whole = ConcatDataset([Pairs(), dataset]) if joined else dataset
+    assert batches._possible_readers(whole, 2, start_method) == readers
+    assert batches._possible_readers(Pairs(), 2, start_method) == 2
+
+
+@pytest.mark.parametrize(("device", "waits"), [("cuda", False), ("mps", True), ("cpu", True)])
+def test_only_copies_to_a_cuda_device_are_not_waited_for(monkeypatch, device, waits):
+    seen = []
+    monkeypatch.setattr(
+        torch.Tensor, "to", lambda tensor, device, non_blocking=False: seen.append(non_blocking) or tensor
+    )
+    a_split().to(torch.device(device))
+    assert seen == [not waits] * 2
