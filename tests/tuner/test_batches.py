@@ -414,3 +414,28 @@ def test_only_copies_to_a_cuda_device_are_not_waited_for(monkeypatch, device, wa
     )
     a_split().to(torch.device(device))
     assert seen == [not waits] * 2
+
+
+LEFT_OPEN = """
+import threading, torch
+from tuner.batches import Streamed
+from tuner.data import Samples
+
+class Stuck:
+    def __len__(self):
+        return 64
+
+    def __getitem__(self, row):
+        if row >= 16:
+            threading.Event().wait(600)
+        return torch.ones(3), 1
+
+reading = Streamed(Samples(Stuck()), 8, torch.device("cpu"), 2).in_order()
+next(reading)
+"""
+
+
+def test_a_process_ends_though_a_reader_that_it_left_open_is_stuck(start_python):
+    process = start_python(LEFT_OPEN)
+    assert process.communicate(timeout=60) == ("", "")
+    assert process.returncode == 0
