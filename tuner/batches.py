@@ -5,6 +5,8 @@ Knows nothing of Optuna or of a database.
 
 from __future__ import annotations
 
+import atexit
+import errno
 import multiprocessing
 import os
 import signal
@@ -13,13 +15,27 @@ import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
+from functools import partial
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, get_worker_info
 
-from tuner.data import Batch, Data, DataError, Inputs, Rows, Samples, Split, concatenate, map_inputs, tensors
+from tuner.data import (
+    Batch,
+    Data,
+    DataError,
+    Inputs,
+    Rows,
+    Samples,
+    Split,
+    concatenate,
+    is_of_shared_memory,
+    map_inputs,
+    tensors,
+)
+from tuner.errors import first_line
 from tuner.seeds import derive_seed, seed_everything
 from tuner.spec import DataPlace
 
@@ -35,7 +51,9 @@ CHECKED_ROWS = 64
 tenth of them, such as the last of ten classes, all but once in a thousand times."""
 PREFETCHED = 4
 """How many batches each reader is ahead."""
-_DEAD_READER = "DataLoader worker (pid"  # what torch says of one
+CLOSE_S = 2.0
+"""How long processes that read have to end by themselves."""
+_DEAD_READER = ("DataLoader worker (pid", "Pin memory thread exited unexpectedly")  # what torch says of one
 
 
 class DeadReaderError(Exception):
@@ -94,6 +112,7 @@ class Streamed:
         self._device = device
         self._plan: list[_Planned] = []
         self._reading: Generator[Batch, None, None] | None = None
+        self._at_exit: Callable[[], None] | None = None
         self._loader = _loader(samples, self._plan, device, default_readers() if readers is None else readers)
 
     def in_order(self) -> Iterator[Batch]:
@@ -115,18 +134,34 @@ class Streamed:
 
         Left to the garbage collector, which may take their queues first, it takes 5 s (torch 2.15, 2026-11).
         """
+        workers = _workers(self._loader)
+        # Torch waits 5 s for each, and ends those that are stuck in a read by a SIGTERM, which they outlive.
+        killing = threading.Timer(CLOSE_S, _kill, [workers])
+        if workers:
+            killing.start()
         if self._reading is not None:
             self._reading.close()
         self._loader = None
+        killing.cancel()
+        _kill(workers)
+        for worker in workers:
+            worker.join()
+        if self._at_exit is not None:
+            atexit.unregister(self._at_exit)
 
     def _read(self) -> Generator[Batch, None, None]:
         started_at = time.perf_counter()
-        for read in _watched(_started(self._loader)):
-            if isinstance(read, DataError):
+        # MPS would read pageable memory after it was freed (pytorch issues 139550 and 189690).
+        move = partial(Tensor.to, device=self._device, non_blocking=self._device.type == "cuda")
+        for read in _watched(self._loader):
+            if self._at_exit is None:
+                # Where it is never closed: what ends processes at the exit waits for them, and they outlive a SIGTERM.
+                self._at_exit = atexit.register(partial(_kill, _workers(self._loader)))
+            if isinstance(read, Exception):
                 raise read
             batch = Batch(
-                map_inputs(lambda tensor: tensor.to(self._device, non_blocking=True), read.inputs),
-                read.targets.to(self._device, non_blocking=True),
+                map_inputs(move, read.inputs),
+                move(read.targets),
             )
             self.waited_s += time.perf_counter() - started_at
             yield batch
@@ -201,7 +236,7 @@ def _check_some(rows: Rows) -> None:
     if isinstance(rows, Samples):
         n = min(CHECKED_ROWS, len(rows))
         read = _read(rows, [place * len(rows) // n for place in range(n)])
-        if isinstance(read, DataError):
+        if isinstance(read, Exception):
             raise read
 
 
@@ -261,18 +296,33 @@ class _Reader:
     def __getitem__(self, row: int) -> Any:
         raise NotImplementedError  # the loader asks for batches
 
-    def __getitems__(self, planned: _Planned) -> Batch | DataError:
-        if self._samples.random and get_worker_info() is not None:
+    def __getitems__(self, planned: _Planned) -> Batch | Exception:
+        in_process = get_worker_info() is not None
+        if self._samples.random and in_process:
             seed_everything(planned.seed)  # a process that lives on would go on where it was in the last epoch
-        # Returned and not raised: a loader puts the process's whole traceback into the message.
-        return _read(self._samples, planned.rows)
+        return _read(self._samples, planned.rows, shared=in_process)
 
 
-def _read(samples: Samples, rows: list[int]) -> Batch | DataError:
+def _read(samples: Samples, rows: list[int], *, shared: bool = False) -> Batch | Exception:
+    """Return the batch, or what is to be raised instead.
+
+    A loader would put a whole traceback into its message, and lose the number of an OSError.
+    """
     try:
-        return samples.read(rows).batch
-    except DataError as error:
+        batch = samples.read(rows).batch
+        if shared:  # the queue would do it, but in a thread that drops what finds no room and lets all wait for ever
+            for tensor in (*tensors(batch.inputs), batch.targets):
+                tensor.share_memory_()
+    except (DataError, MemoryError, OSError) as error:
         return error
+    except RuntimeError as error:
+        if not is_of_shared_memory(error):
+            raise
+        return DataError(
+            f"processes that read samples need shared memory, got {first_line(error)!r}:"
+            " give it a larger /dev/shm (docker --shm-size), or use --data resident"
+        )
+    return batch
 
 
 def _loader(samples: Samples, plan: list[_Planned], device: torch.device, readers: int) -> Any:
@@ -280,6 +330,8 @@ def _loader(samples: Samples, plan: list[_Planned], device: torch.device, reader
     if readers:
         # By fork where there is one: an objective that was loaded from a file cannot be imported by its name.
         context = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
+        readers = _possible_readers(samples.dataset, readers, context.get_start_method())
+    if readers:
         in_processes = {
             "worker_init_fn": _outlive_sigterm,
             "persistent_workers": True,
@@ -297,6 +349,13 @@ def _loader(samples: Samples, plan: list[_Planned], device: torch.device, reader
     )
 
 
+def _possible_readers(dataset: Any, readers: int, start_method: str) -> int:
+    """Return 0 where a process that is not forked could not import the data set's class: one of an objective's file."""
+    parts = [dataset, *getattr(dataset, "datasets", ()), getattr(dataset, "dataset", None)]  # joined, or a subset
+    of_file = any(type(part).__module__.startswith("tuner_objective_") for part in parts)
+    return 0 if of_file and start_method != "fork" else readers
+
+
 def _started(loader: Any) -> Iterator[Any]:
     """Start the readers. The handler that torch sets for their end raises in whatever the main thread does then."""
     if threading.current_thread() is not threading.main_thread():
@@ -308,14 +367,29 @@ def _started(loader: Any) -> Iterator[Any]:
         signal.signal(signal.SIGCHLD, handler)
 
 
-def _watched(reading: Iterator[Any]) -> Iterator[Any]:
-    """Yield what is read; what samples raise is among it, so that all that is raised is of the reading itself."""
+def _watched(loader: Any) -> Iterator[Any]:
+    """Yield what is read; what samples raise is among it, so that all that is raised is of the reading itself.
+
+    Starting is part of that: a later epoch's finds out about a reader that was killed between the epochs.
+    """
     try:
-        yield from reading
+        yield from _started(loader)
     except (OSError, EOFError, RuntimeError) as error:  # the first two where what it had sent cannot be taken over
-        if isinstance(error, RuntimeError) and _DEAD_READER not in str(error):
+        if isinstance(error, RuntimeError) and not any(told in str(error) for told in _DEAD_READER):
             raise
+        if isinstance(error, OSError) and error.errno == errno.ENOMEM:
+            raise MemoryError(f"no memory to start a process that reads samples: {error}") from error
         raise DeadReaderError("a process that reads samples was killed, as a host out of memory does it") from error
+
+
+def _workers(loader: Any) -> list[Any]:
+    """Return the processes that read for this loader, if it has been started."""
+    return list(getattr(getattr(loader, "_iterator", None), "_workers", ()))
+
+
+def _kill(workers: Sequence[Any]) -> None:
+    for worker in workers:
+        worker.kill()
 
 
 def _outlive_sigterm(_: int) -> None:
@@ -324,5 +398,5 @@ def _outlive_sigterm(_: int) -> None:
     signal.signal(signal.SIGTERM, lambda *_: None)
 
 
-def _as_it_is(read: Batch | DataError) -> Batch | DataError:
+def _as_it_is(read: Batch | Exception) -> Batch | Exception:
     return read

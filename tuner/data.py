@@ -5,6 +5,7 @@ Nothing here knows of Optuna or of a database.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import os
@@ -28,6 +29,8 @@ Inputs: TypeAlias = Tensor | tuple[Tensor, ...] | dict[str, Tensor]
 # What readers of files raise for one that was cut off or is something else: of torch, NumPy, pickle and zlib.
 _UNREADABLE = (RuntimeError, ValueError, LookupError, AssertionError, EOFError, pickle.UnpicklingError, zlib.error)
 
+BROKEN_ERRNOS = frozenset({errno.EIO, errno.ESTALE, errno.ENODEV, errno.ENXIO})
+"""What the system says of a file where its disk or its server is broken, and not the file."""
 READ_ROWS = 1024
 """How many samples are read at once where all of them are needed."""
 
@@ -92,7 +95,8 @@ class Split:
 
     def to(self, device: torch.device) -> Split:
         """Return the split on `device`; the tensors that are there already are shared, not copied."""
-        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+        # MPS would read pageable memory after it was freed (pytorch issues 139550 and 189690).
+        return self._map(lambda tensor: tensor.to(device, non_blocking=device.type == "cuda"))
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> Split:
         return Split(map_inputs(function, self.inputs), function(self.targets))
@@ -130,12 +134,17 @@ class Samples:
         return self.read(torch.arange(len(self))[index].tolist())
 
     def read(self, rows: Sequence[int]) -> Split:
-        """Read these rows. Raises DataError, naming the split, if they cannot be read or trained on."""
+        """Read these rows. Raises DataError, naming the split, if they cannot be read or trained on.
+
+        Raises MemoryError where memory ran out, and OSError where a disk is broken: neither is of the data.
+        """
         if isinstance(self.dataset, Split):
             return self.dataset.rows(torch.tensor(rows))
         try:
             samples = self._samples(rows)
         except Exception as error:
+            if (of_machine := _of_machine(error)) is not None:
+                raise of_machine from error
             place = traceback.extract_tb(error.__traceback__)[-1]
             raise DataError(
                 f"the {self.split} split cannot be read: {type(error).__name__}: {first_line(error)}"
@@ -215,6 +224,11 @@ def tensors(inputs: Inputs) -> tuple[Tensor, ...]:
     if isinstance(inputs, Tensor):
         return (inputs,)
     return tuple(inputs.values()) if isinstance(inputs, dict) else inputs
+
+
+def is_of_shared_memory(error: BaseException) -> bool:
+    """Whether torch found no shared memory for a tensor."""
+    return isinstance(error, RuntimeError) and ("shared memory" in str(error) or "</torch_" in str(error))
 
 
 def map_inputs(function: Callable[[Tensor], Tensor], inputs: Inputs) -> Inputs:
@@ -356,11 +370,27 @@ def _collate(samples: list[Any], name: str) -> Split:
     try:
         inputs, targets = default_collate(samples)
     except (TypeError, ValueError, RuntimeError) as error:
+        if is_of_shared_memory(error):
+            raise
+        if (of_machine := _of_machine(error)) is not None:
+            raise of_machine from error
         raise DataError(
             f"a sample of the {name} split needs to be (inputs, target), tensors of one shape in all rows:"
             f" {first_line(error)}"
         ) from error
     return Split(tuple(inputs) if isinstance(inputs, list) else inputs, targets)
+
+
+def _of_machine(error: Exception) -> Exception | None:
+    """Return what to raise for an error that is the machine's and not the data's: a plain one, which can be sent."""
+    if isinstance(error, OSError) and error.errno in BROKEN_ERRNOS:
+        return OSError(error.errno, error.strerror, error.filename)
+    no_memory = (
+        isinstance(error, MemoryError | torch.OutOfMemoryError)
+        or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
+        or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))  # torch's, of the host
+    )
+    return MemoryError(first_line(error) or "out of memory") if no_memory else None
 
 
 def _check_values(split: Split, name: str, n_classes: int) -> None:

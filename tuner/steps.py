@@ -21,6 +21,8 @@ Loss: TypeAlias = Callable[[Any, Tensor], Tensor]
 WARM_UP_STEPS = 3
 """Steps that are run before the next is captured: libraries choose their algorithms in the first ones."""
 
+# Optimizers whose update does not depend on how many there were; a count on the host would be captured as it is.
+_WITHOUT_COUNT = {torch.optim.SGD, getattr(torch.optim, "Muon", torch.optim.SGD)}  # not every torch has Muon
 _HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -84,6 +86,7 @@ class Step:
         self._take = self._eager
         if compiled:
             self._eager_model = model
+            torch.compiler.reset()  # or it stops after 8 models of a process, as all are called by the same code
             self._model = torch.compile(model)
             self._take = self._first_compiled
         self._graph: _Graph | None = None
@@ -148,6 +151,9 @@ class Step:
             return f"as this device is {self._device} and not CUDA"
         if self.scaler.is_enabled():
             return "as fp16's scaling decides on the host whether to update; bf16 needs none"
+        kind = type(self._optimizer)
+        if kind not in _WITHOUT_COUNT and any("capturable" not in group for group in self._optimizer.param_groups):
+            return f"as {kind.__name__} cannot keep its count of steps on the device; SGD and AdamW can"
         return None
 
     def _replay(self, graph: _Graph, batch: Batch) -> Tensor:
@@ -195,7 +201,10 @@ class _Graph:
 
     def warm_up(self, batch: Batch) -> AbstractContextManager[object]:
         """Return a context for a step that is not captured, on the stream that capturing needs it on."""
-        self._shapes = self._shapes or _shapes(batch)  # an epoch's first batch is as big as any
+        shapes = _shapes(batch)
+        # An epoch's first batch is as big as any, unless it was resumed at its last one.
+        if not self._shapes or shapes[-1][0] > self._shapes[-1][0]:
+            self._shapes, self._steps, self._graph = shapes, 0, None
         self._steps += 1
         return _on(self._stream)
 

@@ -148,6 +148,7 @@ def fit(
     """
     if not _is_whole(batch_size) or batch_size < 1:
         raise ObjectiveError(f"batch_size needs a whole number above 0, got {batch_size!r}")
+    batch_size = int(batch_size)  # torch splits by no other
     if max_grad_norm is not None and not max_grad_norm > 0:
         raise ObjectiveError(f"max_grad_norm needs a number above 0, or None for no clipping, got {max_grad_norm!r}")
     device = _device_of(model, train)
@@ -461,7 +462,7 @@ def _device_of(model: nn.Module, rows: Rows) -> torch.device:
 
 
 def _is_whole(number: object) -> bool:
-    return isinstance(number, Integral)  # NumPy's as well
+    return isinstance(number, Integral) and not isinstance(number, bool)  # NumPy's as well
 
 
 def _wants_channels_last(model: nn.Module, device: torch.device) -> bool:

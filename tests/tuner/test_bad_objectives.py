@@ -35,6 +35,7 @@ def loss(function):
         ("build_loss", loss(lambda found: found[None]), NO_NUMBER + "a tensor of shape [1]"),
         ("build_loss", loss(lambda found: found.detach()), NO_GRADIENT),
         ("batch_size", lambda *_: 0, "batch_size needs a whole number above 0, got 0"),
+        ("batch_size", lambda *_: True, "batch_size needs a whole number above 0, got True"),
         ("batch_size", lambda *_: 2.5, "batch_size needs a whole number above 0, got 2.5"),
         ("max_grad_norm", lambda *_: -1.0, "max_grad_norm needs a number above 0, or None for no clipping, got -1.0"),
         ("max_grad_norm", lambda *_: math.nan, "max_grad_norm needs a number above 0"),

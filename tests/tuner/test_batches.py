@@ -1,12 +1,16 @@
+import errno
 import os
 import signal
+import threading
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import ConcatDataset
 
 from tuner import batches, training
-from tuner.batches import Resident, Streamed, batches_of, place
+from tuner.batches import DeadReaderError, Resident, Streamed, batches_of, place
 from tuner.data import Data, DataError, Samples, Split, tensors
 
 CPU = torch.device("cpu")
@@ -279,3 +283,159 @@ def test_batches_are_read_ahead_and_pinned_for_a_cuda_device(streamed, device, p
     loader = streamed(Samples(Readers()), 4, torch.device(device), 2)._loader
     assert loader.pin_memory == pinned
     assert loader.prefetch_factor > 1
+
+
+def test_a_reader_that_was_killed_between_two_epochs_is_told_as_one(streamed):
+    rows = streamed(Samples(Readers()), 4, CPU, 2)
+    list(rows.in_order())
+    reader = rows._loader._iterator._workers[0]
+    reader.kill()
+    reader.join()
+    with pytest.raises(DeadReaderError, match="a process that reads samples was killed"):
+        list(rows.in_order())
+
+
+class Failing:
+    """A loader that raises when it is started."""
+
+    def __init__(self, error):
+        self.error = error
+
+    def __iter__(self):
+        raise self.error
+
+
+@pytest.mark.parametrize(
+    ("error", "told_as"),
+    [
+        (RuntimeError("DataLoader worker (pid 12) is killed by signal: Killed."), DeadReaderError),
+        (RuntimeError("DataLoader worker (pid(s) 12) exited unexpectedly"), DeadReaderError),
+        (RuntimeError("Pin memory thread exited unexpectedly"), DeadReaderError),
+        (EOFError(), DeadReaderError),
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), MemoryError),
+        (RuntimeError("of another kind"), RuntimeError),
+    ],
+)
+def test_what_a_loader_raises_is_told_by_its_cause(error, told_as):
+    with pytest.raises(Exception) as caught:  # noqa: PT011 - its exact type is looked at
+        list(batches._watched(Failing(error)))
+    assert type(caught.value) is told_as
+
+
+class Raising(Pairs):
+    def __init__(self, error):
+        super().__init__(64)
+        self.error = error
+
+    def __getitem__(self, row):
+        if row == 40:
+            raise self.error
+        return super().__getitem__(row)
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "number"),
+    [
+        (OSError(errno.EIO, "Input/output error", "/data/x.jpg"), OSError, errno.EIO),
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), MemoryError, None),
+        (MemoryError(), MemoryError, None),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), MemoryError, None),
+        (FileNotFoundError(errno.ENOENT, "No such file", "/data/x.jpg"), DataError, None),
+    ],
+)
+@READERS
+def test_a_broken_disk_and_too_little_memory_are_not_told_as_of_the_data(streamed, error, kind, number, readers):
+    with pytest.raises(kind) as caught:
+        list(streamed(Samples(Raising(error), split="train"), 8, CPU, readers).in_order())
+    assert type(caught.value) is kind
+    assert getattr(caught.value, "errno", None) == number
+
+
+FULL = "unable to allocate shared memory(shm) for file </torch_1_2_3>: No space left on device (28)"
+
+
+def no_space(*_):
+    raise RuntimeError(FULL)
+
+
+@pytest.mark.parametrize("rows", [a_split(), Pairs()])
+def test_a_batch_for_which_there_is_no_shared_memory_is_told_and_not_waited_for(monkeypatch, streamed, rows):
+    monkeypatch.setattr(torch.Tensor, "share_memory_", no_space)
+    with pytest.raises(DataError) as caught:
+        list(streamed(Samples(rows, split="train"), 4, CPU, 1).in_order())
+    assert str(caught.value) == (
+        f"processes that read samples need shared memory, got {FULL!r}:"
+        " give it a larger /dev/shm (docker --shm-size), or use --data resident"
+    )
+
+
+def test_samples_that_find_no_shared_memory_are_not_told_as_of_different_shapes(monkeypatch, streamed):
+    monkeypatch.setattr(torch.utils.data, "default_collate", no_space)
+    with pytest.raises(DataError, match="processes that read samples need shared memory"):
+        list(streamed(Samples(Pairs(), split="train"), 4, CPU, 1).in_order())
+
+
+class Stuck(Pairs):
+    def __getitem__(self, row):
+        if row >= 2:
+            threading.Event().wait(60)
+        return super().__getitem__(row)
+
+
+def test_closing_ends_readers_that_are_stuck(monkeypatch, streamed):
+    monkeypatch.setattr(batches, "CLOSE_S", 0.1)
+    rows = streamed(Samples(Stuck()), 2, CPU, 2)
+    next(rows.in_order())
+    readers = batches._workers(rows._loader)
+    rows.close()
+    assert [reader.exitcode for reader in readers] == [-signal.SIGKILL] * 2
+
+
+def test_a_whole_number_of_numpy_is_a_batch_size():
+    split = Samples(Pairs(30)).rows(slice(None))
+    (one, _), (other, _) = fitted(split, batch_size=np.int64(8)), fitted(split)
+    assert_equal(one, other)
+
+
+@pytest.mark.parametrize(("start_method", "readers"), [("fork", 2), ("spawn", 0), ("forkserver", 0)])
+@pytest.mark.parametrize("joined", [False, True])
+def test_samples_of_an_objectives_file_are_read_by_processes_only_where_they_are_forked(start_method, readers, joined):
+    dataset = type("Mine", (Pairs,), {"__module__": "tuner_objective_mine_01234567"})()
+    whole = ConcatDataset([Pairs(), dataset]) if joined else dataset
+    assert batches._possible_readers(whole, 2, start_method) == readers
+    assert batches._possible_readers(Pairs(), 2, start_method) == 2
+
+
+@pytest.mark.parametrize(("device", "waits"), [("cuda", False), ("mps", True), ("cpu", True)])
+def test_only_copies_to_a_cuda_device_are_not_waited_for(monkeypatch, device, waits):
+    seen = []
+    monkeypatch.setattr(
+        torch.Tensor, "to", lambda tensor, device, non_blocking=False: seen.append(non_blocking) or tensor
+    )
+    a_split().to(torch.device(device))
+    assert seen == [not waits] * 2
+
+
+LEFT_OPEN = """
+import threading, torch
+from tuner.batches import Streamed
+from tuner.data import Samples
+
+class Stuck:
+    def __len__(self):
+        return 64
+
+    def __getitem__(self, row):
+        if row >= 16:
+            threading.Event().wait(600)
+        return torch.ones(3), 1
+
+reading = Streamed(Samples(Stuck()), 8, torch.device("cpu"), 2).in_order()
+next(reading)
+"""
+
+
+def test_a_process_ends_though_a_reader_that_it_left_open_is_stuck(start_python):
+    process = start_python(LEFT_OPEN)
+    assert process.communicate(timeout=60) == ("", "")
+    assert process.returncode == 0

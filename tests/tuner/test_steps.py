@@ -5,8 +5,9 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tuner import steps
 from tuner.batches import Resident
-from tuner.data import Split
+from tuner.data import Batch, Split
 from tuner.steps import Step, fastest
 from tuner.training import Options, Run, RunningLoss, fit
 
@@ -233,3 +234,46 @@ def test_a_loss_with_weights_is_moved_to_the_model_and_used():
     outputs = model(rows.inputs).detach()
     wanted = nn.functional.cross_entropy(outputs[rows.targets == 0], rows.targets[rows.targets == 0])
     assert float(step(rows.batch)) == pytest.approx(float(wanted))
+
+
+def test_each_of_many_models_in_a_process_is_compiled(monkeypatch):
+    compiled = []
+
+    def backend(graph, _):
+        compiled.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+    counts = []
+    for width in range(8, 18):
+        compiled.clear()
+        model = nn.Sequential(nn.Linear(4, width), nn.ReLU(), nn.Linear(width, 2))
+        train(model, some_rows(20), compile=True, epochs=1)
+        counts.append(len(compiled))
+    assert min(counts) > 0
+
+
+def a_batch(n):
+    return Batch(torch.zeros(n, 4), torch.zeros(n))
+
+
+def test_a_graph_is_of_full_batches_though_training_was_resumed_at_a_smaller_one(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
+    graph = steps._Graph(torch.optim.SGD(nn.Linear(4, 2).parameters()), torch.device("cuda", 0))
+    for n in (5, 32, 32, 32):
+        assert not graph.is_due(a_batch(n))
+        graph.warm_up(a_batch(n))
+    assert graph.is_due(a_batch(32))
+    assert not graph.is_due(a_batch(5))
+
+
+@pytest.mark.parametrize(
+    ("kind", "captured"), [(torch.optim.SGD, True), (torch.optim.AdamW, True), (torch.optim.Adagrad, False)]
+)
+def test_an_optimizer_that_counts_its_steps_on_the_host_is_not_captured(monkeypatch, kind, captured):
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
+    model, lines = nn.Linear(4, 2), []
+    optimizer = kind(model.parameters(), lr=0.1)
+    Step(model, nn.CrossEntropyLoss(), optimizer, torch.device("cuda", 0), cuda_graphs=True, log=lines.append)
+    why = "as Adagrad cannot keep its count of steps on the device; SGD and AdamW can"
+    assert lines == ([] if captured else [f"--cuda-graphs: each step is launched by itself, {why}"])
