@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import gc
 import inspect
 import json
@@ -27,7 +26,7 @@ from storage.sessions import Backoff
 from tuner import training
 from tuner.batches import DeadReaderError, place
 from tuner.checkpoint import Checkpoint, Shared
-from tuner.data import Data, DataError
+from tuner.data import BROKEN_ERRNOS, Data, DataError
 from tuner.errors import ObjectiveError, TunerError, first_line
 from tuner.objective import Objective
 from tuner.record import Record
@@ -44,7 +43,6 @@ FailureClass: TypeAlias = Literal["nan", "oom", "user_error", "infrastructure"]
 
 MAX_MESSAGE_CHARS = 2000
 MAX_STEP = 2**31 - 1  # a PostgreSQL integer
-_BROKEN_ERRNOS = {errno.EIO, errno.ESTALE, errno.ENODEV, errno.ENXIO}
 _BY_THE_TRIAL = ("device-side assert",)  # an index out of range, as a rule
 _DEVICE_ERRORS = ("CUDA error:", "CUDA driver error", "cuDNN error", "CUDNN_STATUS_", "CUBLAS_STATUS_", "HIP error:")
 _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "CUBLAS_STATUS_ALLOC_FAILED")
@@ -397,7 +395,7 @@ def _is_of_device(error: BaseException) -> bool:
     After a CUDA error no call of the process succeeds.
     """
     if isinstance(error, OSError):
-        return error.errno in _BROKEN_ERRNOS
+        return error.errno in BROKEN_ERRNOS
     text = str(error)
     return isinstance(error, torch.AcceleratorError | DeadReaderError) or (
         isinstance(error, RuntimeError) and any(part in text for part in _DEVICE_ERRORS)
