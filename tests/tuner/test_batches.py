@@ -1,4 +1,5 @@
 import errno
+import multiprocessing
 import os
 import signal
 import threading
@@ -376,17 +377,25 @@ def test_samples_that_find_no_shared_memory_are_not_told_as_of_different_shapes(
 
 
 class Stuck(Pairs):
+    def __init__(self, n):
+        super().__init__(n)
+        self.n_stuck = multiprocessing.get_context("fork").Semaphore(0)
+
     def __getitem__(self, row):
         if row >= 2:
+            self.n_stuck.release()
             threading.Event().wait(60)
         return super().__getitem__(row)
 
 
 def test_closing_ends_readers_that_are_stuck(monkeypatch, streamed):
     monkeypatch.setattr(batches, "CLOSE_S", 0.1)
-    rows = streamed(Samples(Stuck()), 2, CPU, 2)
+    samples = Stuck(20)
+    rows = streamed(Samples(samples), 2, CPU, 2)
     next(rows.in_order())
     readers = batches._workers(rows._loader)
+    for _ in readers:  # one that is not yet would end by itself
+        assert samples.n_stuck.acquire(timeout=60)
     rows.close()
     assert [reader.exitcode for reader in readers] == [-signal.SIGKILL] * 2
 
