@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
-from functools import partial
+from functools import cache, partial
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -150,22 +150,55 @@ class Streamed:
             atexit.unregister(self._at_exit)
 
     def _read(self) -> Generator[Batch, None, None]:
+        copies = _AheadOnCuda(self._device) if self._device.type == "cuda" else None
         started_at = time.perf_counter()
-        # MPS would read pageable memory after it was freed (pytorch issues 139550 and 189690).
-        move = partial(Tensor.to, device=self._device, non_blocking=self._device.type == "cuda")
         for read in _watched(self._loader):
             if self._at_exit is None:
                 # Where it is never closed: what ends processes at the exit waits for them, and they outlive a SIGTERM.
                 self._at_exit = atexit.register(partial(_kill, _workers(self._loader)))
             if isinstance(read, Exception):
                 raise read
-            batch = Batch(
-                map_inputs(move, read.inputs),
-                move(read.targets),
-            )
+            batch = copies.swap(read) if copies is not None else _moved(read, self._device)
+            if batch is None:
+                continue
             self.waited_s += time.perf_counter() - started_at
             yield batch
             started_at = time.perf_counter()
+        if copies is not None and (last := copies.swap(None)) is not None:
+            yield last
+
+
+class _AheadOnCuda:
+    """Copies each batch to a CUDA device while the one before it is computed on."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream = _copy_stream(device)
+        self._copied: Batch | None = None
+
+    def swap(self, read: Batch | None) -> Batch | None:
+        """Begin to copy what was read, and return the batch before, ready for the current stream."""
+        batch, self._copied = self._copied, None
+        using = torch.cuda.current_stream(self._device)
+        if batch is not None:
+            using.wait_stream(self._stream)
+            for tensor in (*tensors(batch.inputs), batch.targets):
+                tensor.record_stream(using)  # its memory was taken by the other stream
+        if read is not None:
+            with torch.cuda.stream(self._stream):
+                self._copied = _moved(read, self._device)
+        return batch
+
+
+@cache
+def _copy_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
+
+
+def _moved(batch: Batch, device: torch.device) -> Batch:
+    # MPS would read pageable memory after it was freed (pytorch issues 139550 and 189690).
+    move = partial(Tensor.to, device=device, non_blocking=device.type == "cuda")
+    return Batch(map_inputs(move, batch.inputs), move(batch.targets))
 
 
 Batches: TypeAlias = Resident | Streamed

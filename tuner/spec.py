@@ -21,7 +21,7 @@ from tuner.errors import TunerError
 SamplerName = Literal["tpe", "random", "gp", "cmaes", "qmc", "grid"]
 PrunerName = Literal["median", "percentile", "hyperband", "asha", "none"]
 Direction = Literal["maximize", "minimize"]
-Precision = Literal["fp32", "bf16", "fp16"]
+Precision = Literal["fp32", "tf32", "bf16", "fp16"]
 DataPlace = Literal["auto", "resident", "stream"]
 
 

@@ -11,18 +11,17 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from tuner.data import Batch, Inputs, map_inputs, tensors
+from tuner.data import Batch, Inputs, map_inputs
 from tuner.errors import ObjectiveError, first_line
+from tuner.graphs import CannotCaptureError, CapturedStep
 from tuner.spec import Precision
 
 Loss: TypeAlias = Callable[[Any, Tensor], Tensor]
 """A mean over the rows, of (what the model returned, targets)."""
 
-WARM_UP_STEPS = 3
-"""Steps that are run before the next is captured: libraries choose their algorithms in the first ones."""
-
 # Optimizers whose update does not depend on how many there were; a count on the host would be captured as it is.
 _WITHOUT_COUNT = {torch.optim.SGD, getattr(torch.optim, "Muon", torch.optim.SGD)}  # not every torch has Muon
+_NO_GRAPH = "--cuda-graphs: each step is launched by itself"
 _HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -49,7 +48,25 @@ def fastest(kind: type[Optimizer], params: Iterable[Any], **settings: Any) -> Op
 
 def autocast(device: torch.device, precision: Precision) -> AbstractContextManager[object]:
     """Return the context in which a model is called at this precision."""
-    return nullcontext() if precision == "fp32" else torch.autocast(device.type, dtype=_HALF[precision])
+    half = _HALF.get(precision)
+    return nullcontext() if half is None else torch.autocast(device.type, dtype=half)
+
+
+@contextmanager
+def matrix_products(precision: Precision) -> Iterator[None]:
+    """Let matrix products of the block round their factors to TF32 at that precision, which CUDA devices of 2020 and
+    later compute several times as fast: 10 bits of mantissa instead of 23. Convolutions do so at fp32 too, as is
+    torch's default.
+    """
+    if precision != "tf32":
+        yield
+        return
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 class Step:
@@ -83,24 +100,21 @@ class Step:
         self._max_grad_norm = max_grad_norm
         self._channels_last = channels_last
         self._log = log
-        self._take = self._eager
+        self._is_compiled_first = compiled
         if compiled:
             self._eager_model = model
             torch.compiler.reset()  # or it stops after 8 models of a process, as all are called by the same code
             self._model = torch.compile(model)
-            self._take = self._first_compiled
-        self._graph: _Graph | None = None
-        if cuda_graphs:
-            self._capture_later()
+        self._captured: CapturedStep | None = self._to_capture() if cuda_graphs else None
 
     def __call__(self, batch: Batch) -> Tensor:
         """Take one step on the batch's rows."""
-        if self._graph is not None:
-            return self._replay(self._graph, batch)
-        return self._take(batch)
+        if self._captured is not None:
+            return self._by_graph(self._captured, batch)
+        return self._by_itself(batch)
 
-    def _eager(self, batch: Batch) -> Tensor:
-        loss = self._gradients(batch)
+    def _by_itself(self, batch: Batch) -> Tensor:
+        loss = self._first_compiled(batch) if self._is_compiled_first else self._gradients(batch)
         self._update()
         self._optimizer.zero_grad(set_to_none=True)
         return loss
@@ -122,29 +136,27 @@ class Step:
         self.scaler.update()
 
     def _first_compiled(self, batch: Batch) -> Tensor:
-        """Take the first step with the compiled model, or, if it cannot be compiled, with the model as it is."""
-        self._take = self._eager
+        """Return the gradients by the compiled model, or, if it cannot be compiled, by the model as it is."""
+        self._is_compiled_first = False
         try:
-            loss = self._gradients(batch)
+            return self._gradients(batch)
         except RuntimeError as error:  # what torch.compile raises, and what the model itself may
             self._optimizer.zero_grad(set_to_none=True)
             self._model = self._eager_model
             loss = self._gradients(batch)
             self._log(f"--compile: not compiled, {type(error).__name__}: {first_line(error)}")
-        self._update()
-        self._optimizer.zero_grad(set_to_none=True)
-        return loss
+            return loss
 
-    def _capture_later(self) -> None:
+    def _to_capture(self) -> CapturedStep | None:
         if reason := self._cannot_capture():
-            self._log(f"--cuda-graphs: each step is launched by itself, {reason}")
-            return
+            self._log(f"{_NO_GRAPH}, {reason}")
+            return None
         for group in self._optimizer.param_groups:
             if "capturable" in group:
                 group["capturable"] = True  # keeps its count of steps on the device
         # The first steps and an epoch's last are not captured, of which torch warns those who forgot to capture any.
         warnings.filterwarnings("ignore", message="This instance was constructed with capturable=True")
-        self._graph = _Graph(self._optimizer, self._device)
+        return CapturedStep(self._optimizer, self._device)
 
     def _cannot_capture(self) -> str | None:
         if self._device.type != "cuda":
@@ -156,98 +168,23 @@ class Step:
             return f"as {kind.__name__} cannot keep its count of steps on the device; SGD and AdamW can"
         return None
 
-    def _replay(self, graph: _Graph, batch: Batch) -> Tensor:
-        if graph.fits(batch):
-            return graph.replay(batch)
-        if not graph.is_due(batch):
-            with graph.warm_up(batch):
-                return self._take(batch)
+    def _by_graph(self, captured: CapturedStep, batch: Batch) -> Tensor:
+        if captured.fits(batch):
+            return captured.replay(batch)
+        if not captured.is_due(batch):
+            loss, reason = captured.warm_up(batch, self._by_itself)
+            if reason is not None:
+                self._stop_capturing(reason)
+            return loss
         try:
-            return graph.capture(batch, lambda: self._captured(graph.batch))
-        except RuntimeError as error:  # a sync, an allocation or a library call that cannot be captured
-            self._graph = None
-            self._optimizer.zero_grad(set_to_none=True)
-            self._log(f"--cuda-graphs: each step is launched by itself, {type(error).__name__}: {first_line(error)}")
-            return self._take(batch)
+            return captured.capture(batch, self._gradients, self._update)
+        except CannotCaptureError as error:
+            self._stop_capturing(str(error))
+            return self._by_itself(batch)
 
-    def _captured(self, batch: Batch) -> Tensor:
-        loss = self._gradients(batch)
-        self._update()
-        return loss
-
-
-class _Graph:
-    """A step that was captured once for one shape of batch, and is launched as a whole.
-
-    Numbers of the optimizer, such as its learning rate, are part of what is captured: when a scheduler has changed
-    one, the step is captured anew.
-    """
-
-    def __init__(self, optimizer: Optimizer, device: torch.device) -> None:
-        self._optimizer = optimizer
-        self._stream = torch.cuda.Stream(device)
-        self._graph: torch.cuda.CUDAGraph | None = None
-        self._settings: list[dict[str, Any]] = []
-        self._steps = 0
-        self._shapes: list[torch.Size] = []
-
-    def fits(self, batch: Batch) -> bool:
-        """Whether the captured step can run this batch."""
-        return self._graph is not None and self._shapes == _shapes(batch) and self._settings == self._numbers()
-
-    def is_due(self, batch: Batch) -> bool:
-        """Whether to capture now: the step has run a few times, and the batch is no smaller last one."""
-        return self._steps >= WARM_UP_STEPS and self._shapes == _shapes(batch)
-
-    def warm_up(self, batch: Batch) -> AbstractContextManager[object]:
-        """Return a context for a step that is not captured, on the stream that capturing needs it on."""
-        shapes = _shapes(batch)
-        # An epoch's first batch is as big as any, unless it was resumed at its last one.
-        if not self._shapes or shapes[-1][0] > self._shapes[-1][0]:
-            self._shapes, self._steps, self._graph = shapes, 0, None
-        self._steps += 1
-        return _on(self._stream)
-
-    def capture(self, batch: Batch, step: Callable[[], Tensor]) -> Tensor:
-        """Capture `step`, which is to read `self.batch`, and run it once. Raises RuntimeError if it cannot be."""
-        self._graph = None  # frees the memory of an earlier one
-        self._settings = self._numbers()
-        self.batch = Batch(map_inputs(torch.clone, batch.inputs), batch.targets.clone())
-        graph = torch.cuda.CUDAGraph()
-        before = torch.cuda.current_stream()
-        try:
-            # Thread-local: what the threads of a DataLoader do meanwhile is no part of it.
-            with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
-                self._loss = step()
-        finally:
-            torch.cuda.set_stream(before)  # torch leaves its own as it is when a capture fails
-        self._optimizer.zero_grad(set_to_none=True)  # the graph keeps its own gradients
-        self._graph = graph
-        return self.replay(batch)
-
-    def replay(self, batch: Batch) -> Tensor:
-        """Run the captured step on the batch."""
-        assert self._graph is not None
-        for mine, its in zip(_tensors(self.batch), _tensors(batch), strict=True):
-            mine.copy_(its, non_blocking=True)
-        self._graph.replay()
-        return self._loss
-
-    def _numbers(self) -> list[dict[str, Any]]:
-        return [
-            {name: value for name, value in group.items() if isinstance(value, int | float | tuple)}
-            for group in self._optimizer.param_groups
-        ]
-
-
-@contextmanager
-def _on(stream: torch.cuda.Stream) -> Iterator[None]:
-    """Run a block on another stream, in order with what comes before and after it."""
-    usual = torch.cuda.current_stream(stream.device)
-    stream.wait_stream(usual)
-    with torch.cuda.stream(stream):
-        yield
-    usual.wait_stream(stream)
+    def _stop_capturing(self, reason: str) -> None:
+        self._captured = None
+        self._log(f"{_NO_GRAPH}, {reason}")
 
 
 def _why_no_loss(loss: object) -> str:
@@ -258,14 +195,6 @@ def _why_no_loss(loss: object) -> str:
         "the loss needs to follow from weights that are trained, got one without a gradient:"
         " look for requires_grad_(False), detach(), no_grad() and argmax()"
     )
-
-
-def _tensors(batch: Batch) -> tuple[Tensor, ...]:
-    return (*tensors(batch.inputs), batch.targets)
-
-
-def _shapes(batch: Batch) -> list[torch.Size]:
-    return [tensor.shape for tensor in _tensors(batch)]
 
 
 def _channels_last(tensor: Tensor) -> Tensor:

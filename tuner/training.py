@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, nullcontext
 from dataclasses import dataclass, field
 from numbers import Integral
 from typing import TYPE_CHECKING, Any
@@ -22,7 +23,7 @@ from tuner.data import DataError, Inputs, Rows, Split, tensors
 from tuner.errors import ObjectiveError, UsageError
 from tuner.seeds import derive_seed
 from tuner.spec import DataPlace, Direction, Precision
-from tuner.steps import Loss, Step, autocast, call
+from tuner.steps import Loss, Step, autocast, call, matrix_products
 
 if TYPE_CHECKING:
     from torchmetrics import Metric
@@ -31,7 +32,7 @@ Predictions = Callable[[Any], Tensor]
 
 # Evaluation needs no gradients, so bigger batches than training's fit; 4,096 rows of 784 floats are 13 MB.
 EVALUATION_ROWS = 4096
-EVALUATION_BYTES = 16 * 2**20
+EVALUATION_BYTES = {"cpu": 16 * 2**20, "mps": 64 * 2**20, "cuda": 256 * 2**20}
 CHECKED_EVERY = 16
 """After how many batches a loss on a CUDA device is looked at."""
 
@@ -171,8 +172,10 @@ def fit(
         log=run.log,
     )
     training = _Training(model, train, optimizer, scheduler, step, device, batch_size=batch_size, seed=seed, run=run)
-    batches = None if valid is None else batches_of(valid, _evaluation_rows(valid, batch_size), device)
+    batches = None if valid is None else batches_of(valid, _evaluation_rows(valid, device, batch_size), device)
     with ExitStack() as stack:
+        stack.enter_context(torch.cuda.device(device) if device.type == "cuda" else nullcontext())
+        stack.enter_context(matrix_products(options.precision))
         for opened in (run.checkpoint, training, batches):
             if opened is not None:
                 stack.callback(opened.close)
@@ -342,9 +345,13 @@ class RunningLoss:
         self.sum = torch.zeros((), device=device) + start
         self.rows = rows
         # What the host sees of the sum: itself on a CPU, a copy from some batches ago on a CUDA device.
-        self._seen = self.sum if device.type == "cpu" else torch.zeros((), pin_memory=device.type == "cuda")
+        self._copied: torch.cuda.Event | None = None
+        self._seen = self.sum if device.type == "cpu" else torch.zeros(())
+        if device.type == "cuda":
+            self._seen, self._copied = _seen_on_host(device)
+            self._copied.synchronize()  # an earlier epoch's
+            self._seen.zero_()
         self._value = self._seen.numpy()
-        self._copied = torch.cuda.Event() if device.type == "cuda" else None
         self._n_batches = 0
 
     def add(self, loss: Tensor, rows: int) -> None:
@@ -369,6 +376,15 @@ class RunningLoss:
         return self.sum.item() / self.rows
 
 
+@functools.cache
+def _seen_on_host(_: torch.device) -> tuple[Tensor, torch.cuda.Event]:
+    """Return a pinned number for a device, and the event of the last copy to it, as long as the process lives.
+
+    To free pinned memory is a call to the device, and one that failed then ends the process (pytorch issue 178154).
+    """
+    return torch.zeros((), pin_memory=True), torch.cuda.Event()
+
+
 def best_epoch(history: Sequence[Epoch], metric: str, direction: Direction) -> Epoch:
     """Return the epoch with the best value of `metric`, the earliest of equals; NaN is never better."""
     sign = 1 if direction == "maximize" else -1
@@ -385,7 +401,7 @@ def predict(model: nn.Module, inputs: Inputs, predictions: Predictions | None = 
     """Return the model's predictions (n, ...) for all rows of `inputs`, in eval mode, on their device."""
     model.eval()
     split = Split(inputs, tensors(inputs)[0])
-    batches = Resident(split, _evaluation_rows(split))
+    batches = Resident(split, _evaluation_rows(split, split.targets.device))
     return torch.cat([_prediction(model, batch.inputs, predictions) for batch in batches.in_order()])
 
 
@@ -398,7 +414,8 @@ def evaluate(
     precision: Precision = "fp32",
 ) -> dict[str, float]:
     """Return each metric over all rows - not a mean over batches - with the model in eval mode."""
-    with closing(batches_of(rows, _evaluation_rows(rows), _device_of(model, rows))) as batches:
+    device = _device_of(model, rows)
+    with matrix_products(precision), closing(batches_of(rows, _evaluation_rows(rows, device), device)) as batches:
         return _evaluate(model, batches, metrics, predictions, precision)
 
 
@@ -420,21 +437,24 @@ def _evaluate(
             predicted = predicted.float()
         for metric in metrics.values():
             metric.update(predicted, batch.targets)
-    values: dict[str, float] = {}
+    computed: dict[str, Any] = {}
     for name, metric in metrics.items():
         found = metric.compute()
-        named = found if isinstance(found, dict) else {name: found}  # such as ClasswiseWrapper's: one for each class
-        values |= {name: _number(name, value) for name, value in named.items()}
-    return values
+        computed |= found if isinstance(found, dict) else {name: found}  # ClasswiseWrapper's: one for each class
+    return _numbers(computed)
 
 
-def _number(name: str, value: Any) -> float:
-    if isinstance(value, Tensor) and value.numel() != 1:
-        raise ObjectiveError(
-            f"the metric {name!r} needs to compute one number, or a dict of them, got shape {list(value.shape)}:"
-            " torchmetrics.ClasswiseWrapper makes a dict of those of each class"
-        )
-    return float(value)
+def _numbers(values: dict[str, Any]) -> dict[str, float]:
+    """Return each value as a number, those on a CUDA device by one copy."""
+    for name, value in values.items():
+        if isinstance(value, Tensor) and value.numel() != 1:
+            raise ObjectiveError(
+                f"the metric {name!r} needs to compute one number, or a dict of them, got shape {list(value.shape)}:"
+                " torchmetrics.ClasswiseWrapper makes a dict of those of each class"
+            )
+    far = {name: value for name, value in values.items() if isinstance(value, Tensor) and value.is_cuda}
+    read = torch.stack([value.detach().double().flatten()[0] for value in far.values()]).tolist() if far else []
+    return {name: float(value) for name, value in (values | dict(zip(far, read, strict=True))).items()}
 
 
 def _prediction(model: nn.Module, inputs: Inputs, predictions: Predictions | None) -> Tensor:
@@ -445,10 +465,10 @@ def _prediction(model: nn.Module, inputs: Inputs, predictions: Predictions | Non
     return predicted
 
 
-def _evaluation_rows(rows: Rows, at_least: int = 1) -> int:
+def _evaluation_rows(rows: Rows, device: torch.device, at_least: int = 1) -> int:
     row = rows.rows(slice(0, 1))
     n_bytes = sum(4 * tensor.numel() for tensor in tensors(row.inputs))
-    return max(at_least, min(EVALUATION_ROWS, EVALUATION_BYTES // max(1, n_bytes)))
+    return max(at_least, min(EVALUATION_ROWS, EVALUATION_BYTES.get(device.type, 16 * 2**20) // max(1, n_bytes)))
 
 
 def _device_of(model: nn.Module, rows: Rows) -> torch.device:
@@ -475,8 +495,16 @@ def _fits(model: nn.Module, state: State) -> bool:
 
 
 def _load_optimizer(optimizer: Optimizer, state: State) -> None:
-    """Load the state, but keep how it is computed, which depends on the device."""
+    """Load the state, but keep how it is computed and how it lies in memory, which depend on the device.
+
+    Fused kernels walk through a weight and its moments side by side: moments that lie otherwise, as those of
+    convolutions from another kind of device do, would be mixed up.
+    """
     how = ("fused", "foreach", "capturable")
     kept = [{name: group[name] for name in how if name in group} for group in optimizer.param_groups]
     groups = [{**group, **flags} for group, flags in zip(state["param_groups"], kept, strict=True)]
     optimizer.load_state_dict({**state, "param_groups": groups})
+    for param, its_state in optimizer.state.items():
+        for name, value in its_state.items():
+            if isinstance(value, Tensor) and value.shape == param.shape and value.stride() != param.stride():
+                its_state[name] = torch.empty_like(param, dtype=value.dtype).copy_(value)

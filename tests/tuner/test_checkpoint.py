@@ -6,10 +6,12 @@ import pickle
 import pytest
 import torch
 from resuming import assert_same, interrupt_after, interrupt_at, some_rows, train
+from torch import nn
 
 from tuner.checkpoint import Checkpoint
-from tuner.data import Samples
-from tuner.training import Interrupted
+from tuner.data import Samples, Split
+from tuner.steps import fastest
+from tuner.training import Interrupted, Options, Run, fit
 
 # Readers are forked where that works, and Python 3.12 warns of any fork with a thread about.
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
@@ -208,3 +210,33 @@ def test_a_checkpoint_of_another_kind_of_device_is_gone_on_from_in_another_order
     assert [epoch.number for epoch in history] == [1, 2, 3, 4, 5, 6]
     assert resumed == [1]
     assert lines[0].startswith("the checkpoint is of another kind of device, ")
+
+
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.SGD])
+@pytest.mark.parametrize("of_gpu", [False, True])
+def test_the_moments_of_convolutions_are_laid_out_as_the_device_that_goes_on_wants_them(tmp_path, kind, of_gpu):
+    # On CUDA images are channels last, on a CPU they are not; fused kernels walk over weights and moments side by side.
+    generator = torch.Generator().manual_seed(0)
+    rows = Split(torch.rand(64, 3, 6, 6, generator=generator), torch.randint(2, (64,), generator=generator))
+
+    def trained(checkpoint=None, check=lambda: None, *, channels_last=False):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 16, 2))
+        settings = {"momentum": 0.9} if kind is torch.optim.SGD else {}
+        fit(
+            model,
+            rows,
+            optimizer=fastest(kind, model.parameters(), lr=0.05, **settings),
+            loss=nn.CrossEntropyLoss(),
+            metrics={},
+            epochs=3,
+            batch_size=16,
+            seed=1,
+            run=Run(options=Options(channels_last=channels_last), checkpoint=checkpoint, check=check),
+        )
+        return torch.cat([param.detach().flatten() for param in model.parameters()])
+
+    with pytest.raises(Interrupted):
+        trained(Checkpoint(tmp_path / "a.pt"), interrupt_at(6), channels_last=of_gpu)
+    resumed = trained(Checkpoint(tmp_path / "a.pt"), channels_last=not of_gpu)
+    torch.testing.assert_close(resumed, trained(), atol=1e-4, rtol=1e-4)

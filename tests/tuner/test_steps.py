@@ -1,17 +1,22 @@
 import functools
+import gc
+import weakref
+from contextlib import nullcontext
 
 import pytest
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tuner import steps
 from tuner.batches import Resident
 from tuner.data import Batch, Split
+from tuner.graphs import CapturedStep
 from tuner.steps import Step, fastest
 from tuner.training import Options, Run, RunningLoss, fit
 
 CPU = torch.device("cpu")
+CUDA = torch.device("cuda", 0)
+pytestmark = [pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype feature")]
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 # What makes a host wait for a device: reading a number or a shape that only the device knows.
@@ -87,16 +92,15 @@ def test_the_count_of_syncs_would_see_one():
 @needs_cuda
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_no_step_waits_for_a_cuda_device(precision):
-    device = torch.device("cuda", 0)
-    model = a_model().to(device)
+    model = a_model().to(CUDA)
     optimizer = fastest(torch.optim.AdamW, model.parameters(), lr=0.01)
-    step = Step(model, nn.CrossEntropyLoss(), optimizer, device, precision=precision, max_grad_norm=1.0)
-    batches = Resident(some_rows(1024).to(device), 16)
-    losses = RunningLoss(device)
-    order = torch.randperm(1024, device=device)
+    step = Step(model, nn.CrossEntropyLoss(), optimizer, CUDA, precision=precision, max_grad_norm=1.0)
+    batches = Resident(some_rows(1024).to(CUDA), 16)
+    losses = RunningLoss(CUDA)
+    order = torch.randperm(1024, device=CUDA)
     step(next(batches.shuffled(order)))  # libraries may wait when they are first used
-    torch.cuda.set_sync_debug_mode("error")
     try:
+        torch.cuda.set_sync_debug_mode("error")
         for batch in batches.shuffled(order):
             losses.add(step(batch), len(batch.targets))
             losses.is_broken()
@@ -108,12 +112,11 @@ def test_no_step_waits_for_a_cuda_device(precision):
 @needs_cuda
 @pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW])
 def test_a_captured_step_trains_as_one_that_is_launched_by_itself(kind):
-    device = torch.device("cuda", 0)
-    rows = some_rows(70).to(device)
+    rows = some_rows(70).to(CUDA)
 
     def trained(*, cuda_graphs):
         torch.manual_seed(0)
-        model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 2)).to(device)
+        model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 2)).to(CUDA)
         optimizer = fastest(kind, model.parameters(), lr=0.05)
         scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 4)
         lines = []
@@ -130,22 +133,93 @@ def test_a_captured_step_trains_as_one_that_is_launched_by_itself(kind):
     assert [epoch.train_loss for epoch in its_history] == pytest.approx(losses, rel=1e-4)
 
 
+def waits(outputs, targets):
+    return nn.functional.cross_entropy(outputs, targets) * max(1.0, outputs.sum().item() * 0)
+
+
 @needs_cuda
-def test_a_step_that_cannot_be_captured_is_launched_by_itself_and_says_why():
-    device = torch.device("cuda", 0)
-    model, lines = a_model().to(device), []
-    history = train(
-        model,
-        some_rows().to(device),
-        cuda_graphs=True,
-        batch_size=8,
-        lines=lines,
-        loss=lambda outputs, targets: (
-            nn.functional.cross_entropy(outputs, targets) * max(1.0, outputs.sum().item() * 0)
-        ),
-    )
+def test_a_step_that_waits_for_the_device_is_launched_by_itself_and_told_with_its_line():
+    model, lines = a_model().to(CUDA), []
+    history = train(model, some_rows().to(CUDA), cuda_graphs=True, batch_size=8, lines=lines, loss=waits)
+    assert len(history) == 2
+    line = waits.__code__.co_firstlineno + 1
+    assert lines == [
+        f"--cuda-graphs: each step is launched by itself, as it waits for the device in {__file__}, line {line}"
+    ]
+
+
+@needs_cuda
+def test_a_capture_that_fails_leaves_a_process_that_goes_on(monkeypatch):
+    monkeypatch.setattr("tuner.graphs._syncs", lambda: nullcontext([]))  # that it waits is not noticed before
+    model, lines = a_model().to(CUDA), []
+    history = train(model, some_rows().to(CUDA), cuda_graphs=True, batch_size=8, lines=lines, loss=waits)
     assert len(history) == 2
     assert [line.partition(",")[0] for line in lines] == ["--cuda-graphs: each step is launched by itself"]
+    # Dropout draws from the generator; memory that runs out is given back; and the next capture succeeds.
+    lines.clear()
+    assert len(train(a_model().to(CUDA), some_rows().to(CUDA), cuda_graphs=True, batch_size=8, lines=lines)) == 2
+    assert lines == []
+    del model
+    torch.cuda.empty_cache()
+    kept = torch.empty(1 << 20, device=CUDA)
+    free = torch.cuda.mem_get_info(CUDA)[0]
+    first = torch.empty(int(free * 0.6), dtype=torch.uint8, device=CUDA)
+    del first
+    second = torch.empty(int(free * 0.7), dtype=torch.uint8, device=CUDA)  # fits only if the first is given back
+    assert (len(kept), len(second)) == (1 << 20, int(free * 0.7))
+
+
+@needs_cuda
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW])
+@pytest.mark.parametrize("tensor", [False, True])
+def test_a_captured_step_follows_its_schedule_without_being_captured_again(monkeypatch, kind, tensor):
+    captures = []
+    capture = CapturedStep.capture
+    monkeypatch.setattr(CapturedStep, "capture", lambda *args: captures.append(1) or capture(*args))
+    model = a_model().to(CUDA)
+    before = []
+    optimizer = fastest(kind, model.parameters(), lr=torch.tensor(0.05) if tensor else 0.05)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: 1.0 if epoch < 2 else 0.0)
+
+    def on_epoch(epoch):
+        before.append(torch.cat([param.detach().flatten() for param in model.parameters()]))
+
+    train(
+        model,
+        some_rows(64).to(CUDA),
+        optimizer=optimizer,
+        scheduler=scheduler,
+        cuda_graphs=True,
+        epochs=4,
+        on_epoch=on_epoch,
+    )
+    assert len(captures) == 1
+    assert not torch.equal(before[0], before[1])
+    assert torch.equal(before[1], before[3])  # at a rate of 0 nothing moves
+    assert float(optimizer.param_groups[0]["lr"]) == 0.0
+
+
+@needs_cuda
+def test_a_trial_leaves_nothing_on_the_device():
+    rows = some_rows(256).to(CUDA)
+
+    def memory_after(cuda_graphs):
+        train(a_model().to(CUDA), rows, cuda_graphs=cuda_graphs)
+        torch.cuda.empty_cache()
+        return torch.cuda.memory_allocated(CUDA)
+
+    for cuda_graphs in (False, True):
+        memory_after(cuda_graphs)  # the workspaces of libraries stay
+        assert memory_after(cuda_graphs) == memory_after(cuda_graphs)
+
+
+@needs_cuda
+@pytest.mark.parametrize("precision", ["tf32", "bf16", "fp16"])
+def test_less_precise_training_ends_near_the_precise_one(precision):
+    def trained(**options):
+        return train(a_model().to(CUDA), some_rows(2048).to(CUDA), epochs=10, **options)[-1].train_loss
+
+    assert trained(precision=precision) == pytest.approx(trained(), abs=0.02)
 
 
 def test_without_a_cuda_device_there_are_no_graphs_and_training_is_the_same():
@@ -163,6 +237,39 @@ def test_a_model_computes_in_half_precision_and_keeps_its_weights_in_full(precis
     assert seen == {torch.bfloat16 if precision == "bf16" else torch.float16}
     assert {param.dtype for param in model.parameters()} == {torch.float32}
     assert history[-1].train_loss < history[0].train_loss
+
+
+def test_matrix_products_are_rounded_to_tf32_only_where_asked_for():
+    seen = []
+    for precision in ("fp32", "tf32", "fp32"):
+        train(
+            a_model(),
+            precision=precision,
+            epochs=1,
+            loss=lambda outputs, targets: (
+                seen.append(torch.get_float32_matmul_precision()) or nn.functional.cross_entropy(outputs, targets)
+            ),
+        )
+    assert seen == 4 * ["highest"] + 4 * ["high"] + 4 * ["highest"]
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_model_is_freed_as_soon_as_it_is_trained(monkeypatch, compiled):
+    # Left to the garbage collector, which knows nothing of a device's memory, models of many trials would lie there.
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    model = a_model()
+    optimizer = fastest(torch.optim.AdamW, model.parameters(), lr=0.01)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 2)
+    left = weakref.ref(model[0].weight)
+    gc.collect()
+    gc.disable()
+    try:
+        train(model, optimizer=optimizer, scheduler=scheduler, compile=compiled)
+        del model, optimizer, scheduler
+        torch.compiler.reset()
+        assert left() is None
+    finally:
+        gc.enable()
 
 
 def test_gradients_are_clipped_to_the_norm():
@@ -258,20 +365,23 @@ def a_batch(n):
 
 
 def test_a_graph_is_of_full_batches_though_training_was_resumed_at_a_smaller_one(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
-    graph = steps._Graph(torch.optim.SGD(nn.Linear(4, 2).parameters()), torch.device("cuda", 0))
-    for n in (5, 32, 32, 32):
-        assert not graph.is_due(a_batch(n))
-        graph.warm_up(a_batch(n))
-    assert graph.is_due(a_batch(32))
-    assert not graph.is_due(a_batch(5))
+    taken = []
+    monkeypatch.setattr("tuner.graphs.side_stream", lambda device: None)
+    monkeypatch.setattr("tuner.graphs._on", lambda stream: nullcontext())
+    monkeypatch.setattr("tuner.graphs._syncs", lambda: nullcontext([]))
+    captured = CapturedStep(torch.optim.SGD(nn.Linear(4, 2).parameters()), CUDA)
+    for n in (5, 32, 32, 5, 32):
+        assert not captured.is_due(a_batch(n))
+        captured.warm_up(a_batch(n), lambda batch: taken.append(len(batch.targets)) or batch.targets.sum())
+    assert captured.is_due(a_batch(32))
+    assert not captured.is_due(a_batch(5))
+    assert taken == [5, 32, 32, 5, 32]
 
 
 @pytest.mark.parametrize(
     ("kind", "captured"), [(torch.optim.SGD, True), (torch.optim.AdamW, True), (torch.optim.Adagrad, False)]
 )
-def test_an_optimizer_that_counts_its_steps_on_the_host_is_not_captured(monkeypatch, kind, captured):
-    monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
+def test_an_optimizer_that_counts_its_steps_on_the_host_is_not_captured(kind, captured):
     model, lines = nn.Linear(4, 2), []
     optimizer = kind(model.parameters(), lr=0.1)
     Step(model, nn.CrossEntropyLoss(), optimizer, torch.device("cuda", 0), cuda_graphs=True, log=lines.append)

@@ -331,7 +331,7 @@ def test_a_loss_gets_all_that_a_model_returns_and_metrics_get_the_prediction():
 
 @pytest.mark.parametrize(("n_bytes", "rows_at_once"), [(16, 1), (160, 10), (2**30, 50)])
 def test_evaluation_takes_as_many_rows_as_fit(monkeypatch, n_bytes, rows_at_once):
-    monkeypatch.setattr(training, "EVALUATION_BYTES", n_bytes)
+    monkeypatch.setitem(training.EVALUATION_BYTES, "cpu", n_bytes)
     seen = []
     model = nn.Linear(4, 3)
     model.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))

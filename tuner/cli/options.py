@@ -52,7 +52,7 @@ class StudyOptions:
         int | None, typer.Option(help="End a trial so many epochs after its best one (default: never).")
     ] = None
     precision: Annotated[
-        str, typer.Option(metavar="fp32|bf16|fp16", help="What models compute in; the weights stay in fp32.")
+        str, typer.Option(metavar="fp32|tf32|bf16|fp16", help="What models compute in; the weights stay in fp32.")
     ] = "fp32"
     compile_: Annotated[bool, typer.Option("--compile", help="Compile models by torch.compile.")] = False
     cuda_graphs: Annotated[bool, typer.Option("--cuda-graphs", help="Launch each training step as one CUDA graph.")] = (
