@@ -67,6 +67,7 @@ def export_study(
     best = best_of(engine, study)
     objective = _objective(study, source)
     check_output(output)
+    set_deterministic(study.spec.training.deterministic)  # before anything is computed
     data = load_data(objective, data_dir)
     epochs = int(best.user_attrs.get("epoch", study.spec.epochs))  # a notebook's trial does not say
     seed = derive_seed(study.spec.seed, "export", best.number)
@@ -149,7 +150,6 @@ def _retrain(
         log.event("note", line)
 
     seed_everything(seed)
-    set_deterministic(study.spec.training.deterministic)
     try:
         model = objective.build_model(best.params).to(device)
         (train,) = place_rows([join(data.train, data.valid)], device, study.spec.training.data, tell)

@@ -43,6 +43,7 @@ from tuner.orders import Orders
 from tuner.registry import build_objective, find_objective, is_objective_class
 from tuner.reports import Reports
 from tuner.sampling import build_pruner, build_sampler
+from tuner.seeds import set_deterministic
 from tuner.shared import shared_checkpoint, sweep
 from tuner.spec import PrunerSpec
 from tuner.spool import Spool
@@ -184,6 +185,7 @@ class Slot:
         objective = (
             build_objective(kind, study.spec.objective.options, study.spec.seed) if is_objective_class(kind) else kind
         )
+        set_deterministic(study.spec.training.deterministic)  # before anything is computed
         device = choose_device(self._config.device)
         check_device(device)
         return TrialObjective.load(

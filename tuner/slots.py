@@ -18,6 +18,12 @@ from tuner.errors import UsageError
 _ITEM = re.compile(r"(?P<device>cpu|mps|cuda(?::[0-9]+)?)(?:\*(?P<count>[0-9]+))?")
 _NUMBER = re.compile(r"[0-9]+")
 _WANTED = "--slots needs auto, a number, or devices such as cuda:0*3,cuda:1 or cpu*4"
+_THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "TORCHINDUCTOR_COMPILE_THREADS")  # the last are processes
+_CUDA = {
+    "CUDA_DEVICE_ORDER": "PCI_BUS_ID",  # devices have the numbers that nvidia-smi gives them
+    # torch looks at it once, when it multiplies its first matrices, and refuses deterministic training without.
+    "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
+}
 MAX_SLOTS = 1000
 """More is a slip of the finger: each is a process of some hundred megabytes."""
 
@@ -52,10 +58,13 @@ class SlotPlan:
 
     @property
     def environment(self) -> dict[str, str]:
-        """The environment of the slot's process. Slots share the cores: with all of them each, they would fight."""
-        threads = {"OMP_NUM_THREADS": str(self.threads), "MKL_NUM_THREADS": str(self.threads)}
+        """The environment of the slot's process. Slots share the cores: with all of them each, they would fight.
+
+        What the worker's own environment says comes first.
+        """
+        threads = dict.fromkeys(_THREADS, str(self.threads))
         devices = {} if self.visible is None else {"CUDA_VISIBLE_DEVICES": self.visible}
-        return {**threads, **os.environ, **devices}
+        return {**threads, **_CUDA, **os.environ, **devices}
 
 
 def plan_slots(text: str, device: str | None = None, *, at_most: int | None = None) -> list[SlotPlan]:

@@ -60,6 +60,28 @@ def test_slots_on_the_cpu_share_its_threads_and_see_no_gpu(two_gpus, monkeypatch
     assert plans[0].environment["OMP_NUM_THREADS"] == "7"
 
 
+def test_a_slot_s_process_is_set_up_for_its_device_unless_the_worker_s_own_environment_says_otherwise(
+    two_gpus, monkeypatch
+):
+    wanted = {
+        "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
+        "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
+        "TORCHINDUCTOR_COMPILE_THREADS": str(plan_slots("cuda")[0].threads),
+    }
+    for name in wanted:
+        monkeypatch.delenv(name, raising=False)
+    (plan,) = plan_slots("cuda")
+    assert wanted.items() <= plan.environment.items()
+    own = {
+        "CUDA_DEVICE_ORDER": "FASTEST_FIRST",
+        "CUBLAS_WORKSPACE_CONFIG": ":16:8",
+        "TORCHINDUCTOR_COMPILE_THREADS": "1",
+    }
+    for name, value in own.items():
+        monkeypatch.setenv(name, value)
+    assert own.items() <= plan.environment.items()
+
+
 @pytest.mark.parametrize(
     "text", ["", "0", "cpu*0", "gpu", "cuda:x", "cpu*", "-1", "cpu,", "2,3", "\u0663", "cpu*\u0663"]
 )
