@@ -9,6 +9,7 @@ import math
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
@@ -114,10 +115,13 @@ class TrialObjective:
         data_dir: Path,
         device: torch.device,
         *,
+        share: float = 1.0,
         checkpoints: Path | None = None,
         log: Callable[[str], None] = lambda _: None,
     ) -> TrialObjective:
         """Load the objective's train and valid data once, onto the device if it fits. The test split stays behind.
+
+        `share` is the part of the device that others leave.
 
         Raises TunerError that says what is wrong with the data, BrokenDeviceError.
         """
@@ -128,7 +132,7 @@ class TrialObjective:
         set_deterministic(spec.training.deterministic)
         name = type(objective).__name__
         try:
-            data = place(load_data(objective, data_dir), device, spec.training.data, log)
+            data = place(load_data(objective, data_dir), device, spec.training.data, log, share=share)
         except DataError as error:
             raise TunerError(f"{name}: {error}") from error
         except (RuntimeError, TypeError, MemoryError, OSError, DeadReaderError) as error:
@@ -259,6 +263,21 @@ def check_device(device: torch.device) -> None:
         raise BrokenDeviceError(f"{device} does not compute: {first_line(error)}") from error
     if found != 4096:
         raise BrokenDeviceError(f"{device} computes wrong: 16 x 16 ones multiplied sum to {found}, and not to 4096")
+
+
+def warm_up(device: torch.device) -> None:
+    """Have a CUDA device load what most models need, cuBLAS and cuDNN, so that no trial waits for it.
+
+    What fails here is left to the trials that need it to tell.
+    """
+    if device.type != "cuda":
+        return
+    with suppress(RuntimeError):
+        shapes = ((2, 1, 8, 8), (4, 1, 3, 3), (8, 4), (8,))
+        images, kernel, weight, bias = (torch.ones(shape, device=device, requires_grad=True) for shape in shapes)
+        maps = nn.functional.conv2d(images, kernel)
+        nn.functional.linear(maps.mean((2, 3)), weight, bias).sum().backward()
+        torch.cuda.synchronize(device)
 
 
 def load_data(objective: Objective, data_dir: Path) -> Data:

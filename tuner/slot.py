@@ -44,6 +44,7 @@ from tuner.attempt import (
     failed,
     free_memory,
     run_attempt,
+    warm_up,
 )
 from tuner.errors import EXIT_UNREACHABLE, BrokenDeviceError, TunerError
 from tuner.lease import Lease
@@ -196,11 +197,13 @@ class Slot:
         set_deterministic(study.spec.training.deterministic)  # before anything is computed
         device = choose_device(self._config.device)
         check_device(device)
+        warm_up(device)
         return TrialObjective.load(
             study.spec,
             objective,
             self._config.data_dir,
             device,
+            share=self._config.share,
             checkpoints=checkpoint_directory(self._config.data_dir, study),
             log=lambda line: self._emit(Event(event="note", message=line)),
         )

@@ -118,10 +118,49 @@ def test_a_machine_without_nvidias_tools_has_no_cuda_device(monkeypatch, tmp_pat
     assert visible_gpus() == []
 
 
-def test_nvidias_tool_counts_the_devices(monkeypatch, tmp_path):
+@pytest.fixture
+def smi(monkeypatch, tmp_path):
+    """Have nvidia-smi list these lines; the path of what it leaves behind when it runs."""
+
+    def lists(*lines):
+        tool = tmp_path / "nvidia-smi"
+        (tmp_path / "listed").write_text("".join(f"{line}\n" for line in lines))
+        tool.write_text(f'#!/bin/sh\ntouch {tmp_path}/ran\ntest "$*" = --list-gpus && cat {tmp_path}/listed\n')
+        tool.chmod(0o755)
+        return tmp_path / "ran"
+
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    tool = tmp_path / "nvidia-smi"
-    tool.write_text("#!/bin/sh\necho 'GPU 0: H100 (UUID: GPU-1)'\necho 'GPU 1: H100 (UUID: GPU-2)'\n")
-    tool.chmod(0o755)
+    return lists
+
+
+def test_nvidias_tool_counts_the_devices(smi):
+    smi("GPU 0: H100 (UUID: GPU-1)", "GPU 1: H100 (UUID: GPU-2)")
     assert visible_gpus() == ["0", "1"]
+
+
+def test_each_instance_of_a_divided_gpu_is_a_device(smi):
+    smi(
+        "GPU 0: NVIDIA H100 80GB HBM3 (UUID: GPU-1)",
+        "  MIG 3g.40gb     Device  0: (UUID: MIG-7a)",
+        "  MIG 3g.40gb     Device  1: (UUID: MIG-7b)",
+        "GPU 1: NVIDIA H100 80GB HBM3 (UUID: GPU-2)",
+    )
+    assert visible_gpus() == ["MIG-7a", "MIG-7b", "1"]
+    assert [plan.environment["CUDA_VISIBLE_DEVICES"] for plan in plan_slots("auto")] == ["MIG-7a", "MIG-7b", "1"]
+
+
+@pytest.mark.parametrize(
+    ("slots", "device", "asked"),
+    [
+        ("cpu*2", None, False),
+        ("auto", "cpu", False),
+        ("2", "cpu", False),
+        ("cuda,cpu", None, True),
+        ("auto", None, True),
+    ],
+)
+def test_the_devices_are_counted_only_for_slots_that_may_have_one(smi, slots, device, asked):
+    ran = smi("GPU 0: H100 (UUID: GPU-1)")
+    plan_slots(slots, device)
+    assert ran.exists() == asked
