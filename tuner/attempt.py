@@ -9,6 +9,7 @@ import math
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
@@ -27,7 +28,7 @@ from tuner import training
 from tuner.batches import DeadReaderError, place
 from tuner.checkpoint import Checkpoint, Shared
 from tuner.data import BROKEN_ERRNOS, Data, DataError
-from tuner.errors import ObjectiveError, TunerError, first_line
+from tuner.errors import BrokenDeviceError, ObjectiveError, TunerError, first_line
 from tuner.objective import Objective
 from tuner.record import Record
 from tuner.registry import FunctionObjective
@@ -44,29 +45,39 @@ FailureClass: TypeAlias = Literal["nan", "oom", "user_error", "infrastructure"]
 MAX_MESSAGE_CHARS = 2000
 MAX_STEP = 2**31 - 1  # a PostgreSQL integer
 _BY_THE_TRIAL = ("device-side assert",)  # an index out of range, as a rule
-_DEVICE_ERRORS = ("CUDA error:", "CUDA driver error", "cuDNN error", "CUDNN_STATUS_", "CUBLAS_STATUS_", "HIP error:")
+_DEVICE_ERRORS = (
+    "CUDA error:",
+    "CUDA driver error",
+    "Triton Error [CUDA]",
+    "cuDNN error",
+    "CUDNN_STATUS_",
+    "CUBLAS_STATUS_",
+    "HIP error:",
+)
 _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "CUBLAS_STATUS_ALLOC_FAILED")
+# What libraries that allocate by themselves say, of a full device as of a broken one.
+_OUT_OF_MEMORY_IF_FULL = ("CUBLAS_STATUS_NOT_INITIALIZED", "CUDNN_STATUS_ALLOC_FAILED", "CUDNN_STATUS_INTERNAL_ERROR")
+_FULL_BELOW = 0.05
+"""The part of a device's memory below which it is full: such libraries want some hundred megabytes."""
 
 
 class InvalidReportError(ValueError):
     """An objective reported or returned what a study cannot hold."""
 
 
-class BrokenDeviceError(Exception):
-    """The device does not do what it should, whatever the trial."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
     """How an attempt ended: the trial's state and value, and the attributes to record with it.
 
-    `is_poisoned` if this process can use its device no more.
+    `is_poisoned` if this process can use its device no more. `error` is then what the trial failed by: what its frames
+    hold must not be freed, as torch ends the process (SIGABRT) where that needs the device.
     """
 
     state: TrialState
     value: float | None = None
     attrs: dict[str, Any] = field(default_factory=dict)
     is_poisoned: bool = False
+    error: BaseException | None = field(default=None, repr=False, compare=False)
 
     @property
     def failure(self) -> FailureClass | None:
@@ -104,10 +115,13 @@ class TrialObjective:
         data_dir: Path,
         device: torch.device,
         *,
+        share: float = 1.0,
         checkpoints: Path | None = None,
         log: Callable[[str], None] = lambda _: None,
     ) -> TrialObjective:
         """Load the objective's train and valid data once, onto the device if it fits. The test split stays behind.
+
+        `share` is the part of the device that others leave.
 
         Raises TunerError that says what is wrong with the data, BrokenDeviceError.
         """
@@ -118,7 +132,7 @@ class TrialObjective:
         set_deterministic(spec.training.deterministic)
         name = type(objective).__name__
         try:
-            data = place(load_data(objective, data_dir), device, spec.training.data, log)
+            data = place(load_data(objective, data_dir), device, spec.training.data, log, share=share)
         except DataError as error:
             raise TunerError(f"{name}: {error}") from error
         except (RuntimeError, TypeError, MemoryError, OSError, DeadReaderError) as error:
@@ -229,11 +243,15 @@ def run_attempt(what: TrialObjective, trial: CheckedTrial) -> Outcome:
     except (DataError, ObjectiveError) as error:
         outcome = failed("user_error", f"{type(what.objective).__name__}: {error}")
     except (Exception, SystemExit, KeyboardInterrupt) as error:  # noqa: BLE001 - foreign code: it fails its trial alone
-        outcome = _by(error, what.objective)
-    if outcome.failure == "oom":
-        _free_memory()  # here the error is gone, and with it the frames that held the tensors
+        outcome = _by(error, what)
     always = {**record.attrs(), "seconds": round(time.perf_counter() - start, 3)}
-    return replace(outcome, attrs={**outcome.attrs, **always})
+    outcome = replace(outcome, attrs={**outcome.attrs, **always})
+    if not outcome.is_poisoned and (outcome.failure == "oom" or what.device.type == "cuda"):
+        try:
+            free_memory()  # here the error is gone, and with it the frames that held the tensors
+        except RuntimeError as error:  # of a kernel that was still running
+            return replace(outcome, is_poisoned=True, error=error)
+    return outcome
 
 
 def check_device(device: torch.device) -> None:
@@ -245,6 +263,21 @@ def check_device(device: torch.device) -> None:
         raise BrokenDeviceError(f"{device} does not compute: {first_line(error)}") from error
     if found != 4096:
         raise BrokenDeviceError(f"{device} computes wrong: 16 x 16 ones multiplied sum to {found}, and not to 4096")
+
+
+def warm_up(device: torch.device) -> None:
+    """Have a CUDA device load what most models need, cuBLAS and cuDNN, so that no trial waits for it.
+
+    What fails here is left to the trials that need it to tell.
+    """
+    if device.type != "cuda":
+        return
+    with suppress(RuntimeError):
+        shapes = ((2, 1, 8, 8), (4, 1, 3, 3), (8, 4), (8,))
+        images, kernel, weight, bias = (torch.ones(shape, device=device, requires_grad=True) for shape in shapes)
+        maps = nn.functional.conv2d(images, kernel)
+        nn.functional.linear(maps.mean((2, 3)), weight, bias).sum().backward()
+        torch.cuda.synchronize(device)
 
 
 def load_data(objective: Objective, data_dir: Path) -> Data:
@@ -378,15 +411,32 @@ def _checked_value(value: object) -> float:
     return number
 
 
-def _by(error: BaseException, objective: Objective | FunctionObjective) -> Outcome:
+def _by(error: BaseException, what: TrialObjective) -> Outcome:
     """Return how an attempt ended by what its objective raised."""
-    if _is_out_of_memory(error):
+    if _is_out_of_memory(error) or (_may_be_out_of_memory(error) and _is_full(what.device)):
         return failed("oom", first_line(error) or "out of memory")
-    message = with_line(error, objective)
+    message = with_line(error, what.objective)
+    told = str(error)
     if not _is_of_device(error):
-        return failed("user_error", message)
-    by_trial = any(part in str(error) for part in _BY_THE_TRIAL)
-    return replace(failed("user_error" if by_trial else "infrastructure", message), is_poisoned=True)
+        broken = _found_broken(what.device)
+        if broken is None:
+            return failed("user_error", message)
+        told = str(broken)
+        message = f"{message}; afterwards {told}"
+    by_trial = any(part in told for part in _BY_THE_TRIAL)
+    outcome = failed("user_error" if by_trial else "infrastructure", message)
+    return replace(outcome, is_poisoned=True, error=error)
+
+
+def _found_broken(device: torch.device) -> BrokenDeviceError | None:
+    """Return how a CUDA device is broken for this process, None if it computes or has no memory to tell."""
+    if device.type != "cuda":
+        return None
+    try:
+        check_device(device)
+    except BrokenDeviceError as error:
+        return None if _is_out_of_memory(error.__cause__ or error) else error
+    return None
 
 
 def _is_of_device(error: BaseException) -> bool:
@@ -409,7 +459,22 @@ def _is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(part in str(error) for part in _OUT_OF_MEMORY)
 
 
-def _free_memory() -> None:
+def _may_be_out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, RuntimeError) and any(part in str(error) for part in _OUT_OF_MEMORY_IF_FULL)
+
+
+def _is_full(device: torch.device) -> bool:
+    if device.type != "cuda":
+        return False
+    try:
+        free, total = torch.cuda.mem_get_info(device)
+    except RuntimeError:  # it is broken
+        return False
+    return free < _FULL_BELOW * total
+
+
+def free_memory() -> None:
+    """Give the memory of what is used no more back to the device, for other processes."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

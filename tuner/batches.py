@@ -216,29 +216,41 @@ def batches_of(rows: Rows, batch_size: int, device: torch.device, readers: int |
 
 
 def place(
-    data: Data, device: torch.device, how: DataPlace = "auto", log: Callable[[str], None] = lambda _: None
+    data: Data,
+    device: torch.device,
+    how: DataPlace = "auto",
+    log: Callable[[str], None] = lambda _: None,
+    *,
+    share: float = 1.0,
 ) -> Data:
     """Return the data with train and valid placed by `place_rows`; the test split stays as it is."""
-    train, valid = place_rows((data.train, data.valid), device, how, log)
+    train, valid = place_rows((data.train, data.valid), device, how, log, share=share)
     return Data(train, valid, data.test, data.class_names)
 
 
 def place_rows(
-    parts: Sequence[Rows], device: torch.device, how: DataPlace, log: Callable[[str], None]
+    parts: Sequence[Rows],
+    device: torch.device,
+    how: DataPlace,
+    log: Callable[[str], None],
+    *,
+    share: float = 1.0,
 ) -> tuple[Rows, ...]:
     """Return the rows where they are trained on: on the device, or to be read and copied to it as needed.
 
-    `auto` keeps them on the device if they fit into half of its free memory. What was chosen is logged. Raises
+    `auto` keeps them on the device if they fit into half of its free memory, and into half of the part `share` of all
+    that it has: others that start at the same time find the same memory free. What was chosen is logged. Raises
     DataError if random samples are to be resident, or if samples cannot be trained on: of those that become resident
     all are read now, of those to be streamed CHECKED_ROWS from all over each split.
     """
-    wanted, free = sum(_n_bytes(rows) for rows in parts), _free_bytes(device)
+    wanted, (free, total) = sum(_n_bytes(rows) for rows in parts), _free_bytes(device)
     is_random = any(isinstance(rows, Samples) and rows.random for rows in parts)
     if how == "resident" and is_random:
         raise DataError("random samples cannot be resident, as they would be the same in each epoch: use --data stream")
-    fits = wanted <= RESIDENT_SHARE * free or all(_is_on(rows, device) for rows in parts)
+    fits = wanted <= RESIDENT_SHARE * min(free, share * total) or all(_is_on(rows, device) for rows in parts)
     resident = how == "resident" or (how == "auto" and fits and not is_random)
-    why = f"{_mb(wanted)}, {_mb(free)} free" + (", random" if is_random else "")
+    part = f", a share of {_mb(share * total)}" if share < 1 else ""
+    why = f"{_mb(wanted)}, {_mb(free)} free{part}" + (", random" if is_random else "")
     log(f"data {'resident on' if resident else 'streamed to'} {device} ({why}, --data {how})")
     if resident:
         return tuple(_make_resident(rows, device) for rows in parts)
@@ -283,17 +295,20 @@ def _n_bytes(rows: Rows) -> int:
     return rows.rows(slice(0, 1)).n_bytes * len(rows)
 
 
-def _free_bytes(device: torch.device) -> int:
+def _free_bytes(device: torch.device) -> tuple[int, int]:
+    """Return how much of the device's memory is free, and how much there is."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        return torch.cuda.mem_get_info(device)
     if device.type == "mps":
-        return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
-    # macOS tells what there is, not what is free of it.
-    pages = "SC_AVPHYS_PAGES" if "SC_AVPHYS_PAGES" in os.sysconf_names else "SC_PHYS_PAGES"
-    return os.sysconf(pages) * os.sysconf("SC_PAGE_SIZE")
+        total = torch.mps.recommended_max_memory()
+        return total - torch.mps.driver_allocated_memory(), total
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if "SC_AVPHYS_PAGES" not in os.sysconf_names:  # macOS tells what there is, not what is free of it
+        return total, total
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), total
 
 
-def _mb(n_bytes: int) -> str:
+def _mb(n_bytes: float) -> str:
     return f"{n_bytes / 2**20:,.0f} MB"
 
 

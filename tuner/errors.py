@@ -27,6 +27,10 @@ class UsageError(TunerError):
     exit_code = EXIT_USAGE
 
 
+class BrokenDeviceError(TunerError):
+    """The device does not do what it should, whatever the trial."""
+
+
 class ObjectiveError(Exception):
     """A method of an objective returned what cannot be used; the message says what was wanted and what was got."""
 

@@ -23,7 +23,7 @@ from storage.studies import TrialRecord
 from tuner import training
 from tuner.attempt import load_data, with_line
 from tuner.batches import place_rows
-from tuner.data import Data, Inputs, Rows, join, tensors
+from tuner.data import Data, Inputs, Rows, Split, join, tensors
 from tuner.errors import TunerError
 from tuner.files import sync_directory
 from tuner.log import Log
@@ -67,6 +67,7 @@ def export_study(
     best = best_of(engine, study)
     objective = _objective(study, source)
     check_output(output)
+    set_deterministic(study.spec.training.deterministic)  # before anything is computed
     data = load_data(objective, data_dir)
     epochs = int(best.user_attrs.get("epoch", study.spec.epochs))  # a notebook's trial does not say
     seed = derive_seed(study.spec.seed, "export", best.number)
@@ -76,14 +77,14 @@ def export_study(
         trial=best.number,
     )
     device_ = training.choose_device(device)
-    model = _retrain(objective, study, best, data, epochs, seed, device_, log).cpu()
+    model = _retrain(objective, study, best, data, epochs, seed, device_, log).cpu()  # where files are compared with it
     metrics = objective.build_metrics(data)
     log.event("exporting", f"writing the model to {output}", output=str(output))
     with _aside(output) as directory:
         _write(model, data.valid, directory)
         _verify(model, data.valid, directory)
         weights_sha256 = sha256_of(directory / WEIGHTS)
-        test = _test_once(engine, study, best, model, data, metrics, weights_sha256, log)
+        test = _test_once(engine, study, best, model.to(device_), data, metrics, weights_sha256, device_, log)
         manifest = Manifest(
             study=study.name,
             study_id=study.study_id,
@@ -149,7 +150,6 @@ def _retrain(
         log.event("note", line)
 
     seed_everything(seed)
-    set_deterministic(study.spec.training.deterministic)
     try:
         model = objective.build_model(best.params).to(device)
         (train,) = place_rows([join(data.train, data.valid)], device, study.spec.training.data, tell)
@@ -170,9 +170,13 @@ def _test_once(
     data: Data,
     metrics: dict[str, Metric],
     weights_sha256: str,
+    device: torch.device,
     log: Log,
 ) -> dict[str, float]:
-    """Return the test metrics: the recorded ones of these very weights, or else measured now and recorded."""
+    """Return the test metrics: the recorded ones of these very weights, or else measured now and recorded.
+
+    They are measured on the model's `device`, and in fp32, as the exported model is used.
+    """
     earlier = studies.list_exports(engine, study.study_id)
     for _, sha256, test_metrics in earlier:
         if sha256 == weights_sha256:
@@ -183,7 +187,11 @@ def _test_once(
             f"the test split was evaluated {len(earlier)} times before for this study, with other weights:"
             " choosing between them by it would make its figure too good",
         )
-    test_metrics = training.evaluate(model, data.test, metrics)
+    test = data.test
+    if isinstance(test, Split):  # samples are streamed
+        (test,) = place_rows([test], device, "auto", lambda _: None)
+    on_device = {name: metric.to(device) for name, metric in metrics.items()}
+    test_metrics = training.evaluate(model, test, on_device)
     studies.record_export(engine, study.study_id, best.number, weights_sha256, test_metrics)
     return test_metrics
 

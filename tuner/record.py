@@ -15,7 +15,12 @@ if TYPE_CHECKING:
 
 
 class Record:
-    """Collects what a trial cost while it runs: `peak_memory_mb` is the device's, on a CPU the whole process's."""
+    """Collects what a trial cost while it runs: `peak_memory_mb` is the device's, on a CPU the whole process's.
+
+    On CUDA that is what tensors took, the data of the slot among them. `peak_reserved_mb` is what torch had taken from
+    the device for them, with what was free between them and what CUDA graphs keep: a device has to have that, and some
+    500 MB more for each process that uses it.
+    """
 
     def __init__(self, device: torch.device, seed: int) -> None:
         self._device = device
@@ -30,12 +35,14 @@ class Record:
 
     def attrs(self) -> dict[str, Any]:
         """Return the attributes by name; those of the epochs only if there were any."""
-        always = {
+        always: dict[str, Any] = {
             "seed": self._seed,
             "device": str(self._device),
             "peak_memory_mb": round(_peak_bytes(self._device) / 2**20, 1),
             "versions": _recorded_versions(self._device),
         }
+        if self._device.type == "cuda":
+            always["peak_reserved_mb"] = round(torch.cuda.max_memory_reserved(self._device) / 2**20, 1)
         if not self._epochs:
             return always
         train_s = sum(epoch.train_s for epoch in self._epochs)

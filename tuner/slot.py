@@ -18,7 +18,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import optuna
 import torch
@@ -36,13 +36,23 @@ from storage.errors import InvalidWriteError, LeaseLostError, StorageError, Stud
 from storage.postgres import PostgresStorage
 from storage.pruning import IndexedPercentilePruner
 from storage.sessions import OUTAGE_S, Backoff, Sessions
-from tuner.attempt import BrokenDeviceError, CheckedTrial, Outcome, TrialObjective, check_device, failed, run_attempt
-from tuner.errors import EXIT_UNREACHABLE, TunerError
+from tuner.attempt import (
+    CheckedTrial,
+    Outcome,
+    TrialObjective,
+    check_device,
+    failed,
+    free_memory,
+    run_attempt,
+    warm_up,
+)
+from tuner.errors import EXIT_UNREACHABLE, BrokenDeviceError, TunerError
 from tuner.lease import Lease
 from tuner.orders import Orders
 from tuner.registry import build_objective, find_objective, is_objective_class
 from tuner.reports import Reports
 from tuner.sampling import build_pruner, build_sampler
+from tuner.seeds import set_deterministic
 from tuner.shared import shared_checkpoint, sweep
 from tuner.spec import PrunerSpec
 from tuner.spool import Spool
@@ -121,7 +131,7 @@ class Slot:
         self._orders = orders
         self._parent = os.getppid()
         self._away_at = -OUTAGE_S
-        self._is_poisoned = False  # by a device that failed: this process can use it no more
+        self._poisoned: Outcome | None = None  # by a device that failed: this process can use it no more
         self._retry = Backoff(stop=orders.stop, notice=self._tell_outage, is_away=self._note_outage)
         self._storage = PostgresStorage(config.storage, application_name=f"tuner {config.worker}", retry=self._retry)
         self._engine: Engine = self._storage.engine
@@ -184,13 +194,16 @@ class Slot:
         objective = (
             build_objective(kind, study.spec.objective.options, study.spec.seed) if is_objective_class(kind) else kind
         )
+        set_deterministic(study.spec.training.deterministic)  # before anything is computed
         device = choose_device(self._config.device)
         check_device(device)
+        warm_up(device)
         return TrialObjective.load(
             study.spec,
             objective,
             self._config.data_dir,
             device,
+            share=self._config.share,
             checkpoints=checkpoint_directory(self._config.data_dir, study),
             log=lambda line: self._emit(Event(event="note", message=line)),
         )
@@ -216,8 +229,10 @@ class Slot:
             self._release(study, held, "the database was away for too long")
         finally:
             self._storage.let_go(held)
-        if self._is_poisoned:
-            sys.exit(EXIT_AGAIN)  # whatever became of the trial
+        if self._poisoned is not None:
+            _exit_again(self._parent)  # whatever became of the trial
+        if what.device.type == "cuda":
+            free_memory()  # of a trial that was given back, too
 
     def _run_held(
         self, study: Study, optuna_study: optuna.Study, what: TrialObjective, held: claims.Claim, lease: Lease
@@ -266,7 +281,8 @@ class Slot:
 
             trial = CheckedTrial(optuna_study, held.trial_id, check, reports, self._retry)
             outcome = run_attempt(what, trial)
-            self._is_poisoned = outcome.is_poisoned
+            if outcome.is_poisoned:
+                self._poisoned = outcome  # for as long as this process lives: see `Outcome.error`
             if outcome.failure == "infrastructure":
                 return trial, outcome, True  # it is run again, without them
             return trial, outcome, not reports.flush(OUTAGE_S, self._orders.stop)
@@ -404,7 +420,7 @@ def main() -> None:
         Slot(SlotConfig.model_validate_json(line), emit, orders).run()
     except BrokenDeviceError as error:
         emit(Event(event="broken", message=str(error)))
-        sys.exit(EXIT_AGAIN)
+        _exit_again(worker)
     except (TunerError, StorageError, ValidationError) as error:
         code = EXIT_UNREACHABLE if isinstance(error, UnreachableError) else getattr(error, "exit_code", 1)
         emit(Event(event="refused", message=str(error), exit_code=code))
@@ -412,6 +428,16 @@ def main() -> None:
     finally:
         if os.getppid() != worker:
             _end_group()
+
+
+def _exit_again(worker: int) -> NoReturn:
+    """End this process at once: to free what is left on a device that failed could abort it."""
+    if os.getppid() != worker:
+        _end_group()
+    with suppress(OSError):  # nobody reads it any more
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(EXIT_AGAIN)
 
 
 def _end_in_time(stop: threading.Event) -> None:

@@ -18,6 +18,12 @@ from tuner.errors import UsageError
 _ITEM = re.compile(r"(?P<device>cpu|mps|cuda(?::[0-9]+)?)(?:\*(?P<count>[0-9]+))?")
 _NUMBER = re.compile(r"[0-9]+")
 _WANTED = "--slots needs auto, a number, or devices such as cuda:0*3,cuda:1 or cpu*4"
+_THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "TORCHINDUCTOR_COMPILE_THREADS")  # the last are processes
+_CUDA = {
+    "CUDA_DEVICE_ORDER": "PCI_BUS_ID",  # devices have the numbers that nvidia-smi gives them
+    # torch looks at it once, when it multiplies its first matrices, and refuses deterministic training without.
+    "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
+}
 MAX_SLOTS = 1000
 """More is a slip of the finger: each is a process of some hundred megabytes."""
 
@@ -52,10 +58,13 @@ class SlotPlan:
 
     @property
     def environment(self) -> dict[str, str]:
-        """The environment of the slot's process. Slots share the cores: with all of them each, they would fight."""
-        threads = {"OMP_NUM_THREADS": str(self.threads), "MKL_NUM_THREADS": str(self.threads)}
+        """The environment of the slot's process. Slots share the cores: with all of them each, they would fight.
+
+        What the worker's own environment says comes first.
+        """
+        threads = dict.fromkeys(_THREADS, str(self.threads))
         devices = {} if self.visible is None else {"CUDA_VISIBLE_DEVICES": self.visible}
-        return {**threads, **os.environ, **devices}
+        return {**threads, **_CUDA, **os.environ, **devices}
 
 
 def plan_slots(text: str, device: str | None = None, *, at_most: int | None = None) -> list[SlotPlan]:
@@ -63,8 +72,9 @@ def plan_slots(text: str, device: str | None = None, *, at_most: int | None = No
 
     `auto` is one slot for each CUDA device, or one for the best other device. Raises UsageError.
     """
-    gpus = visible_gpus()
     is_named = text != "auto" and not _NUMBER.fullmatch(text)
+    wanted = text if is_named else device
+    gpus = visible_gpus() if wanted is None or "cuda" in wanted else []  # it may take seconds to tell
     if not is_named:
         devices = _devices(text, device, gpus)
     elif device is not None:
@@ -90,7 +100,10 @@ def plan_slots(text: str, device: str | None = None, *, at_most: int | None = No
 
 
 def visible_gpus() -> list[str] | None:
-    """Return the CUDA devices of this machine as CUDA_VISIBLE_DEVICES names them; None if they cannot be counted."""
+    """Return the CUDA devices of this machine as CUDA_VISIBLE_DEVICES names them; None if they cannot be counted.
+
+    Each instance (MIG) that a GPU is divided into is a device of its own, and the GPU itself is none.
+    """
     given = os.environ.get("CUDA_VISIBLE_DEVICES")
     if given is not None:
         return [name for name in given.split(",") if name.strip() not in ("", "-1")]
@@ -101,7 +114,19 @@ def visible_gpus() -> list[str] | None:
         if found.is_dir():
             return [str(number) for number in range(len(list(found.iterdir())))]
         return [] if sys.platform == "darwin" or not Path("/dev/kfd").exists() else None  # AMD's are not counted
-    return [str(number) for number, line in enumerate(listed.stdout.splitlines()) if line.startswith("GPU ")]
+    return _listed(listed.stdout)
+
+
+def _listed(text: str) -> list[str]:
+    """Return the devices that nvidia-smi lists: a GPU a line, and after it, indented, its instances."""
+    gpus: list[list[str]] = []
+    for line in text.splitlines():
+        instance = re.search(r"\(UUID: (MIG-[^)]+)\)", line)
+        if line.startswith("GPU "):
+            gpus.append([])
+        elif instance is not None and gpus:
+            gpus[-1].append(instance[1])
+    return [name for number, instances in enumerate(gpus) for name in instances or [str(number)]]
 
 
 def _devices(text: str, device: str | None, gpus: list[str] | None) -> list[str | None]:

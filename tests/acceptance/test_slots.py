@@ -68,9 +68,14 @@ def takes_its_device_along_late(trial):
         raise torch.AcceleratorError("CUDA error: device-side assert triggered")
     return 1.0
 
+class Pinned:
+    def __del__(self):  # as torch does where the device is needed to free memory
+        os.abort()
+
 def takes_its_device_along(trial):
     trial.set_user_attr("pid", os.getpid())
     if trial.number == 0:
+        pinned = Pinned()
         raise torch.AcceleratorError("CUDA error: device-side assert triggered")
     return 1.0
 """

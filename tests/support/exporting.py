@@ -93,14 +93,14 @@ class Exporting:
             )
         return self
 
-    def __call__(self, output=None):
+    def __call__(self, output=None, device="cpu"):
         return export_study(
             self.engine,
             self.study,
             self.source,
             output=output or self.output,
             data_dir=self.data_dir,
-            device="cpu",
+            device=device,
             log=Log(),
         )
 

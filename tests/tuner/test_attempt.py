@@ -12,9 +12,7 @@ from torch import nn
 from torchmetrics import Metric
 
 from storage.errors import LeaseLostError, StudyHaltedError, UnreachableError
-from tuner.attempt import (
-    TrialObjective,
-)
+from tuner.attempt import TrialObjective, check_device, warm_up
 from tuner.data import Data, Samples, Split, class_weights
 from tuner.objective import Objective
 from tuner.seeds import derive_seed
@@ -110,6 +108,17 @@ def test_train_and_valid_are_on_the_device_and_test_stays_behind():
     assert devices == ["cuda", "cuda", "cpu"]
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_device_that_was_warmed_up_has_its_random_numbers_as_they_were():
+    device = torch.device("cuda", 0)
+    torch.cuda.manual_seed(7)
+    before = torch.cuda.get_rng_state()
+    check_device(device)
+    warm_up(device)
+    assert torch.equal(torch.cuda.get_rng_state(), before)
+    warm_up(torch.device("cpu"))
+
+
 def interrupt_in_epoch(study, number):
     def check():
         if len(study.trials[-1].intermediate_values) == number:
@@ -171,6 +180,7 @@ def test_a_trial_records_what_it_cost(study):
     attrs = attempt(study, Signs(), epochs=2)[0].attrs
     assert attrs["samples_per_s"] > 0
     assert attrs["peak_memory_mb"] > 100
+    assert "peak_reserved_mb" not in attrs  # of a CPU
     assert attrs["versions"]["torch"] == importlib.metadata.version("torch")
     assert 0 < attrs["train_s"] + attrs["evaluate_s"] <= attrs["seconds"]
     assert attrs["wait_s"] == 0

@@ -190,6 +190,14 @@ def test_rows_are_resident_if_they_fit_unless_told_otherwise(monkeypatch, rows, 
         assert torch.equal(found.inputs, wanted.inputs)
 
 
+@pytest.mark.parametrize(("share", "kind", "told"), [(1.0, Split, False), (1e-3, Split, True), (1e-12, Samples, True)])
+def test_slots_that_start_at_once_leave_each_other_room(share, kind, told):
+    lines = []
+    placed = place(some_data(Samples(Pairs())), CPU, "auto", lines.append, share=share)
+    assert (type(placed.train), type(placed.valid)) == (kind, kind)
+    assert [" free, a share of " in line for line in lines] == [told]
+
+
 def test_random_samples_cannot_be_resident():
     with pytest.raises(DataError, match="random samples cannot be resident"):
         place(some_data(Samples(Noisy(), random=True)), CPU, "resident")

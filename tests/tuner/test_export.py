@@ -1,6 +1,7 @@
 """From a study to a model: what is exported, how it is tested, and what is refused."""
 
 import json
+import textwrap
 from importlib.metadata import version
 
 import optuna
@@ -308,3 +309,43 @@ def test_an_objective_of_samples_is_exported_with_its_test_figure(exporting):
     assert (manifest.data["train"], manifest.data["test"]) == (40, 40)
     assert 0 < manifest.test["accuracy"] <= 1
     assert [described.shape for described in manifest.inputs] == [(3,)]
+
+
+WHERE = """
+    from torchmetrics import Metric
+
+    class OnCuda(Metric):
+        def __init__(self):
+            super().__init__()
+            self.n = 0
+
+        def update(self, outputs, targets):
+            self.n += int(outputs.is_cuda and targets.is_cuda) * len(targets)
+
+        def compute(self):
+            return torch.tensor(float(self.n))
+
+    in_memory = Signs.load_data
+    Signs.build_metrics = lambda self, data: {"accuracy": OnCuda()}
+"""
+
+AS_SAMPLES = """
+    def load_data(self, root):
+        from tuner.data import Samples
+
+        data = in_memory(self, root)
+        return Data(data.train, data.valid, Samples(data.test), class_names=data.class_names)
+
+    Signs.load_data = load_data
+"""
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("more", ["", AS_SAMPLES], ids=["tensors", "samples"])
+def test_test_is_evaluated_where_the_model_was_trained(exporting, more):
+    exporting.start(code(more=textwrap.dedent(WHERE) + textwrap.dedent(more)))
+    manifest = exporting(device="cuda").manifest
+    assert manifest.trained_on == "cuda:0"
+    assert manifest.test == {"accuracy": 40.0}
+    outputs = tuner.load_model(exporting.output)(torch.zeros(2, 3))
+    assert (outputs.device.type, outputs.shape) == ("cpu", (2, 2))

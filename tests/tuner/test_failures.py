@@ -5,6 +5,8 @@ import gc
 import math
 import os
 import signal
+import subprocess
+import sys
 import weakref
 
 import optuna
@@ -185,6 +187,32 @@ def test_out_of_memory_is_told_apart_and_leaves_none_behind(study):
     assert [model() for model in models] == [None]
 
 
+@pytest.mark.parametrize(
+    ("told", "kind", "poisoned"),
+    [
+        ("CUDA error: an illegal memory access was encountered", "infrastructure", True),
+        ("Triton Error [CUDA]: an illegal memory access was encountered", "infrastructure", True),
+        ("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`", "infrastructure", True),
+        ("CUDA error: device-side assert triggered", "user_error", True),
+        ("Triton Error [CUDA]: out of memory", "oom", False),
+        ("mat1 and mat2 shapes cannot be multiplied (1x2 and 3x4)", "user_error", False),
+    ],
+)
+def test_a_device_that_fails_is_told_from_a_trial_that_does_and_its_tensors_are_kept(study, told, kind, poisoned):
+    tensors = []
+
+    def objective(trial):
+        tensor = torch.zeros(3)
+        tensors.append(weakref.ref(tensor))
+        raise RuntimeError(told)
+
+    outcome, _ = attempt(study, objective)
+    assert (outcome.failure, outcome.is_poisoned) == (kind, poisoned)
+    assert told in outcome.message
+    gc.collect()
+    assert (tensors[0]() is not None) == poisoned  # to free them could end the process
+
+
 class KilledReader:
     """Samples of which one ends the process that reads it while training, as a host out of memory does."""
 
@@ -210,14 +238,95 @@ def test_a_reader_of_samples_that_was_killed_is_not_the_trial_s_fault(study):
     assert signal.getsignal(signal.SIGCHLD) == signal.SIG_DFL  # torch's handler would raise at any later moment
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+def on_cuda(study, objective):
+    what = TrialObjective.load(a_spec(), objective, "data", torch.device("cuda", 0))
+    torch.ones(16, 16, device="cuda") @ torch.ones(16, 16, device="cuda")  # cuBLAS keeps some memory from then on
+    before = torch.cuda.memory_allocated()
+    outcome = run_attempt(what, CheckedTrial(study, study.ask()._trial_id, lambda: None))
+    return outcome, torch.cuda.memory_allocated() - before
+
+
+@needs_cuda
 def test_out_of_memory_on_a_cuda_device_leaves_none_behind(study):
     class Huge(Signs):
         def build_loss(self, params, train):
             return lambda outputs, targets: outputs.sum() + torch.empty(1 << 50, device="cuda").sum()
 
-    what = TrialObjective.load(a_spec(), Huge(), "data", torch.device("cuda", 0))
-    before = torch.cuda.memory_allocated()
-    outcome = run_attempt(what, CheckedTrial(study, study.ask()._trial_id, lambda: None))
+    outcome, left = on_cuda(study, Huge())
     assert outcome.attrs["failure"] == "oom"
-    assert torch.cuda.memory_allocated() == before
+    assert left == 0
+
+
+@needs_cuda
+def test_a_trial_gives_its_memory_back_to_the_device(study):
+    def objective(trial):
+        cycle = [torch.empty(1 << 28, device="cuda")]
+        cycle.append(cycle)
+        return 1.0
+
+    gc.collect()
+    torch.cuda.empty_cache()
+    reserved = torch.cuda.memory_reserved()
+    gc.disable()  # or it may free it by chance
+    try:
+        outcome, left = on_cuda(study, objective)
+    finally:
+        gc.enable()
+    assert (outcome.state, left) == (TrialState.COMPLETE, 0)
+    assert torch.cuda.memory_reserved() - reserved < 1 << 28
+    assert outcome.attrs["peak_reserved_mb"] >= outcome.attrs["peak_memory_mb"] > 1000
+
+
+BROKEN = """
+import sys
+import optuna
+import torch
+from attempts import a_spec
+from tuner.attempt import CheckedTrial, TrialObjective, run_attempt
+
+def objective(trial):
+    torch.arange(3, device="cuda")[torch.tensor([7], device="cuda")]
+    pinned = torch.zeros(3, pin_memory=True)
+    pinned.copy_(torch.zeros(3, device="cuda"), non_blocking=True)
+    raise ValueError("of another kind")
+
+study = optuna.create_study()
+what = TrialObjective.load(a_spec(), objective, "data", torch.device("cuda", 0))
+outcome = run_attempt(what, CheckedTrial(study, study.ask()._trial_id, lambda: None))
+print(outcome.failure, outcome.is_poisoned, "afterwards" in outcome.message, flush=True)
+import os
+os._exit(0)
+"""
+
+
+@needs_cuda
+def test_a_device_that_is_broken_behind_an_error_of_another_kind_is_found_so():
+    path = os.pathsep.join(sys.path)
+    done = subprocess.run(
+        [sys.executable, "-c", BROKEN],
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    # The error of the kernel itself where the host had it before the other.
+    assert done.stdout.strip() in ("user_error True True", "user_error True False"), done.stderr
+
+
+@needs_cuda
+def test_libraries_that_find_no_memory_on_a_full_device_are_out_of_memory(study):
+    def objective(trial):
+        taken = []
+        size = torch.cuda.mem_get_info()[0]
+        while size > 1 << 20:
+            try:
+                taken.append(torch.empty(size, dtype=torch.uint8, device="cuda"))
+            except torch.OutOfMemoryError:
+                size //= 2
+        raise RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR")
+
+    outcome, left = on_cuda(study, objective)
+    assert (outcome.failure, outcome.is_poisoned, left) == ("oom", False, 0)

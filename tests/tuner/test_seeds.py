@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tuner.seeds import derive_seed, seed_everything
+from tuner.seeds import derive_seed, seed_everything, set_deterministic
 
 SEEDS = st.integers(0, 2**63 - 1)
 
@@ -42,3 +42,15 @@ def test_seeding_fixes_the_draws_of_python_numpy_and_torch(seed):
     assert draws() == first
     seed_everything(seed + 1 if seed < 2**63 - 1 else 0)
     assert random.random() != first[0]
+
+
+@pytest.mark.parametrize("on", [True, False])
+def test_what_has_not_been_written_is_not_filled_for_determinism_s_sake(on, monkeypatch):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    try:
+        set_deterministic(on)
+        assert torch.are_deterministic_algorithms_enabled() == on
+        assert not torch.utils.deterministic.fill_uninitialized_memory
+    finally:
+        torch.use_deterministic_algorithms(False)

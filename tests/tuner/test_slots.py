@@ -60,6 +60,28 @@ def test_slots_on_the_cpu_share_its_threads_and_see_no_gpu(two_gpus, monkeypatch
     assert plans[0].environment["OMP_NUM_THREADS"] == "7"
 
 
+def test_a_slot_s_process_is_set_up_for_its_device_unless_the_worker_s_own_environment_says_otherwise(
+    two_gpus, monkeypatch
+):
+    wanted = {
+        "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
+        "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
+        "TORCHINDUCTOR_COMPILE_THREADS": str(plan_slots("cuda")[0].threads),
+    }
+    for name in wanted:
+        monkeypatch.delenv(name, raising=False)
+    (plan,) = plan_slots("cuda")
+    assert wanted.items() <= plan.environment.items()
+    own = {
+        "CUDA_DEVICE_ORDER": "FASTEST_FIRST",
+        "CUBLAS_WORKSPACE_CONFIG": ":16:8",
+        "TORCHINDUCTOR_COMPILE_THREADS": "1",
+    }
+    for name, value in own.items():
+        monkeypatch.setenv(name, value)
+    assert own.items() <= plan.environment.items()
+
+
 @pytest.mark.parametrize(
     "text", ["", "0", "cpu*0", "gpu", "cuda:x", "cpu*", "-1", "cpu,", "2,3", "\u0663", "cpu*\u0663"]
 )
@@ -96,10 +118,49 @@ def test_a_machine_without_nvidias_tools_has_no_cuda_device(monkeypatch, tmp_pat
     assert visible_gpus() == []
 
 
-def test_nvidias_tool_counts_the_devices(monkeypatch, tmp_path):
+@pytest.fixture
+def smi(monkeypatch, tmp_path):
+    """Have nvidia-smi list these lines; the path of what it leaves behind when it runs."""
+
+    def lists(*lines):
+        tool = tmp_path / "nvidia-smi"
+        (tmp_path / "listed").write_text("".join(f"{line}\n" for line in lines))
+        tool.write_text(f'#!/bin/sh\ntouch {tmp_path}/ran\ntest "$*" = --list-gpus && cat {tmp_path}/listed\n')
+        tool.chmod(0o755)
+        return tmp_path / "ran"
+
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    tool = tmp_path / "nvidia-smi"
-    tool.write_text("#!/bin/sh\necho 'GPU 0: H100 (UUID: GPU-1)'\necho 'GPU 1: H100 (UUID: GPU-2)'\n")
-    tool.chmod(0o755)
+    return lists
+
+
+def test_nvidias_tool_counts_the_devices(smi):
+    smi("GPU 0: H100 (UUID: GPU-1)", "GPU 1: H100 (UUID: GPU-2)")
     assert visible_gpus() == ["0", "1"]
+
+
+def test_each_instance_of_a_divided_gpu_is_a_device(smi):
+    smi(
+        "GPU 0: NVIDIA H100 80GB HBM3 (UUID: GPU-1)",
+        "  MIG 3g.40gb     Device  0: (UUID: MIG-7a)",
+        "  MIG 3g.40gb     Device  1: (UUID: MIG-7b)",
+        "GPU 1: NVIDIA H100 80GB HBM3 (UUID: GPU-2)",
+    )
+    assert visible_gpus() == ["MIG-7a", "MIG-7b", "1"]
+    assert [plan.environment["CUDA_VISIBLE_DEVICES"] for plan in plan_slots("auto")] == ["MIG-7a", "MIG-7b", "1"]
+
+
+@pytest.mark.parametrize(
+    ("slots", "device", "asked"),
+    [
+        ("cpu*2", None, False),
+        ("auto", "cpu", False),
+        ("2", "cpu", False),
+        ("cuda,cpu", None, True),
+        ("auto", None, True),
+    ],
+)
+def test_the_devices_are_counted_only_for_slots_that_may_have_one(smi, slots, device, asked):
+    ran = smi("GPU 0: H100 (UUID: GPU-1)")
+    plan_slots(slots, device)
+    assert ran.exists() == asked
