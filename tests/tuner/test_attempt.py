@@ -101,14 +101,14 @@ def test_the_best_epoch_is_the_earliest_of_the_best(values, direction, number):
     assert best_epoch(history, "m", direction).number == number
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.cuda
 def test_train_and_valid_are_on_the_device_and_test_stays_behind():
     what = TrialObjective.load(a_spec(), Signs(), "data", torch.device("cuda"))
     devices = [split.targets.device.type for _, split in what.data.splits()]
     assert devices == ["cuda", "cuda", "cpu"]
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.cuda
 def test_a_device_that_was_warmed_up_has_its_random_numbers_as_they_were():
     device = torch.device("cuda", 0)
     torch.cuda.manual_seed(7)

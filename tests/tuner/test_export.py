@@ -340,7 +340,7 @@ AS_SAMPLES = """
 """
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.cuda
 @pytest.mark.parametrize("more", ["", AS_SAMPLES], ids=["tensors", "samples"])
 def test_test_is_evaluated_where_the_model_was_trained(exporting, more):
     exporting.start(code(more=textwrap.dedent(WHERE) + textwrap.dedent(more)))

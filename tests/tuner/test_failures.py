@@ -238,9 +238,6 @@ def test_a_reader_of_samples_that_was_killed_is_not_the_trial_s_fault(study):
     assert signal.getsignal(signal.SIGCHLD) == signal.SIG_DFL  # torch's handler would raise at any later moment
 
 
-needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-
-
 def on_cuda(study, objective):
     what = TrialObjective.load(a_spec(), objective, "data", torch.device("cuda", 0))
     torch.ones(16, 16, device="cuda") @ torch.ones(16, 16, device="cuda")  # cuBLAS keeps some memory from then on
@@ -249,7 +246,7 @@ def on_cuda(study, objective):
     return outcome, torch.cuda.memory_allocated() - before
 
 
-@needs_cuda
+@pytest.mark.cuda
 def test_out_of_memory_on_a_cuda_device_leaves_none_behind(study):
     class Huge(Signs):
         def build_loss(self, params, train):
@@ -260,7 +257,7 @@ def test_out_of_memory_on_a_cuda_device_leaves_none_behind(study):
     assert left == 0
 
 
-@needs_cuda
+@pytest.mark.cuda
 def test_a_trial_gives_its_memory_back_to_the_device(study):
     def objective(trial):
         cycle = [torch.empty(1 << 28, device="cuda")]
@@ -302,7 +299,7 @@ os._exit(0)
 """
 
 
-@needs_cuda
+@pytest.mark.cuda
 def test_a_device_that_is_broken_behind_an_error_of_another_kind_is_found_so():
     path = os.pathsep.join(sys.path)
     done = subprocess.run(
@@ -316,7 +313,7 @@ def test_a_device_that_is_broken_behind_an_error_of_another_kind_is_found_so():
     assert done.stdout.strip() in ("user_error True True", "user_error True False"), done.stderr
 
 
-@needs_cuda
+@pytest.mark.cuda
 def test_libraries_that_find_no_memory_on_a_full_device_are_out_of_memory(study):
     def objective(trial):
         taken = []

@@ -92,7 +92,7 @@ def test_a_slot_computes_nothing_before_it_is_deterministic(tmp_path, determinis
     assert set(seen.were_deterministic) == {deterministic}
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.cuda
 def test_a_slot_that_tried_its_device_can_train_deterministically_on_it():
     code = (
         "import torch; from tuner.attempt import check_device; from tuner.seeds import set_deterministic;"

