@@ -113,6 +113,7 @@ class Streamed:
         self._plan: list[_Planned] = []
         self._reading: Generator[Batch, None, None] | None = None
         self._at_exit: Callable[[], None] | None = None
+        self._copies = _AheadOnCuda(device) if device.type == "cuda" else None
         self._loader = _loader(samples, self._plan, device, default_readers() if readers is None else readers)
 
     def in_order(self) -> Iterator[Batch]:
@@ -150,7 +151,6 @@ class Streamed:
             atexit.unregister(self._at_exit)
 
     def _read(self) -> Generator[Batch, None, None]:
-        copies = _AheadOnCuda(self._device) if self._device.type == "cuda" else None
         started_at = time.perf_counter()
         for read in _watched(self._loader):
             if self._at_exit is None:
@@ -158,13 +158,13 @@ class Streamed:
                 self._at_exit = atexit.register(partial(_kill, _workers(self._loader)))
             if isinstance(read, Exception):
                 raise read
-            batch = copies.swap(read) if copies is not None else _moved(read, self._device)
+            batch = _moved(read, self._device) if self._copies is None else self._copies.swap(read)
             if batch is None:
                 continue
             self.waited_s += time.perf_counter() - started_at
             yield batch
             started_at = time.perf_counter()
-        if copies is not None and (last := copies.swap(None)) is not None:
+        if self._copies is not None and (last := self._copies.swap(None)) is not None:
             yield last
 
 
@@ -173,20 +173,26 @@ class _AheadOnCuda:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._stream = _copy_stream(device)
+        self._pinned: Batch | None = None
         self._copied: Batch | None = None
 
     def swap(self, read: Batch | None) -> Batch | None:
-        """Begin to copy what was read, and return the batch before, ready for the current stream."""
+        """Begin to copy what was read, and return the batch before, ready for the current stream.
+
+        Raises RuntimeError if the device has failed: to free pinned memory then would end the process (pytorch issue
+        178154), so that what was copied last is kept.
+        """
+        stream, using = _copy_stream(self._device), torch.cuda.current_stream(self._device)
+        using.query()
         batch, self._copied = self._copied, None
-        using = torch.cuda.current_stream(self._device)
         if batch is not None:
-            using.wait_stream(self._stream)
+            using.wait_stream(stream)
             for tensor in (*tensors(batch.inputs), batch.targets):
                 tensor.record_stream(using)  # its memory was taken by the other stream
         if read is not None:
-            with torch.cuda.stream(self._stream):
+            with torch.cuda.stream(stream):
                 self._copied = _moved(read, self._device)
+        self._pinned = read
         return batch
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 from typing import TYPE_CHECKING
@@ -41,6 +42,28 @@ def objective(trial):
         pause.wait(0.01)
         trial.report(x, 1)
     return x
+"""
+
+
+# Trains well for an epoch, and then asks for a class that there is not.
+OUT_OF_RANGE = """
+from torch import nn
+
+from objectives.digits import Digits
+
+
+class Mine(Digits):
+    def build_loss(self, params, train):
+        calls = []
+
+        def loss(outputs, targets):
+            calls.append(1)
+            return nn.functional.cross_entropy(outputs, targets + 100 * (len(calls) > 40))
+
+        return loss
+
+    def batch_size(self, params):
+        return 32
 """
 
 
@@ -91,3 +114,19 @@ def is_slot_of(pid: int, worker: int) -> bool:
             return int(stat.read().rpartition(")")[2].split()[1]) == worker
     except (FileNotFoundError, ProcessLookupError):
         return False
+
+
+@pytest.mark.parametrize("data", ["resident", "stream"])
+def test_an_index_that_fails_on_the_device_is_told_as_the_objectives_error(
+    tuner: Tuner, tmp_path: Path, data: str
+) -> None:
+    path = tmp_path / "mine.py"
+    path.write_text(OUT_OF_RANGE)
+    options = ["--device", "cuda", "--workers", "1", "--trials", "1", "--max-failures", "0", "--data", data]
+    done = tuner("run", f"{path}:Mine", *options, "--log-format", "json")
+    assert done.code == 1
+    events = [json.loads(line) for line in done.stderr.splitlines() if line.startswith("{")]
+    (ended,) = [event for event in events if event["event"] == "trial_ended"]
+    assert (ended["state"], ended["failure"]) == ("FAIL", "user_error"), done.stderr
+    assert "device-side assert" in ended["message"]
+    assert "terminate called" not in done.stderr
