@@ -98,17 +98,22 @@ def machine(setting: Setting) -> Found:
 
 
 def tests(setting: Setting) -> Found:
-    """The tests that need a CUDA device, one after the other, as some fill it."""
+    """The tests that need a CUDA device, a file after the other, as some fill it, each in a process of its own."""
     # Only the files that have such: what the others import may warn on a machine that was not made for them.
-    files = [str(path) for path in sorted((ROOT / "tests").rglob("test_*.py")) if "mark.cuda" in path.read_text()]
-    which = files[-1:] if setting.smallest else files
-    options = ["-q", "-n", "0", "-p", "no:cacheprovider", "--timeout=100", "--tb=short"]
-    started_at = time.perf_counter()
-    code, printed = run([sys.executable, "-m", "pytest", *options, "-m", "cuda", *which], 0.25 * setting.seconds)
-    (setting.out / "tests.log").write_text(printed)
-    failed = re.findall(r"^(?:FAILED|ERROR) (\S+(?: - .*)?)", printed, re.MULTILINE)
-    closing = printed.strip().splitlines()[-1] if printed.strip() else ""
-    return {"code": code, "closing": closing, "failed": failed, "seconds": round(time.perf_counter() - started_at, 1)}
+    paths = [path for path in sorted((ROOT / "tests").rglob("test_*.py")) if "mark.cuda" in path.read_text()]
+    options = ["-q", "-n", "0", "-p", "no:cacheprovider", "--timeout=60", "--tb=short", "-m", "cuda"]
+    deadline = time.monotonic() + 0.3 * setting.seconds
+    found: Found = {}
+    for path in reversed(paths[-1:] if setting.smallest else paths):  # real processes last
+        seconds = max(1.0, deadline - time.monotonic())
+        code, printed = run([sys.executable, "-m", "pytest", *options, str(path)], seconds)
+        (setting.out / f"{path.stem}.log").write_text(printed)
+        found[path.stem] = {
+            "code": code,
+            "closing": printed.strip().rpartition("\n")[2],
+            "failed": re.findall(r"^(?:FAILED|ERROR) (\S+(?: - .*)?)", printed, re.MULTILINE),
+        }
+    return found
 
 
 def main_job(setting: Setting) -> Found:
@@ -147,24 +152,26 @@ def speed(setting: Setting) -> Found:
 
 def slots(setting: Setting) -> Found:
     """Trials an hour of the digits, with slots that share one device."""
-    count_and_ways: list[tuple[int, list[str], bool]] = [(count, [], False) for count in (1, 2, 4, 8, 16)]
-    count_and_ways += [(count, ["--cuda-graphs"], False) for count in (1, 4, 16)]
-    if shutil.which("nvidia-cuda-mps-control") is not None:
-        count_and_ways += [(4, [], True), (16, [], True), (16, ["--cuda-graphs"], True)]
+    graphs = ["--cuda-graphs"]
+    by_mps = shutil.which("nvidia-cuda-mps-control") is not None
+    # The ends of each scale first, as a slow start may leave no time for what is between them.
+    wanted = [(1, [], False), (16, [], False), (1, graphs, False), (16, graphs, False), (16, [], True)]
+    wanted += [(16, graphs, True), (4, [], False), (4, graphs, False), (4, [], True), (8, [], False), (2, [], False)]
+    count_and_ways = [one for one in wanted if by_mps or not one[2]]
     if setting.smallest:
         count_and_ways = [(2, [], False)]
     deadline = time.monotonic() + 0.4 * setting.seconds
     rows: list[Found] = []
     with data_directory() as data_dir:
-        for number, (count, way, by_mps) in enumerate(count_and_ways):
+        for number, (count, way, mps_on) in enumerate(count_and_ways):
             if time.monotonic() > deadline:
                 break
-            with mps(by_mps) as environment:
+            with mps(mps_on) as environment:
                 rows.append(
                     {
                         "slots": count,
                         "way": " ".join(way),
-                        "mps": by_mps,
+                        "mps": mps_on,
                         **rate(setting, data_dir, f"slots-{number}", count, way, deadline, environment),
                     }
                 )
@@ -198,7 +205,7 @@ def rate(
         env={**os.environ, **environment},
     )
     engine = open_engine(EmbeddedServer(data_dir).url())
-    measured_s = 0.0 if setting.smallest else 5.0
+    measured_s = 0.0 if setting.smallest else 4.0
     pause = threading.Event()
     try:
         while worker.poll() is None and time.monotonic() < deadline:
@@ -299,7 +306,8 @@ def markdown(found: Found) -> str:
     its = found["machine"]
     lines = [f"{its.get('gpu', its['device'])}, {its['cores']} cores, torch {its['torch']}, Python {its['python']}", ""]
     if "tests" in found:
-        lines += [f"CUDA tests: {found['tests'].get('closing')}", *found["tests"].get("failed", []), ""]
+        rows = [[name, one["closing"], *one["failed"]] for name, one in found["tests"].items()]
+        lines += table(["CUDA tests", "result"], rows)
     if "main" in found:
         rows = [[name, one["seconds"], one["best"], one["test"]] for name, one in found["main"].items()]
         lines += table(["main job", "seconds", "best", "test"], rows)
@@ -323,7 +331,7 @@ def markdown(found: Found) -> str:
     if "slots" in found:
         rows = [
             [row["slots"], row["way"], "yes" if row["mps"] else "", row.get("trials_an_hour"), row.get("first_end_s")]
-            for row in found["slots"]["rows"]
+            for row in sorted(found["slots"]["rows"], key=lambda row: (row["mps"], row["way"], row["slots"]))
         ]
         lines += table(["slots", "way", "MPS", "trials an hour", "first end s"], rows)
     return "\n".join(lines)

@@ -77,7 +77,7 @@ def greedy(tmp_path: Path) -> Path:
 def test_a_trial_that_ran_out_of_memory_beside_another_runs_again_alone(tuner: Tuner, greedy: Path) -> None:
     assert tuner("create", f"{greedy}:objective", "--trials", "4", "--pruner", "none").code == 0
     arguments = ["--slots", "cuda:0*2", "--objective", f"{greedy}:objective", "--log-format", "json"]
-    with tuner.start("worker", "greedy:objective", *arguments) as worker:
+    with tuner.start("worker", "greedy", *arguments) as worker:
         finished = worker.finish()
         assert finished.code == 0, finished.stderr
         assert worker.events("out_of_memory")
@@ -90,7 +90,7 @@ def test_the_memory_of_a_slot_that_was_killed_is_free_for_the_next(tuner: Tuner,
     arguments = ["--slots", "cuda:0", "--objective", f"{greedy}:objective", "--log-format", "json"]
     before = torch.cuda.mem_get_info(0)[0]
     taken = torch.cuda.get_device_properties(0).total_memory * 0.55
-    with tuner.start("worker", "greedy:objective", *arguments) as worker:
+    with tuner.start("worker", "greedy", *arguments) as worker:
         wait_for(lambda: bool(worker.events("report")), "the trial has its memory")
         assert before - torch.cuda.mem_get_info(0)[0] > taken
         (slot,) = [
