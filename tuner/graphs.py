@@ -94,8 +94,7 @@ class CapturedStep:
             torch.cuda.set_stream(before)  # torch leaves its own as it is when a capture fails
             self._optimizer.zero_grad(set_to_none=True)
             _clear_failed_capture(pool, self._device)
-            reason = error.__context__ or error  # torch's own error says only that there was another one
-            raise CannotCaptureError(f"{type(reason).__name__}: {first_line(reason)}") from error
+            raise CannotCaptureError(_reason(error)) from error
         self._optimizer.zero_grad(set_to_none=True)  # the graph keeps its own gradients
         self._graph = graph
         return self.replay(batch)
@@ -176,6 +175,12 @@ def _syncs() -> Iterator[list[str]]:
             found.append(f"{warning.filename}, line {warning.lineno}")
         elif "prototype feature" not in str(warning.message):  # of the mode itself
             warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+
+
+def _reason(error: BaseException) -> str:
+    """Say why a capture failed: torch's own error says only that there was another one, which came first."""
+    first = error.__context__ or error
+    return f"{type(first).__name__}: {first_line(first)}"
 
 
 def _clear_failed_capture(pool: tuple[int, int], device: torch.device) -> None:

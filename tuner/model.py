@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import warnings
 import zipfile
 from pathlib import Path
 from typing import Any, Literal
@@ -113,7 +114,9 @@ def load_program(path: Path) -> nn.Module:
                     f"{path} needs to hold plain tensors and a program, got {entry.filename}:"
                     " loading it would unpickle, or run code that came with it"
                 )
-    return torch.export.load(path).module()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The given buffer is not writable")  # torch's own, up to 2.11
+        return torch.export.load(path).module()
 
 
 def read_manifest(directory: Path) -> Manifest:

@@ -180,7 +180,7 @@ class Step:
             return captured.capture(batch, self._gradients, self._update)
         except CannotCaptureError as error:
             self._stop_capturing(str(error))
-            return self._by_itself(batch)
+        return self._by_itself(batch)  # once the error is gone, and with it what it held of the failed capture
 
     def _stop_capturing(self, reason: str) -> None:
         self._captured = None

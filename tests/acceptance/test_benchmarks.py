@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -90,3 +91,23 @@ def test_search_speed_prints_both_sides_and_their_ratio(database: str, tmp_path:
         assert re.search(rf"run 0 {side} +\d+\.\d s +2 completed +0 pruned +2 epochs", done.stdout), done.stdout
         assert re.search(rf"{side} +seconds \d+\.\d \(.*\), best accuracy 0\.\d+ \(.*\)", done.stdout)
     assert re.search(r"ratio: ours \d+\.\d+ \(.*\) x faster, best accuracy -?0\.\d+ \(.*\) better", done.stdout)
+
+
+def test_on_gpu_does_each_part_on_a_cpu_too_and_writes_its_tables(tmp_path: Path) -> None:
+    arguments = ["--device", "cpu", "--smallest", "--out", tmp_path / "out", "--minutes", "20"]
+    done = subprocess.run(
+        [sys.executable, BENCHMARKS / "on_gpu.py", *arguments], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "out" / "on_gpu.json").read_text())
+    assert set(found) == {"machine", "tests", "main", "speed", "slots"}
+    (its_tests,) = found["tests"].values()
+    assert its_tests["code"] == 0
+    assert "skipped" in its_tests["closing"]
+    assert found["main"]["tuner run digits"]["test"]["accuracy"] > 0.5
+    assert [row["side"] for row in found["speed"]["rows"]] == ["bare", "ours"]
+    (slots,) = found["slots"]["rows"]
+    assert slots["ended"] == 12
+    assert slots["trials_an_hour"] > 0
+    table = (tmp_path / "out" / "on_gpu.md").read_text()
+    assert re.search(r"digits-mlp \| ours \| [\d.]+ \| [\d.]+ \.\. [\d.]+ \|", table), table
