@@ -10,9 +10,10 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import browser
+import chromium
 import pytest
 from command import Finished, Tuner
+from playwright.sync_api import expect
 
 from storage import EmbeddedServer
 
@@ -148,18 +149,19 @@ def test_the_exported_model_predicts_the_same_in_a_fresh_process(job: Finished, 
 
 
 def test_the_dashboard_shows_the_study_in_a_browser(job: Finished, tuner: Tuner) -> None:
-    if browser.executable() is None:
+    if chromium.executable() is None:
         pytest.skip("no Chromium or Chrome is installed")
     with tuner.start("dashboard", "--port", "0") as running:
         running.wait_for_line("dashboard on ")
         url = running.lines[-1].split()[2].rstrip(";")
-        with browser.launch() as chromium:
-            page = chromium.open(f"{url}dashboard")
-            page.wait_for("document.body.innerText.includes('digits')")
+        with chromium.a_page() as page:
+            body = page.locator("body")
+            page.goto(f"{url}dashboard")
+            expect(body).to_contain_text("digits", use_inner_text=True)
             page.goto(f"{url}dashboard/studies/1")
-            page.wait_for("document.querySelectorAll('.plotly').length > 0 || document.querySelector('svg.main-svg')")
+            expect(page.locator(".plotly, svg.main-svg").first).to_be_visible()
             page.goto(f"{url}dashboard/studies/1/trials")
-            page.wait_for("document.body.innerText.includes('Pruned') || document.body.innerText.includes('Complete')")
+            expect(body).to_contain_text(re.compile("Pruned|Complete"), use_inner_text=True)
         running.process.terminate()
         assert running.finish().code == 0
 

@@ -10,10 +10,11 @@ import sys
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-import browser
+import chromium
 import optuna
 import pytest
 from dashboards import STUDY_NAME, TOKEN, Client, a_study
+from playwright.sync_api import expect
 
 from tuner.dashboard import PortInUseError, read_token, serve
 from tuner.errors import UsageError
@@ -187,20 +188,28 @@ def test_a_token_file_that_is_not_there_is_named(tmp_path: Any) -> None:
 # --- in a browser
 
 
-@pytest.mark.skipif(browser.executable() is None, reason="no Chromium or Chrome is installed")
+@pytest.mark.skipif(chromium.executable() is None, reason="no Chromium or Chrome is installed")
 def test_the_study_page_shows_its_name_and_learning_curves_and_asks_nobody_else(database: str) -> None:
     study_id = a_study(database)
-    with served(database, token=TOKEN) as (_, url), browser.launch() as chromium:
-        page = chromium.open(f"{url}dashboard?token={TOKEN}")
-        page.wait_for(f"document.body.innerText.includes({json.dumps(STUDY_NAME)})")
+    asked: list[str] = []
+    errors: list[str] = []
+    with served(database, token=TOKEN) as (_, url), chromium.a_page() as page:
+        page.context.on("request", lambda request: asked.append(request.url))
+        page.on("pageerror", lambda error: errors.append(str(error)))
+        page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
+        body = page.locator("body")
+
+        page.goto(f"{url}dashboard?token={TOKEN}")
+        expect(body).to_contain_text(STUDY_NAME, use_inner_text=True)
         assert "token" not in page.evaluate("location.href")
 
         page.goto(f"{url}dashboard/studies/{study_id}")
-        page.wait_for("document.querySelectorAll('#graph-intermediate-values .scatterlayer .trace').length === 4")
-        assert STUDY_NAME in page.text()
+        expect(page.locator("#graph-intermediate-values .scatterlayer .trace")).to_have_count(4)
+        assert STUDY_NAME in body.inner_text()
         assert page.evaluate("document.cookie") == ""
 
         page.goto(f"{url}dashboard/studies/{study_id}/trials")
-        page.wait_for("document.body.innerText.includes('Pruned')")
-        assert all(asked.startswith((url, "data:", "blob:")) for asked in page.requests)
-        assert page.errors == []
+        expect(body).to_contain_text("Pruned", use_inner_text=True)
+        assert f"{url}api/studies" in asked
+        assert all(address.startswith((url, "data:", "blob:")) for address in asked)
+        assert errors == []
