@@ -43,8 +43,9 @@ from torchvision.datasets import FashionMNIST
 from torchvision.transforms import v2
 from workers import Ours
 
-from storage import EmbeddedServer, open_engine, studies
-from storage.sessions import Backoff
+from storage import EmbeddedServer, open_engine
+from storage.coordination import studies
+from storage.database.sessions import Backoff
 from tuner.attempt import CheckedTrial
 from tuner.data import Split
 from tuner.reports import Reports

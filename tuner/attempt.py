@@ -20,9 +20,9 @@ from pydantic import ValidationError
 from sqlalchemy.exc import SQLAlchemyError
 from torch import nn
 
-from storage.engine import is_outage
-from storage.errors import LeaseLostError, StorageError, StudyHaltedError, UnreachableError
-from storage.sessions import Backoff
+from storage.database.engine import is_outage
+from storage.database.errors import LeaseLostError, StorageError, StudyHaltedError, UnreachableError
+from storage.database.sessions import Backoff
 from tuner import training
 from tuner.batches import DeadReaderError, place
 from tuner.checkpoint import Checkpoint, Shared

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from sqlalchemy import Engine, text
 
-from storage.errors import StorageError
+from storage.database.errors import StorageError
 from tuner.errors import TunerError
 from tuner.registry import installed_objectives
 

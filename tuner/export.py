@@ -18,8 +18,8 @@ from sqlalchemy import Engine
 from torch import nn
 from torchmetrics import Metric
 
-from storage import studies
-from storage.studies import TrialRecord
+from storage.coordination import studies
+from storage.coordination.studies import TrialRecord
 from tuner import training
 from tuner.attempt import load_data, with_line
 from tuner.batches import place_rows

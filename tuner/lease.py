@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import threading
 
-from storage import claims
-from storage.errors import StorageError
-from storage.sessions import Sessions
+from storage.coordination import claims
+from storage.database.errors import StorageError
+from storage.database.sessions import Sessions
 
 RENEW_S = claims.LEASE_S / 4
 AGAIN_S = 1.0
-"""How soon a renewal that failed is tried again; in time for `storage.claims.RETURN_S` once the database is back."""
+"""How soon a renewal that failed is tried again; in time for `claims.RETURN_S` once the database is back."""
 
 
 class Lease:

@@ -11,11 +11,11 @@ from pathlib import Path
 from sqlalchemy import Engine
 from sqlalchemy.exc import SQLAlchemyError
 
-from storage import claims, studies, workers
-from storage.engine import is_outage
-from storage.errors import StorageError
-from storage.sessions import Sessions
-from storage.workers import WorkerSeen
+from storage.coordination import claims, studies, workers
+from storage.coordination.workers import WorkerSeen
+from storage.database.engine import is_outage
+from storage.database.errors import StorageError
+from storage.database.sessions import Sessions
 from tuner.log import Log
 from tuner.progress import Snapshot
 from tuner.study import Study

@@ -11,8 +11,8 @@ from typing import Self
 
 from sqlalchemy.exc import SQLAlchemyError
 
-from storage.engine import is_outage
-from storage.errors import StorageError
+from storage.database.engine import is_outage
+from storage.database.errors import StorageError
 
 PATIENCE_S = 1.0
 """How long a report waits to be written before training goes on without."""

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any, Final
 
 from sqlalchemy.exc import SQLAlchemyError
 
-from storage import checkpoints
-from storage.claims import Claim
-from storage.engine import is_outage
-from storage.errors import InvalidWriteError, StorageError
-from storage.sessions import Sessions
+from storage.coordination import checkpoints
+from storage.coordination.claims import Claim
+from storage.database.engine import is_outage
+from storage.database.errors import InvalidWriteError, StorageError
+from storage.database.sessions import Sessions
 from tuner.errors import SharedPlaceError, TunerError, UsageError, first_line
 from tuner.study import AnyStudy, Study, checkpoint_directory
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from fsspec import AbstractFileSystem
 
-    from storage.postgres import PostgresStorage
+    from storage.optuna_storage.storage import PostgresStorage
     from tuner.checkpoint import Shared
 
 DATABASE: Final = "database"

@@ -29,13 +29,13 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from sqlalchemy import Engine
 from sqlalchemy.exc import SQLAlchemyError
 
-from storage import claims
-from storage.delivery import Result
-from storage.engine import is_outage
-from storage.errors import InvalidWriteError, LeaseLostError, StorageError, StudyHaltedError, UnreachableError
-from storage.postgres import PostgresStorage
-from storage.pruning import IndexedPercentilePruner
-from storage.sessions import OUTAGE_S, Backoff, Sessions
+from storage.coordination import claims
+from storage.coordination.delivery import Result
+from storage.database.engine import is_outage
+from storage.database.errors import InvalidWriteError, LeaseLostError, StorageError, StudyHaltedError, UnreachableError
+from storage.database.sessions import OUTAGE_S, Backoff, Sessions
+from storage.optuna_storage.pruning import IndexedPercentilePruner
+from storage.optuna_storage.storage import PostgresStorage
 from tuner.attempt import BrokenDeviceError, CheckedTrial, Outcome, TrialObjective, check_device, failed, run_attempt
 from tuner.errors import EXIT_UNREACHABLE, TunerError
 from tuner.lease import Lease

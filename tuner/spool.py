@@ -12,10 +12,10 @@ from typing import Any, Final, Literal
 from optuna.trial import TrialState
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from storage import claims, delivery
-from storage.delivery import Result
-from storage.errors import InvalidWriteError
-from storage.sessions import Sessions
+from storage.coordination import claims, delivery
+from storage.coordination.delivery import Result
+from storage.database.errors import InvalidWriteError
+from storage.database.sessions import Sessions
 from tuner import files
 
 _STATES: Final[dict[TrialState, Literal["COMPLETE", "PRUNED", "FAIL"]]] = {

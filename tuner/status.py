@@ -8,12 +8,12 @@ from typing import Any, Literal, TypeAlias
 
 from sqlalchemy import Connection, Engine, func, select
 
-from storage import claims, ledger, studies, workers
-from storage.claims import Standing
-from storage.ledger import Cost, Pace
-from storage.sessions import Sessions
-from storage.studies import StateCounts, TrialRecord
-from storage.workers import WorkerNow
+from storage.coordination import claims, ledger, studies, workers
+from storage.coordination.claims import Standing
+from storage.coordination.ledger import Cost, Pace
+from storage.coordination.studies import StateCounts, TrialRecord
+from storage.coordination.workers import WorkerNow
+from storage.database.sessions import Sessions
 from tuner.study import AnyStudy, Study
 
 StudyStatus: TypeAlias = Literal["idle", "running", "paused", "stopped", "finished"]

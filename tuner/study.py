@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 
 from sqlalchemy import Engine
 
-from storage import claims, studies
-from storage.errors import StudyExistsError
-from storage.studies import StudyRecord, TrialRecord
+from storage.coordination import claims, studies
+from storage.coordination.studies import StudyRecord, TrialRecord
+from storage.database.errors import StudyExistsError
 from tuner.errors import TunerError, UsageError
 from tuner.registry import ObjectiveKind, ObjectiveSource, build_objective, is_objective_class
 from tuner.spec import Budget, Direction, ObjectiveSpec, Spec, TrainingSpec, differences, parse_spec

@@ -16,10 +16,10 @@ from typing import Any
 from sqlalchemy import Engine
 from sqlalchemy.exc import SQLAlchemyError
 
-from storage import claims, studies
-from storage.engine import is_outage
-from storage.errors import StorageError
-from storage.workers import SlotSeen, SlotState, WorkerSeen
+from storage.coordination import claims, studies
+from storage.coordination.workers import SlotSeen, SlotState, WorkerSeen
+from storage.database.engine import is_outage
+from storage.database.errors import StorageError
 from tuner.breaker import Breaker
 from tuner.errors import TunerError, WorkerInterrupted
 from tuner.log import Log

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from origins import a_journal, an_rdb
 
-from storage import EmbeddedServer, PostgresStorage, embedded, open_engine
+from storage import EmbeddedServer, PostgresStorage, open_engine
 
 AS_ROOT = os.geteuid() == 0
 
@@ -33,7 +33,7 @@ def shared_directory(monkeypatch):
     # Not tmp_path, whose parent is closed to the user that the server runs as.
     with tempfile.TemporaryDirectory(prefix="tuner-test-", dir="/tmp") as directory:
         Path(directory).chmod(0o755)
-        monkeypatch.setattr(embedded, "SHARED_DIRECTORY", Path(directory) / "shared")
+        monkeypatch.setattr("storage.embedded.server.SHARED_DIRECTORY", Path(directory) / "shared")
         yield Path(directory) / "shared"
 
 

@@ -11,10 +11,11 @@ from optuna.trial import TrialState
 from proxy import Loss, Proxy
 from sqlalchemy import text
 
-from storage import InvalidWriteError, UnreachableError, checkpoints, claims, control, open_engine, studies
-from storage.checkpoints import MAX_BYTES, PART_BYTES
-from storage.claims import Budget, Holder
-from storage.sessions import Sessions
+from storage import InvalidWriteError, UnreachableError, open_engine
+from storage.coordination import checkpoints, claims, control, studies
+from storage.coordination.checkpoints import MAX_BYTES, PART_BYTES
+from storage.coordination.claims import Budget, Holder
+from storage.database.sessions import Sessions
 
 BUDGET = Budget(trials=10, timeout_s=None, max_failures=3, max_attempts=2)
 BY_HAND = claims.GivenBack(outcome="released", reason="by hand", counts=False)

@@ -18,14 +18,13 @@ from storage import (
     PostgresStorage,
     StudyNotFoundError,
     TrialNotRunningError,
-    claims,
     ensure_schema,
     open_engine,
     open_storage,
-    studies,
 )
-from storage.claims import Budget, Claim, NothingToClaim
-from storage.sessions import Sessions
+from storage.coordination import claims, studies
+from storage.coordination.claims import Budget, Claim, NothingToClaim
+from storage.database.sessions import Sessions
 
 if TYPE_CHECKING:
     import subprocess
@@ -37,8 +36,9 @@ BUDGET = Budget(trials=10, timeout_s=None, max_failures=3, max_attempts=2)
 # Claims and completes trials until the budget is used up; prints the numbers that it ran.
 _WORKER = """
 import sys
-from storage import claims, open_engine
-from storage.sessions import Sessions
+from storage import open_engine
+from storage.coordination import claims
+from storage.database.sessions import Sessions
 from sqlalchemy import text
 engine = open_engine(sys.argv[1])
 budget = claims.Budget(trials=int(sys.argv[3]), timeout_s=None, max_failures=0, max_attempts=1)
@@ -56,8 +56,9 @@ while True:
 
 _HOLDER = """
 import sys
-from storage import claims, open_engine
-from storage.sessions import Sessions
+from storage import open_engine
+from storage.coordination import claims
+from storage.database.sessions import Sessions
 engine = open_engine(sys.argv[1])
 budget = claims.Budget(trials=10, timeout_s=None, max_failures=3, max_attempts=2)
 print(claims.claim(Sessions(engine), int(sys.argv[2]), budget, claims.Holder(worker="holder")).number, flush=True)

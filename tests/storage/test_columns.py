@@ -9,8 +9,8 @@ import pytest
 from sqlalchemy import DateTime, column, select, values
 
 from storage import open_engine
-from storage.columns import local_times, packed, sent_time
-from storage.values import local_time
+from storage.database.columns import local_times, packed, sent_time
+from storage.database.values import local_time
 
 TIMES = [
     dt.datetime(1969, 12, 31, 23, 59, 59, 999999),

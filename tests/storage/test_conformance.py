@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import pytest
 from optuna.testing.pytest_storages import StorageTestCase
 
-from storage.postgres import PostgresStorage
+from storage.optuna_storage.storage import PostgresStorage
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

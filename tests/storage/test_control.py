@@ -9,18 +9,10 @@ import pytest
 from optuna.trial import TrialState
 from sqlalchemy import func, select
 
-from storage import (
-    InvalidWriteError,
-    LiveTrialsError,
-    PostgresStorage,
-    StudyHaltedError,
-    StudyNotFoundError,
-    claims,
-    control,
-    studies,
-    tables,
-)
-from storage.claims import Budget, Claim, NothingToClaim
+from storage import InvalidWriteError, LiveTrialsError, PostgresStorage, StudyHaltedError, StudyNotFoundError
+from storage.coordination import claims, control, studies
+from storage.coordination.claims import Budget, Claim, NothingToClaim
+from storage.database import tables
 
 if TYPE_CHECKING:
     pass

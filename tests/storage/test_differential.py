@@ -21,10 +21,10 @@ from optuna.study import StudyDirection
 from optuna.trial import TrialState, create_trial
 from sqlalchemy import func, select
 
-from storage.engine import engine_options
-from storage.postgres import PostgresStorage
-from storage.tables import optuna_metadata
-from storage.url import parse_url
+from storage.database.engine import engine_options
+from storage.database.tables import optuna_metadata
+from storage.database.url import parse_url
+from storage.optuna_storage.storage import PostgresStorage
 
 NUMBERS = st.sampled_from([0.0, -1.5, math.inf, -math.inf]) | st.floats(allow_nan=False)
 REPORTS = st.sampled_from([1.0, math.nan, -math.inf, math.inf]) | st.floats()

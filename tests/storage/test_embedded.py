@@ -187,7 +187,7 @@ def test_the_users_settings_for_postgresql_do_not_reach_the_server(killable, mon
 def test_a_socket_path_too_long_for_the_kernel_moves_to_a_private_directory(killable, monkeypatch):
     killable.stop()
     with monkeypatch.context() as patched:
-        patched.setattr("storage.embedded._SOCKET_PATH_MAX_BYTES", 1)
+        patched.setattr("storage.embedded.server._SOCKET_PATH_MAX_BYTES", 1)
         assert _scalar(killable.start(), "SELECT 1") == 1
     # Whoever joins takes the place from the server that runs, and does not work it out again.
     directory = EmbeddedServer(killable._data_dir).status().socket_directory
@@ -200,7 +200,7 @@ def test_a_socket_path_too_long_for_the_kernel_moves_to_a_private_directory(kill
 
 def test_a_socket_directory_that_others_can_enter_is_refused(tmp_path, killable, monkeypatch):
     killable.stop()
-    monkeypatch.setattr("storage.embedded._SOCKET_PATH_MAX_BYTES", 1)
+    monkeypatch.setattr("storage.embedded.server._SOCKET_PATH_MAX_BYTES", 1)
     planted = killable._socket_directory()
     planted.mkdir()
     planted.chmod(0o777)
@@ -258,7 +258,7 @@ def test_missing_programs_are_told_with_the_way_to_get_them(new_server, monkeypa
 
 def test_a_data_directory_that_cannot_be_made_is_one_line(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
-    monkeypatch.setattr("storage.embedded.SHARED_DIRECTORY", tmp_path / "file" / "shared")
+    monkeypatch.setattr("storage.embedded.server.SHARED_DIRECTORY", tmp_path / "file" / "shared")
     with pytest.raises(EmbeddedServerError, match=r"cannot be used:.*Not a directory; mend that") as caught:
         EmbeddedServer(tmp_path / "file" / "data").start()
     assert "\n" not in str(caught.value)

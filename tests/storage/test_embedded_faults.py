@@ -8,8 +8,8 @@ import psycopg2
 import pytest
 
 from storage import EmbeddedServer, EmbeddedServerError
-from storage._cluster import aside_of
-from storage._postmaster import is_held, wait_until
+from storage.embedded.cluster import aside_of
+from storage.embedded.postmaster import is_held, wait_until
 
 START = """
 import signal, sys

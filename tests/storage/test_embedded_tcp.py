@@ -5,7 +5,7 @@ import pytest
 from sqlalchemy import text
 
 from storage import AuthenticationError, EmbeddedServer, EmbeddedServerError, open_engine, parse_url
-from storage.url import with_password
+from storage.database.url import with_password
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from sqlalchemy import text
 from sqlalchemy.exc import DataError, IntegrityError, InternalError
 
 from storage import AuthenticationError, InvalidURLError, UnreachableError, open_engine, parse_url
-from storage.engine import CONNECTIONS_PER_PROCESS, is_outage
+from storage.database.engine import CONNECTIONS_PER_PROCESS, is_outage
 
 SECRET = "s3cr3tWord"
 
@@ -249,7 +249,7 @@ def test_a_connection_is_asked_whether_it_lives_only_after_it_idled(database, en
         begin = "BEGIN ISOLATION LEVEL REPEATABLE READ"
         assert proxy.queries == ["SELECT 0", begin, "SELECT 1", "ROLLBACK", "SELECT 2"]
         proxy.forget()
-        monkeypatch.setattr("storage.engine._IDLE_S", 0)
+        monkeypatch.setattr("storage.database.engine._IDLE_S", 0)
         with engine.connect() as conn:
             conn.execute(text("SELECT 4"))
         assert proxy.queries == ["SELECT 1", "BEGIN", "SELECT 4", "ROLLBACK"]

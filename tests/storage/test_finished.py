@@ -10,10 +10,11 @@ from optuna.pruners import MedianPruner
 from optuna.trial import TrialState, create_trial
 from sqlalchemy import event
 
-from storage import claims, finished, studies
-from storage.claims import Budget, Claim
-from storage.finished import FinishedTrials
-from storage.pruning import IndexedPercentilePruner
+from storage.coordination import claims, studies
+from storage.coordination.claims import Budget, Claim
+from storage.optuna_storage.pruning import IndexedPercentilePruner
+from storage.trials import finished
+from storage.trials.finished import FinishedTrials
 
 BUDGET = Budget(trials=1000, timeout_s=None, max_failures=3, max_attempts=2)
 

@@ -9,8 +9,8 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution, Int
 from optuna.trial import TrialState
 from sqlalchemy import event
 
-from storage import claims, studies
-from storage.claims import Budget, Claim
+from storage.coordination import claims, studies
+from storage.coordination.claims import Budget, Claim
 
 BUDGET = Budget(trials=10, timeout_s=None, max_failures=3, max_attempts=2)
 

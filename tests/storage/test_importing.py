@@ -14,9 +14,10 @@ from optuna.trial import TrialState, create_trial
 from origins import PARAMS, SPACE, a_journal, here, imported, set_up_every_kind
 from sqlalchemy import event
 
-from storage import StudyExistsError, StudyNotFoundError, open_engine, open_storage, studies
-from storage.importing import IMPORTED_FROM, import_studies
-from storage.sources import Source, open_source
+from storage import StudyExistsError, StudyNotFoundError, open_engine, open_storage
+from storage.coordination import studies
+from storage.importing.sources import Source, open_source
+from storage.importing.studies import IMPORTED_FROM, import_studies
 
 
 def comparable(trial):
@@ -226,8 +227,8 @@ def many(journal, count):
 IMPORT_AND_HANG = """
 import sys
 from storage import open_engine
-from storage.importing import import_studies
-from storage.sources import open_source
+from storage.importing.studies import import_studies
+from storage.importing.sources import open_source
 
 def hang(study, done, total):
     if done >= 1000:

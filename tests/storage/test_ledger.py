@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 from sqlalchemy import Engine, text
 
-from storage import ledger, open_engine, studies
-from storage.ledger import Cost, Pace
-from storage.sessions import Sessions
+from storage import open_engine
+from storage.coordination import ledger, studies
+from storage.coordination.ledger import Cost, Pace
+from storage.database.sessions import Sessions
 
 # Between the statement that writes times and the one that reads the clock.
 APART_S = 5.0

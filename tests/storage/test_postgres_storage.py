@@ -19,10 +19,12 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState, create_trial
 from sqlalchemy import event, func, select, text
 
-from storage import InvalidWriteError, LeaseLostError, PostgresStorage, StorageError, UnreachableError, claims, tables
-from storage.claims import Budget, Claim
-from storage.frozen import LazyTrial, is_bare
-from storage.sessions import Sessions
+from storage import InvalidWriteError, LeaseLostError, PostgresStorage, StorageError, UnreachableError
+from storage.coordination import claims
+from storage.coordination.claims import Budget, Claim
+from storage.database import tables
+from storage.database.sessions import Sessions
+from storage.trials.frozen import LazyTrial, is_bare
 
 BUDGET = Budget(trials=100, timeout_s=None, max_failures=100, max_attempts=9)
 X = FloatDistribution(0, 1)

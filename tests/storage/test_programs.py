@@ -5,7 +5,7 @@ import shutil
 import pytest
 
 from storage import EmbeddedServerError
-from storage._programs import Account, bundled_programs, reachable_by, server_account
+from storage.embedded.programs import Account, bundled_programs, reachable_by, server_account
 
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root runs programs as others")
 
@@ -55,7 +55,7 @@ def test_a_whole_server_runs_on_copied_programs_as_nobody(tmp_path, new_server, 
     shutil.copytree(real.directory, tmp_path / wheel.name / real.directory.name)
     shutil.copytree(wheel.with_name(f"{wheel.name}.libs"), tmp_path / f"{wheel.name}.libs")
     hidden = type(real)(directory=tmp_path / wheel.name / real.directory.name, version=real.version)
-    monkeypatch.setattr("storage.embedded.bundled_programs", lambda: [hidden])
+    monkeypatch.setattr("storage.embedded.server.bundled_programs", lambda: [hidden])
     monkeypatch.setenv("TUNER_DB_USER", "nobody")
     tmp_path.parent.chmod(0o700)
     server = new_server()

@@ -21,8 +21,8 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 from sqlalchemy import Engine, event, text
 
 from storage import PostgresStorage
-from storage.finished import Reports
-from storage.pruning import IndexedPercentilePruner
+from storage.optuna_storage.pruning import IndexedPercentilePruner
+from storage.trials.finished import Reports
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -8,8 +8,9 @@ from optuna.storages._rdb import models
 from sqlalchemy import event, inspect, text
 from sqlalchemy.exc import IntegrityError
 
-from storage import SchemaVersionError, StorageError, ensure_schema, open_engine, parse_url, tables
-from storage.schema import SCHEMA_VERSION
+from storage import SchemaVersionError, StorageError, ensure_schema, open_engine, parse_url
+from storage.database import tables
+from storage.database.schema import SCHEMA_VERSION
 
 ENSURE = """
 import sys

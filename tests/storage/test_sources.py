@@ -10,8 +10,8 @@ from origins import an_rdb, imported, set_up_every_kind
 from sqlalchemy import text
 
 from storage import StorageError, StudyNotFoundError, open_engine, parse_url
-from storage.importing import import_studies
-from storage.sources import open_source
+from storage.importing.sources import open_source
+from storage.importing.studies import import_studies
 
 
 def test_the_database_itself_is_no_source_by_whatever_name(database, target):

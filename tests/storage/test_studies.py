@@ -19,7 +19,8 @@ from optuna.distributions import (
 from optuna.trial import TrialState, create_trial
 from sqlalchemy import Engine, text
 
-from storage import StudyExistsError, StudyNotFoundError, ensure_schema, open_engine, open_storage, studies
+from storage import StudyExistsError, StudyNotFoundError, ensure_schema, open_engine, open_storage
+from storage.coordination import studies
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from storage import InvalidURLError, StorageError, mask_url, parse_url
-from storage.url import with_password
+from storage.database.url import with_password
 
 SECRET = "s3cr3tWord"
 

@@ -9,9 +9,10 @@ import pytest
 from command import wait_for
 from sqlalchemy import text
 
-from storage import StorageError, claims, ensure_schema, open_engine, studies, workers
-from storage.sessions import Sessions
-from storage.workers import SlotNow, SlotSeen, WorkerSeen
+from storage import StorageError, ensure_schema, open_engine
+from storage.coordination import claims, studies, workers
+from storage.coordination.workers import SlotNow, SlotSeen, WorkerSeen
+from storage.database.sessions import Sessions
 
 UP_S = text("select extract(epoch from now() - pg_postmaster_start_time())")
 

@@ -4,7 +4,8 @@ import textwrap
 
 import optuna
 
-from storage import open_engine, open_storage, studies
+from storage import open_engine, open_storage
+from storage.coordination import studies
 from tuner.export import export_study
 from tuner.log import Log
 from tuner.registry import find_objective

@@ -11,7 +11,7 @@ from optuna.trial import TrialState
 from torch import nn
 from torchmetrics import Metric
 
-from storage.errors import LeaseLostError, StudyHaltedError, UnreachableError
+from storage.database.errors import LeaseLostError, StudyHaltedError, UnreachableError
 from tuner.attempt import (
     TrialObjective,
 )

@@ -13,8 +13,9 @@ from resuming import assert_same, interrupt_at, train
 from sqlalchemy import text
 
 import tuner.checkpoint
-from storage import PostgresStorage, checkpoints, claims, studies
-from storage.sessions import Backoff, Sessions
+from storage import PostgresStorage
+from storage.coordination import checkpoints, claims, studies
+from storage.database.sessions import Backoff, Sessions
 from tuner.checkpoint import Checkpoint
 from tuner.shared import InDatabase, InFolder
 from tuner.training import Interrupted

@@ -10,7 +10,8 @@ from exporting import FUNCTION, code
 from safetensors.torch import load_file, save_file
 
 import tuner
-from storage import open_storage, studies
+from storage import open_storage
+from storage.coordination import studies
 from tuner.data import tensors
 from tuner.errors import TunerError
 from tuner.model import MANIFEST, PROGRAM, WEIGHTS, read_manifest, sha256_of

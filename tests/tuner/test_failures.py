@@ -15,7 +15,7 @@ from optuna.trial import TrialState
 from torch.utils.data import get_worker_info
 from torchmetrics import MeanMetric
 
-from storage.errors import LeaseLostError, UnreachableError
+from storage.database.errors import LeaseLostError, UnreachableError
 from tuner.attempt import (
     MAX_MESSAGE_CHARS,
     MAX_STEP,

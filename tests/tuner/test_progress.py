@@ -4,7 +4,7 @@ import json
 import pytest
 from rich.console import Console
 
-from storage.studies import StateCounts, TrialRecord
+from storage.coordination.studies import StateCounts, TrialRecord
 from tuner.log import Log
 from tuner.progress import Progress, Snapshot
 

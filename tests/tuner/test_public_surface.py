@@ -21,7 +21,7 @@ def test_an_unknown_name_is_an_attribute_error():
         ("import tuner.study, tuner.registry, tuner.progress, tuner.doctor", ("torch", "optuna")),
         ("import tuner.sampling", ("torch",)),
         ("import tuner.shared", ("torch", "optuna", "fsspec")),
-        ("import tuner.cli.importing, storage.importing", ("torch",)),
+        ("import tuner.cli.importing, storage.importing.studies", ("torch",)),
         ("import tuner.training, tuner.data", ("optuna", "sqlalchemy", "psycopg2", "storage")),
     ],
 )

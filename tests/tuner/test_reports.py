@@ -6,7 +6,7 @@ import time
 import pytest
 from command import wait_for
 
-from storage.errors import LeaseLostError, UnreachableError
+from storage.database.errors import LeaseLostError, UnreachableError
 from tuner.reports import PATIENCE_S, Reports
 
 

@@ -7,8 +7,9 @@ import threading
 import pytest
 from optuna.trial import TrialState
 
-from storage import PostgresStorage, UnreachableError, claims, control
-from storage.sessions import Backoff, Sessions
+from storage import PostgresStorage, UnreachableError
+from storage.coordination import claims, control
+from storage.database.sessions import Backoff, Sessions
 from tuner.errors import SharedPlaceError, TunerError, UsageError
 from tuner.shared import (
     InDatabase,

@@ -1,7 +1,7 @@
 import pytest
 
 from storage import PostgresStorage
-from storage.pruning import IndexedPercentilePruner
+from storage.optuna_storage.pruning import IndexedPercentilePruner
 from tuner.errors import UsageError
 from tuner.sampling import build_pruner, pruner_spec
 from tuner.slot import pruner_on

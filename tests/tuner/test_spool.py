@@ -7,8 +7,9 @@ import pytest
 from optuna.trial import TrialState
 from sqlalchemy import text
 
-from storage import PostgresStorage, claims, open_storage, studies
-from storage.delivery import Result
+from storage import PostgresStorage, open_storage
+from storage.coordination import claims, studies
+from storage.coordination.delivery import Result
 from tuner.spool import Spool
 
 BUDGET = claims.Budget(trials=3, timeout_s=None, max_failures=3, max_attempts=3)

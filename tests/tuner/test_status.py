@@ -5,8 +5,9 @@ import uuid
 import pytest
 from sqlalchemy import text
 
-from storage import StudyNotFoundError, claims, control, open_engine
-from storage.sessions import Sessions
+from storage import StudyNotFoundError, open_engine
+from storage.coordination import claims, control
+from storage.database.sessions import Sessions
 from tuner.spec import Budget, ObjectiveSpec, Spec
 from tuner.status import look
 from tuner.study import create_study

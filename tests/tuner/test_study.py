@@ -5,7 +5,7 @@ import pytest
 
 from objectives.digits import Digits
 from storage import StudyNotFoundError, open_engine, open_storage
-from storage.errors import StudyExistsError
+from storage.database.errors import StudyExistsError
 from tuner.errors import TunerError, UsageError
 from tuner.registry import find_objective
 from tuner.spec import Budget, TrainingSpec

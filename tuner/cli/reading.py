@@ -18,7 +18,7 @@ from tuner.text import number_text, params_text, table
 if TYPE_CHECKING:
     from sqlalchemy import Engine
 
-    from storage.studies import TrialRecord
+    from storage.coordination.studies import TrialRecord
     from tuner.study import AnyStudy
 
 StudyName = Annotated[str, typer.Argument(metavar="STUDY", help="Name of the study.")]
@@ -28,7 +28,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 @command
 def studies(settings: Settings, as_json: AsJson = False) -> None:
     """List the studies of the database."""
-    from storage import studies
+    from storage.coordination import studies
 
     engine = settings.open()
     rows = []
@@ -71,7 +71,7 @@ def studies(settings: Settings, as_json: AsJson = False) -> None:
 @command
 def trials(settings: Settings, study: StudyName, as_json: AsJson = False) -> None:
     """List the trials of STUDY."""
-    from storage import studies
+    from storage.coordination import studies
     from tuner.study import find_study
 
     engine = settings.open()

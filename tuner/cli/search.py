@@ -45,7 +45,7 @@ def run(
 
     Goes on with the study if it exists with the same settings.
     """
-    from storage import studies
+    from storage.coordination import studies
     from tuner.output import check_output
     from tuner.registry import find_objective
     from tuner.slots import plan_slots

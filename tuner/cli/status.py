@@ -13,7 +13,7 @@ from tuner.cli.settings import Settings, command
 from tuner.text import duration, number_text, params_text, printable, table
 
 if TYPE_CHECKING:
-    from storage.workers import RunningTrial, SlotNow, WorkerNow
+    from storage.coordination.workers import RunningTrial, SlotNow, WorkerNow
     from tuner.status import Status
 
 HIDE_LOST_S = 3600.0

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 
 from sqlalchemy.exc import SQLAlchemyError
 
-from storage.engine import is_outage
-from storage.errors import StorageError
+from storage.database.engine import is_outage
+from storage.database.errors import StorageError
 from tuner.cli.status import lines, show
 from tuner.log import Log
 from tuner.text import duration, printable
