@@ -17,7 +17,7 @@ from sqlalchemy import Engine, text
 
 from storage.database.errors import StorageError
 from tuner.errors import TunerError
-from tuner.registry import installed_objectives
+from tuner.study.registry import installed_objectives
 
 MIN_FREE_BYTES = 1 << 30
 TORCH_TIMEOUT_S = 120

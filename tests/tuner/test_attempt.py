@@ -12,12 +12,12 @@ from torch import nn
 from torchmetrics import Metric
 
 from storage.database.errors import LeaseLostError, StudyHaltedError, UnreachableError
-from tuner.attempt import (
-    TrialObjective,
-)
 from tuner.data import Data, Samples, Split, class_weights
 from tuner.objective import Objective
 from tuner.seeds import derive_seed
+from tuner.slot.attempt import (
+    TrialObjective,
+)
 from tuner.training import Epoch, Interrupted, Options, best_epoch
 
 

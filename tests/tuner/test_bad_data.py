@@ -13,10 +13,10 @@ from attempts import Signs, a_spec, attempt
 from optuna.trial import TrialState
 from torch import nn
 
-from tuner.attempt import TrialObjective, load_data
-from tuner.batches import CHECKED_ROWS
 from tuner.data import Data, DataError, Samples, Split, downloading
 from tuner.errors import TunerError
+from tuner.slot.attempt import TrialObjective, load_data
+from tuner.training.batches import CHECKED_ROWS
 
 
 def test_data_that_cannot_be_loaded_are_told_with_the_line(tmp_path):

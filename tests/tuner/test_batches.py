@@ -10,9 +10,10 @@ import torch
 from torch import nn
 from torch.utils.data import ConcatDataset
 
-from tuner import batches, training
-from tuner.batches import DeadReaderError, Resident, Streamed, batches_of, place
+from tuner import training
 from tuner.data import Data, DataError, Samples, Split, tensors
+from tuner.training import batches
+from tuner.training.batches import DeadReaderError, Resident, Streamed, batches_of, place
 
 CPU = torch.device("cpu")
 # Readers are forked where that works, and Python 3.12 warns of any fork with a thread about.
@@ -427,7 +428,7 @@ def test_only_copies_to_a_cuda_device_are_not_waited_for(monkeypatch, device, wa
 
 LEFT_OPEN = """
 import threading, torch
-from tuner.batches import Streamed
+from tuner.training.batches import Streamed
 from tuner.data import Samples
 
 class Stuck:

@@ -1,6 +1,6 @@
 """A slot is held back once its device, and not its trials, seems to be what fails."""
 
-from tuner.breaker import FAST_S, LONGEST_PAUSE_S, Breaker
+from tuner.worker.breaker import FAST_S, LONGEST_PAUSE_S, Breaker
 
 
 def test_it_opens_after_three_fast_failures_and_pauses_longer_each_time():

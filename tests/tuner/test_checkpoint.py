@@ -7,9 +7,9 @@ import pytest
 import torch
 from resuming import assert_same, interrupt_after, interrupt_at, some_rows, train
 
-from tuner.checkpoint import Checkpoint
 from tuner.data import Samples
 from tuner.training import Interrupted
+from tuner.training.checkpoint import Checkpoint
 
 # Readers are forked where that works, and Python 3.12 warns of any fork with a thread about.
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")

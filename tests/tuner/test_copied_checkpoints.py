@@ -12,13 +12,12 @@ from proxy import Proxy
 from resuming import assert_same, interrupt_at, train
 from sqlalchemy import text
 
-import tuner.checkpoint
 from storage import PostgresStorage
 from storage.coordination import checkpoints, claims, studies
 from storage.database.sessions import Backoff, Sessions
-from tuner.checkpoint import Checkpoint
-from tuner.shared import InDatabase, InFolder
+from tuner.slot.shared_checkpoints import InDatabase, InFolder
 from tuner.training import Interrupted
+from tuner.training.checkpoint import Checkpoint
 
 
 @pytest.fixture
@@ -127,7 +126,7 @@ def test_a_state_that_is_too_large_for_the_database_stays_here_and_is_told_once(
 
 
 def test_a_database_that_is_away_does_not_stop_the_training_and_is_told_once(tmp_path, storage, database, monkeypatch):
-    monkeypatch.setattr(tuner.checkpoint, "COPY_SHARE", 1)
+    monkeypatch.setattr("tuner.training.checkpoint.COPY_SHARE", 1)
     held = claim(storage)
     near = in_database(storage, held)
     proxy = Proxy(database)
@@ -155,7 +154,7 @@ def test_a_database_that_is_away_does_not_stop_the_training_and_is_told_once(tmp
 
 
 def test_a_database_that_does_not_answer_holds_up_neither_the_training_nor_its_end(tmp_path, storage, monkeypatch):
-    monkeypatch.setattr(tuner.checkpoint, "COPY_S", 0.5)
+    monkeypatch.setattr("tuner.training.checkpoint.COPY_S", 0.5)
     held = claim(storage)
     lines = []
     checkpoint = Checkpoint(tmp_path / "a.pt", shared=in_database(storage, held), every_s=0, log=lines.append)

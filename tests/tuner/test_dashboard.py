@@ -20,7 +20,7 @@ from optuna.trial import TrialState, create_trial
 from optuna_dashboard import wsgi
 
 from storage import StorageError, open_engine, open_storage
-from tuner.dashboard import Guard
+from tuner.dashboard.guard import Guard
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

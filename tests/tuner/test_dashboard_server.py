@@ -15,7 +15,7 @@ import optuna
 import pytest
 from dashboards import STUDY_NAME, TOKEN, Client, a_study
 
-from tuner.dashboard import PortInUseError, read_token, serve
+from tuner.dashboard.server import PortInUseError, read_token, serve
 from tuner.errors import UsageError
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 SERVER = """
 import json, os, signal, sys
 from storage import open_storage
-from tuner.dashboard import serve
+from tuner.dashboard.server import serve
 assert "torch" not in sys.modules and "optuna_dashboard" not in sys.modules
 before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
 options = json.loads(sys.argv[1])

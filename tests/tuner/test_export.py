@@ -14,7 +14,7 @@ from storage import open_storage
 from storage.coordination import studies
 from tuner.data import tensors
 from tuner.errors import TunerError
-from tuner.model import MANIFEST, PROGRAM, WEIGHTS, read_manifest, sha256_of
+from tuner.model.loading import MANIFEST, PROGRAM, WEIGHTS, read_manifest, sha256_of
 from tuner.training import predict
 
 LOAD_WITHOUT_PICKLE = """

@@ -10,8 +10,8 @@ from exporting import code
 
 import tuner
 from tuner.errors import TunerError
-from tuner.export import check_output
-from tuner.model import MANIFEST, PROGRAM, WEIGHTS, read_manifest, sha256_of
+from tuner.model.export import check_output
+from tuner.model.loading import MANIFEST, PROGRAM, WEIGHTS, read_manifest, sha256_of
 
 
 def test_the_manifest_is_moved_last(exporting, monkeypatch):

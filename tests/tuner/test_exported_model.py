@@ -9,7 +9,7 @@ import torch
 
 import tuner
 from tuner.errors import TunerError
-from tuner.model import MANIFEST, PROGRAM, WEIGHTS, read_manifest, sha256_of
+from tuner.model.loading import MANIFEST, PROGRAM, WEIGHTS, read_manifest, sha256_of
 
 
 # What a test does to an export that is whole.

@@ -16,7 +16,9 @@ from torch.utils.data import get_worker_info
 from torchmetrics import MeanMetric
 
 from storage.database.errors import LeaseLostError, UnreachableError
-from tuner.attempt import (
+from tuner.data import Data, Samples
+from tuner.seeds import derive_seed
+from tuner.slot.attempt import (
     MAX_MESSAGE_CHARS,
     MAX_STEP,
     CheckedTrial,
@@ -24,8 +26,6 @@ from tuner.attempt import (
     TrialObjective,
     run_attempt,
 )
-from tuner.data import Data, Samples
-from tuner.seeds import derive_seed
 from tuner.training import DivergedError
 
 

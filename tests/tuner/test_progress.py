@@ -6,7 +6,7 @@ from rich.console import Console
 
 from storage.coordination.studies import StateCounts, TrialRecord
 from tuner.log import Log
-from tuner.progress import Progress, Snapshot
+from tuner.worker.progress import Progress, Snapshot
 
 
 def a_snapshot(*, complete=0, pruned=0, running=0, failed=0, best=None, left_s=None):

@@ -18,9 +18,9 @@ def test_an_unknown_name_is_an_attribute_error():
     [
         ("import tuner", ("torch", "optuna", "pydantic", "sqlalchemy")),
         ("import tuner.cli.app", ("torch", "optuna", "numpy", "rich")),
-        ("import tuner.study, tuner.registry, tuner.progress, tuner.doctor", ("torch", "optuna")),
-        ("import tuner.sampling", ("torch",)),
-        ("import tuner.shared", ("torch", "optuna", "fsspec")),
+        ("import tuner.study.joining, tuner.study.registry, tuner.worker.progress, tuner.doctor", ("torch", "optuna")),
+        ("import tuner.study.sampling", ("torch",)),
+        ("import tuner.slot.shared_checkpoints", ("torch", "optuna", "fsspec")),
         ("import tuner.cli.importing, storage.importing.studies", ("torch",)),
         ("import tuner.training, tuner.data", ("optuna", "sqlalchemy", "psycopg2", "storage")),
     ],

@@ -9,7 +9,7 @@ from filling import fill
 
 from storage import open_engine
 from tuner.spec import Budget, ObjectiveSpec, Spec
-from tuner.study import create_study
+from tuner.study.joining import create_study
 
 RUN = """
 import json, sys

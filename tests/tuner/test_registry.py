@@ -6,7 +6,7 @@ import pytest
 
 from objectives.digits import Digits
 from tuner.errors import TunerError, UsageError
-from tuner.registry import build_objective, find_objective, installed_objectives, is_objective_class
+from tuner.study.registry import build_objective, find_objective, installed_objectives, is_objective_class
 
 HERE = {
     "function": '''
@@ -169,7 +169,7 @@ def test_an_option_that_cannot_be_is_refused_with_those_there_are(options, told)
 
 def test_installed_objectives_are_listed_without_importing_them(start_python):
     process = start_python(
-        "from tuner.registry import installed_objectives\nimport sys\n"
+        "from tuner.study.registry import installed_objectives\nimport sys\n"
         "print('digits' in [its.name for its in installed_objectives()],"
         " {'torch', 'objectives.digits'} & sys.modules.keys())"
     )

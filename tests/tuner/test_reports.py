@@ -7,7 +7,7 @@ import pytest
 from command import wait_for
 
 from storage.database.errors import LeaseLostError, UnreachableError
-from tuner.reports import PATIENCE_S, Reports
+from tuner.slot.reports import PATIENCE_S, Reports
 
 
 class Database:

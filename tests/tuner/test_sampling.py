@@ -13,7 +13,8 @@ from optuna.trial import TrialState
 from tuner.data import Data
 from tuner.errors import UsageError
 from tuner.objective import Objective
-from tuner.sampling import (
+from tuner.spec import PrunerSpec
+from tuner.study.sampling import (
     _grid_values,
     build_pruner,
     build_sampler,
@@ -24,7 +25,6 @@ from tuner.sampling import (
     pruner_spec,
     sampler_spec,
 )
-from tuner.spec import PrunerSpec
 
 SAMPLERS = ("tpe", "random", "gp", "cmaes", "qmc", "grid")
 PRUNERS = ("median", "percentile", "hyperband", "asha", "none")

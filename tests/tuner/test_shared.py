@@ -11,7 +11,7 @@ from storage import PostgresStorage, UnreachableError
 from storage.coordination import claims, control
 from storage.database.sessions import Backoff, Sessions
 from tuner.errors import SharedPlaceError, TunerError, UsageError
-from tuner.shared import (
+from tuner.slot.shared_checkpoints import (
     InDatabase,
     InFolder,
     checked_place,
@@ -20,7 +20,7 @@ from tuner.shared import (
     sweep,
 )
 from tuner.spec import Spec, parse_spec
-from tuner.study import checkpoint_directory, create_study
+from tuner.study.joining import checkpoint_directory, create_study
 
 BY_HAND = claims.GivenBack(outcome="released", reason="by hand", counts=False)
 

@@ -3,9 +3,9 @@ import pytest
 from storage import PostgresStorage
 from storage.optuna_storage.pruning import IndexedPercentilePruner
 from tuner.errors import UsageError
-from tuner.sampling import build_pruner, pruner_spec
-from tuner.slot import pruner_on
+from tuner.slot.slot import pruner_on
 from tuner.spec import PrunerSpec
+from tuner.study.sampling import build_pruner, pruner_spec
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from tuner.errors import UsageError
-from tuner.slots import plan_slots, visible_gpus
+from tuner.worker.slots import plan_slots, visible_gpus
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from sqlalchemy import text
 from storage import PostgresStorage, open_storage
 from storage.coordination import claims, studies
 from storage.coordination.delivery import Result
-from tuner.spool import Spool
+from tuner.slot.spool import Spool
 
 BUDGET = claims.Budget(trials=3, timeout_s=None, max_failures=3, max_attempts=3)
 HOLDER = claims.Holder(worker="gpu-1:7")

@@ -27,7 +27,7 @@ def objective(trial):
 
 def started(file: Path) -> subprocess.CompletedProcess[str]:
     """A slot whose worker ends before it says what to run."""
-    command = [sys.executable, "-m", "tuner.start_slot", f"{file}:objective"]
+    command = [sys.executable, "-m", "tuner.slot.start", f"{file}:objective"]
     return subprocess.run(command, input="", capture_output=True, text=True, check=False, cwd=file.parent)
 
 

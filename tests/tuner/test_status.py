@@ -9,8 +9,8 @@ from storage import StudyNotFoundError, open_engine
 from storage.coordination import claims, control
 from storage.database.sessions import Sessions
 from tuner.spec import Budget, ObjectiveSpec, Spec
-from tuner.status import look
-from tuner.study import create_study
+from tuner.study.joining import create_study
+from tuner.study.status import look
 
 
 @pytest.fixture

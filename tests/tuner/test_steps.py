@@ -5,11 +5,10 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tuner import steps
-from tuner.batches import Resident
 from tuner.data import Batch, Split
-from tuner.steps import Step, fastest
-from tuner.training import Options, Run, RunningLoss, fit
+from tuner.training import Options, Run, RunningLoss, fit, steps
+from tuner.training.batches import Resident
+from tuner.training.steps import Step, fastest
 
 CPU = torch.device("cpu")
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

@@ -7,9 +7,9 @@ from objectives.digits import Digits
 from storage import StudyNotFoundError, open_engine, open_storage
 from storage.database.errors import StudyExistsError
 from tuner.errors import TunerError, UsageError
-from tuner.registry import find_objective
 from tuner.spec import Budget, TrainingSpec
-from tuner.study import best_of, check_code, create_or_join, create_study, open_study, plan
+from tuner.study.joining import best_of, check_code, create_or_join, create_study, open_study, plan
+from tuner.study.registry import find_objective
 
 
 @pytest.fixture

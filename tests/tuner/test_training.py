@@ -8,11 +8,10 @@ from torch import nn
 from torchmetrics import ClasswiseWrapper, MeanMetric, MeanSquaredError
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score, MulticlassRecall
 
-from tuner import training
 from tuner.data import Split
 from tuner.errors import UsageError
-from tuner.steps import call
-from tuner.training import DivergedError, Options, Run, choose_device, evaluate, fit, predict
+from tuner.training import DivergedError, Options, Run, choose_device, evaluate, fit, fitting, predict
+from tuner.training.steps import call
 
 
 def rows_of(n=70, features=4, classes=3, seed=0):
@@ -169,7 +168,7 @@ def test_a_loss_that_is_no_number_ends_the_training_with_its_epoch(value):
 
 @pytest.mark.parametrize("rows_at_once", [7, 100, 4096])
 def test_metrics_are_those_of_scikit_learn_over_the_whole_split(monkeypatch, rows_at_once):
-    monkeypatch.setattr(training, "EVALUATION_ROWS", rows_at_once)
+    monkeypatch.setattr(fitting, "EVALUATION_ROWS", rows_at_once)
     model, split = a_model(), rows_of(250, seed=2)
     ours = evaluate(
         model,
@@ -192,7 +191,7 @@ def test_metrics_are_those_of_scikit_learn_over_the_whole_split(monkeypatch, row
 
 
 def test_a_regression_metric_is_not_a_mean_over_batches(monkeypatch):
-    monkeypatch.setattr(training, "EVALUATION_ROWS", 64)
+    monkeypatch.setattr(fitting, "EVALUATION_ROWS", 64)
     split = Split(torch.arange(65.0).reshape(65, 1), torch.zeros(65, 1))
     found = evaluate(nn.Identity(), split, {"rmse": MeanSquaredError(squared=False)})
     assert found["rmse"] == pytest.approx(sk.root_mean_squared_error(split.targets, split.inputs))
@@ -223,7 +222,7 @@ class _Sum(nn.Module):
 @pytest.mark.parametrize("rows_at_once", [2, 4096])
 @pytest.mark.parametrize("kind", [tuple, dict])
 def test_a_model_of_several_inputs_gets_a_tuple_in_order_and_a_dict_by_name(monkeypatch, kind, rows_at_once):
-    monkeypatch.setattr(training, "EVALUATION_ROWS", rows_at_once)
+    monkeypatch.setattr(fitting, "EVALUATION_ROWS", rows_at_once)
     x, y = torch.rand(5, 2), torch.rand(5, 2)
     inputs = (x, y) if kind is tuple else {"y": y, "x": x}
     assert torch.equal(call(_Sum(), inputs), x - 2 * y)
@@ -331,7 +330,7 @@ def test_a_loss_gets_all_that_a_model_returns_and_metrics_get_the_prediction():
 
 @pytest.mark.parametrize(("n_bytes", "rows_at_once"), [(16, 1), (160, 10), (2**30, 50)])
 def test_evaluation_takes_as_many_rows_as_fit(monkeypatch, n_bytes, rows_at_once):
-    monkeypatch.setattr(training, "EVALUATION_BYTES", n_bytes)
+    monkeypatch.setattr(fitting, "EVALUATION_BYTES", n_bytes)
     seen = []
     model = nn.Linear(4, 3)
     model.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))

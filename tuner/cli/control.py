@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from sqlalchemy import Engine
 
     from storage.coordination.claims import StudyState
-    from tuner.study import AnyStudy
+    from tuner.study.joining import AnyStudy
 
 
 @command
@@ -36,7 +36,7 @@ def enqueue(
     from storage import InvalidWriteError
     from storage.coordination import claims, control
     from storage.database.sessions import Sessions
-    from tuner.study import open_study
+    from tuner.study.joining import open_study
 
     engine = settings.open()
     opened = open_study(engine, study)
@@ -89,7 +89,7 @@ def release(
     from storage import TrialNotRunningError
     from storage.coordination import claims
     from storage.database.sessions import Sessions
-    from tuner.study import find_study
+    from tuner.study.joining import find_study
 
     engine = settings.open()
     opened = find_study(engine, study)
@@ -118,8 +118,8 @@ def delete(
     from storage import LiveTrialsError
     from storage.coordination import claims, control
     from storage.database.sessions import Sessions
-    from tuner.shared import delete_checkpoints
-    from tuner.study import find_study
+    from tuner.slot.shared_checkpoints import delete_checkpoints
+    from tuner.study.joining import find_study
 
     engine = settings.open()
     opened = find_study(engine, study)
@@ -143,7 +143,7 @@ commands = {"enqueue": enqueue, "stop": stop, "pause": pause, "resume": resume, 
 def _set_state(settings: Settings, study: str, state: StudyState, *, as_json: bool) -> None:
     from storage.coordination import control
     from storage.database.sessions import Sessions
-    from tuner.study import open_study
+    from tuner.study.joining import open_study
 
     engine = settings.open()
     opened = open_study(engine, study)
@@ -156,7 +156,7 @@ def _set_state(settings: Settings, study: str, state: StudyState, *, as_json: bo
 
 
 def _pairs(texts: list[str]) -> dict[str, JsonValue]:
-    from tuner.sampling import parse_value
+    from tuner.study.sampling import parse_value
 
     pairs: dict[str, JsonValue] = {}
     for text in texts:

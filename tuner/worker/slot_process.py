@@ -13,7 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import IO, Any
 
-from tuner.slots import SlotPlan
+from tuner.worker.slots import SlotPlan
 
 LAST_OUTPUT_S = 1.0
 """How long the output of a slot that has ended is waited for, should somebody else hold its pipes open."""
@@ -38,7 +38,7 @@ class SlotProcess:
         self.plan = plan
         self._inbox = inbox
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "tuner.start_slot", objective],
+            [sys.executable, "-m", "tuner.slot.start", objective],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

@@ -24,17 +24,17 @@ from storage.database.engine import is_outage
 from storage.database.errors import LeaseLostError, StorageError, StudyHaltedError, UnreachableError
 from storage.database.sessions import Backoff
 from tuner import training
-from tuner.batches import DeadReaderError, place
-from tuner.checkpoint import Checkpoint, Shared
 from tuner.data import BROKEN_ERRNOS, Data, DataError
 from tuner.errors import ObjectiveError, TunerError, first_line
 from tuner.objective import Objective
-from tuner.record import Record
-from tuner.registry import FunctionObjective
-from tuner.reports import Reports
 from tuner.seeds import derive_seed, seed_everything, set_deterministic
+from tuner.slot.reports import Reports
 from tuner.spec import Spec, first_problem
+from tuner.study.registry import FunctionObjective
 from tuner.training import Interrupted
+from tuner.training.batches import DeadReaderError, place
+from tuner.training.checkpoint import Checkpoint, Shared
+from tuner.training.record import Record
 
 if TYPE_CHECKING:
     from torchmetrics import Metric

@@ -1,8 +1,8 @@
 """A slot: one process that claims trials and runs them, for the worker that started it.
 
-Started by `tuner.start_slot`. The worker writes lines to its standard input: first a `SlotConfig` as JSON, then
-orders, a word each (`tuner.orders.Order`). When it closes - also because the worker was killed - the slot gives its
-trial back and exits. On its standard output the slot writes one line of JSON an event (`Event`).
+Started by `tuner.slot.start`. The worker writes lines to its standard input: first a `SlotConfig` as JSON, then
+orders, a word each (`tuner.slot.orders.Order`). When it closes - also because the worker was killed - the slot gives
+its trial back and exits. On its standard output the slot writes one line of JSON an event (`Event`).
 """
 
 from __future__ import annotations
@@ -36,17 +36,25 @@ from storage.database.errors import InvalidWriteError, LeaseLostError, StorageEr
 from storage.database.sessions import OUTAGE_S, Backoff, Sessions
 from storage.optuna_storage.pruning import IndexedPercentilePruner
 from storage.optuna_storage.storage import PostgresStorage
-from tuner.attempt import BrokenDeviceError, CheckedTrial, Outcome, TrialObjective, check_device, failed, run_attempt
 from tuner.errors import EXIT_UNREACHABLE, TunerError
-from tuner.lease import Lease
-from tuner.orders import Orders
-from tuner.registry import build_objective, find_objective, is_objective_class
-from tuner.reports import Reports
-from tuner.sampling import build_pruner, build_sampler
-from tuner.shared import shared_checkpoint, sweep
+from tuner.slot.attempt import (
+    BrokenDeviceError,
+    CheckedTrial,
+    Outcome,
+    TrialObjective,
+    check_device,
+    failed,
+    run_attempt,
+)
+from tuner.slot.lease import Lease
+from tuner.slot.orders import Orders
+from tuner.slot.reports import Reports
+from tuner.slot.shared_checkpoints import shared_checkpoint, sweep
+from tuner.slot.spool import Spool
 from tuner.spec import PrunerSpec
-from tuner.spool import Spool
-from tuner.study import Study, check_code, checkpoint_directory, open_study
+from tuner.study.joining import Study, check_code, checkpoint_directory, open_study
+from tuner.study.registry import build_objective, find_objective, is_objective_class
+from tuner.study.sampling import build_pruner, build_sampler
 from tuner.training import Interrupted, choose_device
 
 FIRST_POLL_S, POLL_S = 0.05, 1.0

@@ -18,7 +18,7 @@ from storage.database.engine import is_outage
 from storage.database.errors import InvalidWriteError, StorageError
 from storage.database.sessions import Sessions
 from tuner.errors import SharedPlaceError, TunerError, UsageError, first_line
-from tuner.study import AnyStudy, Study, checkpoint_directory
+from tuner.study.joining import AnyStudy, Study, checkpoint_directory
 
 if TYPE_CHECKING:
     import threading
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
 
     from storage.optuna_storage.storage import PostgresStorage
-    from tuner.checkpoint import Shared
+    from tuner.training.checkpoint import Shared
 
 DATABASE: Final = "database"
 LOCAL: Final = "local"

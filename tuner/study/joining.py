@@ -14,8 +14,8 @@ from storage.coordination import claims, studies
 from storage.coordination.studies import StudyRecord, TrialRecord
 from storage.database.errors import StudyExistsError
 from tuner.errors import TunerError, UsageError
-from tuner.registry import ObjectiveKind, ObjectiveSource, build_objective, is_objective_class
 from tuner.spec import Budget, Direction, ObjectiveSpec, Spec, TrainingSpec, differences, parse_spec
+from tuner.study.registry import ObjectiveKind, ObjectiveSource, build_objective, is_objective_class
 
 if TYPE_CHECKING:
     from pydantic import JsonValue
@@ -179,7 +179,7 @@ def plan(
 
     A grid smaller than the budget's trials is the budget. Raises UsageError that names the option at fault.
     """
-    from tuner.sampling import grid_size, pruner_spec, sampler_spec
+    from tuner.study.sampling import grid_size, pruner_spec, sampler_spec
 
     objective = None
     if is_objective_class(kind):

@@ -14,7 +14,7 @@ from storage.coordination.ledger import Cost, Pace
 from storage.coordination.studies import StateCounts, TrialRecord
 from storage.coordination.workers import WorkerNow
 from storage.database.sessions import Sessions
-from tuner.study import AnyStudy, Study
+from tuner.study.joining import AnyStudy, Study
 
 StudyStatus: TypeAlias = Literal["idle", "running", "paused", "stopped", "finished"]
 """A finished study runs nothing and hands nothing out, whether or not it was stopped."""

@@ -11,7 +11,7 @@ import torch
 from tuner.versions import versions
 
 if TYPE_CHECKING:
-    from tuner.training import Epoch
+    from tuner.training.fitting import Epoch
 
 
 class Record:

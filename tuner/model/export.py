@@ -21,19 +21,19 @@ from torchmetrics import Metric
 from storage.coordination import studies
 from storage.coordination.studies import TrialRecord
 from tuner import training
-from tuner.attempt import load_data, with_line
-from tuner.batches import place_rows
 from tuner.data import Data, Inputs, Rows, join, tensors
 from tuner.errors import TunerError
 from tuner.files import sync_directory
 from tuner.log import Log
-from tuner.model import MANIFEST, PROGRAM, WEIGHTS, InputDescription, Manifest, load_program, sha256_of
+from tuner.model.loading import MANIFEST, PROGRAM, WEIGHTS, InputDescription, Manifest, load_program, sha256_of
+from tuner.model.output import check_output
 from tuner.objective import Objective
-from tuner.output import check_output
-from tuner.registry import ObjectiveSource, build_objective, is_objective_class
 from tuner.seeds import derive_seed, seed_everything, set_deterministic
-from tuner.steps import call
-from tuner.study import Study, best_of
+from tuner.slot.attempt import load_data, with_line
+from tuner.study.joining import Study, best_of
+from tuner.study.registry import ObjectiveSource, build_objective, is_objective_class
+from tuner.training.batches import place_rows
+from tuner.training.steps import call
 from tuner.versions import versions
 
 CHECKED_ROWS = 256

@@ -20,16 +20,16 @@ from storage.coordination import claims, studies
 from storage.coordination.workers import SlotSeen, SlotState, WorkerSeen
 from storage.database.engine import is_outage
 from storage.database.errors import StorageError
-from tuner.breaker import Breaker
 from tuner.errors import TunerError, WorkerInterrupted
 from tuner.log import Log
-from tuner.presence import LIVE_PROGRESS_S, PROGRESS_S, Presence
-from tuner.progress import Progress
-from tuner.signals import TOGETHER_S, signals_into
-from tuner.slot_process import Inbox, SlotProcess
-from tuner.slots import SlotPlan
-from tuner.study import Study
+from tuner.study.joining import Study
 from tuner.versions import versions
+from tuner.worker.breaker import Breaker
+from tuner.worker.presence import LIVE_PROGRESS_S, PROGRESS_S, Presence
+from tuner.worker.progress import Progress
+from tuner.worker.signals import TOGETHER_S, signals_into
+from tuner.worker.slot_process import Inbox, SlotProcess
+from tuner.worker.slots import SlotPlan
 
 DRAIN_S = 9.0
 """How long slots have to give their trials back once the worker is asked to stop; it has ended a second later."""
@@ -37,7 +37,7 @@ MAX_DEATHS = 3
 """A worker whose slot dies this often in a row before it ever was ready ends."""
 TICK_S = 0.25
 EXIT_AGAIN = 75
-"""The exit code of a slot that has to go on in a new process, as `tuner.slot` defines it."""
+"""The exit code of a slot that has to go on in a new process, as `tuner.slot.slot` defines it."""
 
 
 class Slots:
@@ -114,7 +114,7 @@ class Worker:
         log: Log,
         limits: Limits = Limits(),
     ) -> None:
-        """`config` is a `tuner.slot.SlotConfig` without what differs from slot to slot."""
+        """`config` is a `tuner.slot.slot.SlotConfig` without what differs from slot to slot."""
         self._engine = engine
         self._study = study
         self._slots = slots.all

@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from tuner.batches import Batches, Resident, batches_of
-from tuner.checkpoint import Checkpoint, State, generator_states, set_generator_states
 from tuner.data import DataError, Inputs, Rows, Split, tensors
 from tuner.errors import ObjectiveError, UsageError
 from tuner.seeds import derive_seed
 from tuner.spec import DataPlace, Direction, Precision
-from tuner.steps import Loss, Step, autocast, call
+from tuner.training.batches import Batches, Resident, batches_of
+from tuner.training.checkpoint import Checkpoint, State, generator_states, set_generator_states
+from tuner.training.steps import Loss, Step, autocast, call
 
 if TYPE_CHECKING:
     from torchmetrics import Metric
@@ -49,7 +49,7 @@ class Options:
     """How to train, whatever the objective. `channels_last` None: for models with 2-d convolutions on CUDA.
 
     Training ends `patience` epochs after the best one so far. `data` and `deterministic` are seen to before, by
-    `tuner.batches.place` and `tuner.seeds.set_deterministic`.
+    `tuner.training.batches.place` and `tuner.seeds.set_deterministic`.
     """
 
     precision: Precision = "fp32"

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from tuner.slot_process import Inbox, Message
+from tuner.worker.slot_process import Inbox, Message
 
 TOGETHER_S = 0.1
 """Signals that come so soon after one another are one request: `timeout`, for one, signals the worker and then its

@@ -17,8 +17,8 @@ from storage.database.engine import is_outage
 from storage.database.errors import StorageError
 from storage.database.sessions import Sessions
 from tuner.log import Log
-from tuner.progress import Snapshot
-from tuner.study import Study
+from tuner.study.joining import Study
+from tuner.worker.progress import Snapshot
 
 PROGRESS_S = 5.0
 LIVE_PROGRESS_S = 1.0
@@ -128,7 +128,7 @@ class Presence:
     def _deliver(self) -> None:
         if next((self._data_dir / "spool").glob("*.json"), None) is None:
             return
-        from tuner.spool import Spool  # it imports Optuna
+        from tuner.slot.spool import Spool  # it imports Optuna
 
         def log(event: str, message: str, trial: int | None) -> None:
             self._log.event(event, message, trial=trial)

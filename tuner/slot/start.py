@@ -1,4 +1,4 @@
-"""Starts a slot: `python -m tuner.start_slot [OBJECTIVE]`.
+"""Starts a slot: `python -m tuner.slot.start [OBJECTIVE]`.
 
 It imports torch, and the objective that its worker was given on the command line, while the worker does the same and
 makes sure of the study: the slot can begin as soon as it is configured.
@@ -16,13 +16,13 @@ from tuner.imports import uncollected
 
 
 def main() -> None:
-    """Import what the slot will need, then run it (`tuner.slot.main`)."""
+    """Import what the slot will need, then run it (`tuner.slot.slot.main`)."""
     # A scheduler sends SIGTERM to all processes: the worker, which gets it too, drains its slots. Not ignored, which
     # what the objective starts would inherit.
     signal.signal(signal.SIGTERM, lambda *_: None)
     os.register_at_fork(after_in_child=lambda: signal.signal(signal.SIGTERM, signal.SIG_DFL))
     with uncollected():
-        from tuner import slot
+        from tuner.slot import slot
 
         for reference in sys.argv[1:]:
             _import_objective(reference)
@@ -32,7 +32,7 @@ def main() -> None:
 def _import_objective(reference: str) -> None:
     """Import the objective; what is wrong with it is told when the slot needs it, or by the worker before."""
     from tuner.errors import TunerError
-    from tuner.registry import find_objective, is_objective_class
+    from tuner.study.registry import find_objective, is_objective_class
 
     with _printing_to_stderr(), suppress(TunerError):
         if is_objective_class(find_objective(reference).load()):
