@@ -1,6 +1,9 @@
+import inspect
+
 import pytest
 
 import tuner
+from tuner import training
 
 
 def test_the_public_surface_is_what_all_says():
@@ -11,6 +14,28 @@ def test_the_public_surface_is_what_all_says():
 def test_an_unknown_name_is_an_attribute_error():
     with pytest.raises(AttributeError, match="has no attribute 'load_modle'"):
         tuner.load_modle  # noqa: B018
+
+
+def test_training_keeps_its_names():
+    assert training.__all__ == [
+        "CHECKED_EVERY",
+        "EVALUATION_BYTES",
+        "EVALUATION_ROWS",
+        "DivergedError",
+        "Epoch",
+        "Interrupted",
+        "Options",
+        "Predictions",
+        "Run",
+        "RunningLoss",
+        "best_epoch",
+        "choose_device",
+        "evaluate",
+        "fit",
+        "predict",
+    ]
+    assert all(hasattr(training, name) for name in training.__all__)
+    assert inspect.isfunction(training.fit)  # and no module of that name
 
 
 @pytest.mark.parametrize(

@@ -177,7 +177,7 @@ def test_installed_objectives_are_listed_without_importing_them(start_python):
 
 
 def test_the_file_of_an_installed_objective_is_the_one_that_is_imported():
-    assert Path(find_objective("digits").file).samefile(Path(__file__).parents[2] / "objectives" / "digits.py")
+    assert Path(find_objective("digits").file).samefile(Path(__file__).parents[3] / "objectives" / "digits.py")
 
 
 @pytest.mark.parametrize(
