@@ -30,8 +30,8 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 from torch.utils.data import DataLoader, TensorDataset
 
 from tuner.data import Split
-from tuner.steps import fastest
 from tuner.training import Epoch, Options, Run, choose_device, fit
+from tuner.training.steps import fastest
 
 MAX_EPOCHS = 200
 

@@ -16,7 +16,7 @@ from optuna.storages import BaseStorage, RDBStorage, get_storage
 from sqlalchemy import text
 
 from storage import EmbeddedServer, ensure_schema, open_engine, parse_url
-from storage.engine import engine_options
+from storage.database.engine import engine_options
 
 Times = dict[str, list[float]]
 

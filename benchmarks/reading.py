@@ -29,7 +29,7 @@ from measuring import Times, database, print_machine, print_sides, timed
 
 from storage import PostgresStorage, open_engine, parse_url
 from tuner.spec import Budget, ObjectiveSpec, Spec
-from tuner.study import create_study
+from tuner.study.joining import create_study
 
 ONCE_ABOVE = 1000  # trials
 

@@ -40,11 +40,12 @@ from optuna.samplers import RandomSampler
 from sqlalchemy import Engine, text
 from sqlalchemy.exc import SQLAlchemyError
 
-from storage import PostgresStorage, StorageError, claims, open_engine, studies, workers
-from storage.engine import CONNECTIONS_PER_PROCESS
-from storage.errors import LeaseLostError
-from storage.pruning import IndexedPercentilePruner
-from storage.sessions import Backoff, Sessions
+from storage import PostgresStorage, StorageError, open_engine
+from storage.coordination import claims, studies, workers
+from storage.database.engine import CONNECTIONS_PER_PROCESS
+from storage.database.errors import LeaseLostError
+from storage.database.sessions import Backoff, Sessions
+from storage.optuna_storage.pruning import IndexedPercentilePruner
 
 BUDGET = claims.Budget(trials=10**9, timeout_s=None, max_failures=0, max_attempts=3)
 PROCESSES_PER_WORKER = 2  # the supervisor and its slot

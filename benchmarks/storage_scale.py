@@ -23,7 +23,8 @@ from measuring import Times, database, print_machine, print_sides, timed
 from optuna.samplers import BaseSampler, RandomSampler, TPESampler
 from workers import SIDES, Side
 
-from storage import open_engine, studies
+from storage import open_engine
+from storage.coordination import studies
 
 
 def run_trial(side: Side, times: Times) -> None:

@@ -43,13 +43,14 @@ from torchvision.datasets import FashionMNIST
 from torchvision.transforms import v2
 from workers import Ours
 
-from storage import EmbeddedServer, open_engine, studies
-from storage.sessions import Backoff
-from tuner.attempt import CheckedTrial
+from storage import EmbeddedServer, open_engine
+from storage.coordination import studies
+from storage.database.sessions import Backoff
 from tuner.data import Split
-from tuner.reports import Reports
-from tuner.steps import fastest
+from tuner.slot.attempt import CheckedTrial
+from tuner.slot.reports import Reports
 from tuner.training import Epoch, Options, Run, choose_device, fit
+from tuner.training.steps import fastest
 
 N_IMAGES = 8226
 LEARNING_RATE = 0.01

@@ -33,7 +33,8 @@ from sqlalchemy import Engine
 from sqlalchemy.exc import SQLAlchemyError
 from workers import SIDES, Side
 
-from storage import PostgresStorage, StorageError, open_engine, studies
+from storage import PostgresStorage, StorageError, open_engine
+from storage.coordination import studies
 
 N_REPORTS = 20
 ERRORS = (StorageError, StorageInternalError, SQLAlchemyError, UpdateFinishedTrialError)

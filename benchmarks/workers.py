@@ -10,8 +10,9 @@ import optuna
 from optuna.samplers import BaseSampler
 from optuna.storages import RDBStorage, get_storage
 
-from storage import PostgresStorage, claims, parse_url
-from storage.pruning import IndexedPercentilePruner
+from storage import PostgresStorage, parse_url
+from storage.coordination import claims
+from storage.optuna_storage.pruning import IndexedPercentilePruner
 
 BUDGET = claims.Budget(trials=10**9, timeout_s=None, max_failures=0, max_attempts=1)
 

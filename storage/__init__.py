@@ -9,9 +9,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from storage.embedded import EmbeddedServer
-    from storage.engine import open_engine
-    from storage.errors import (
+    from storage.database.engine import open_engine
+    from storage.database.errors import (
         AuthenticationError,
         BusyError,
         EmbeddedServerError,
@@ -29,10 +28,11 @@ if TYPE_CHECKING:
         TrialNotRunningError,
         UnreachableError,
     )
-    from storage.optuna_storage import open_storage
-    from storage.postgres import PostgresStorage
-    from storage.schema import ensure_schema
-    from storage.url import mask_url, parse_url
+    from storage.database.schema import ensure_schema
+    from storage.database.url import mask_url, parse_url
+    from storage.embedded.server import EmbeddedServer
+    from storage.optuna_storage.opening import open_storage
+    from storage.optuna_storage.storage import PostgresStorage
 
 __all__ = [
     "AuthenticationError",
@@ -61,19 +61,19 @@ __all__ = [
 ]
 
 _MODULES = {
-    "EmbeddedServer": "storage.embedded",
-    "PostgresStorage": "storage.postgres",
-    "ensure_schema": "storage.schema",
-    "mask_url": "storage.url",
-    "open_engine": "storage.engine",
-    "open_storage": "storage.optuna_storage",
-    "parse_url": "storage.url",
+    "EmbeddedServer": "storage.embedded.server",
+    "PostgresStorage": "storage.optuna_storage.storage",
+    "ensure_schema": "storage.database.schema",
+    "mask_url": "storage.database.url",
+    "open_engine": "storage.database.engine",
+    "open_storage": "storage.optuna_storage.opening",
+    "parse_url": "storage.database.url",
 }
 
 
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(_MODULES.get(name, "storage.errors")), name)
+    value = getattr(import_module(_MODULES.get(name, "storage.database.errors")), name)
     globals()[name] = value
     return value

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tuner.errors import TunerError
-    from tuner.model import load_model
+    from tuner.model.loading import load_model
     from tuner.objective import Objective
 
 __all__ = ["Objective", "TunerError", "load_model"]
@@ -23,7 +23,7 @@ def __getattr__(name: str) -> Any:
 
         return Objective
     if name == "load_model":
-        from tuner.model import load_model
+        from tuner.model.loading import load_model
 
         return load_model
     if name == "TunerError":

@@ -15,9 +15,9 @@ from pathlib import Path
 
 from sqlalchemy import Engine, text
 
-from storage.errors import StorageError
+from storage.database.errors import StorageError
 from tuner.errors import TunerError
-from tuner.registry import installed_objectives
+from tuner.study.registry import installed_objectives
 
 MIN_FREE_BYTES = 1 << 30
 TORCH_TIMEOUT_S = 120

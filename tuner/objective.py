@@ -16,7 +16,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler
 from tuner import training
 from tuner.data import Data, DataError, Rows
 from tuner.errors import ObjectiveError
-from tuner.steps import Loss, fastest
+from tuner.training.steps import Loss, fastest
 
 if TYPE_CHECKING:
     import optuna

@@ -15,7 +15,7 @@ from optuna.trial import TrialState
 from sqlalchemy import text
 
 from storage import EmbeddedServer, open_engine, open_storage
-from tuner.worker import DRAIN_S
+from tuner.worker.supervisor import DRAIN_S
 
 if TYPE_CHECKING:
     from command import Running

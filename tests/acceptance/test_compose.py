@@ -22,7 +22,7 @@ import yaml
 from dashboards import Client
 
 from storage import EmbeddedServer
-from storage._programs import bundled_programs
+from storage.embedded.programs import bundled_programs
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

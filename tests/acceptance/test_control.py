@@ -190,7 +190,7 @@ KIND = optuna.distributions.CategoricalDistribution(("a", "b"))
 
 
 def a_study_of_tuner(storage: Any) -> optuna.Study:
-    from storage import studies
+    from storage.coordination import studies
     from tuner.spec import Budget, ObjectiveSpec, PrunerSpec, SamplerSpec, Spec
 
     spec = Spec(

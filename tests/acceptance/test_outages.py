@@ -14,7 +14,8 @@ from command import Tuner, wait_for
 from optuna.trial import TrialState
 from sqlalchemy import text
 
-from storage import EmbeddedServer, claims, open_engine, open_storage
+from storage import EmbeddedServer, open_engine, open_storage
+from storage.coordination import claims
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -18,8 +18,9 @@ from optuna.trial import TrialState, create_trial
 from sqlalchemy import Engine, text
 from terminal import on_terminal
 
-from storage import EmbeddedServer, claims, open_engine, open_storage, studies
-from storage.sessions import Sessions
+from storage import EmbeddedServer, open_engine, open_storage
+from storage.coordination import claims, studies
+from storage.database.sessions import Sessions
 
 MANUAL = Path(__file__).parents[2] / "docs" / "status.md"
 # Reports until the file `gate` beside it says that the trial may end.

@@ -12,16 +12,16 @@ import torch
 
 import tuner
 from storage import open_engine, open_storage
-from tuner.export import export_study
 from tuner.log import Log
-from tuner.registry import find_objective
+from tuner.model.export import export_study
 from tuner.spec import Budget
-from tuner.study import create_study, plan
+from tuner.study.joining import create_study, plan
+from tuner.study.registry import find_objective
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from tuner.model import LoadedModel
+    from tuner.model.loading import LoadedModel
     from tuner.objective import Objective
 
 ROOT = Path(__file__).parents[2]

@@ -7,11 +7,11 @@ from sklearn.datasets import fetch_california_housing
 from torch import nn
 
 from objectives.california_housing import CaliforniaHousing, WideAndDeep, WideAndDeepModel
-from tuner.attempt import load_data
 from tuner.data import Data, Split
 from tuner.errors import TunerError
-from tuner.model import WEIGHTS
-from tuner.sampling import discover
+from tuner.model.loading import WEIGHTS
+from tuner.slot.attempt import load_data
+from tuner.study.sampling import discover
 from tuner.training import EVALUATION_ROWS, predict
 
 COMMON = {"loss": "mse", "lr": 3e-3, "weight_decay": 1e-4, "max_grad_norm": 1.0, "batch_size": 64}

@@ -7,11 +7,11 @@ from sklearn.datasets import fetch_covtype
 from torch import nn
 
 from objectives.covertype import COVERS, Covertype
-from tuner.attempt import load_data
 from tuner.data import Data, Split, class_weights
 from tuner.errors import TunerError
-from tuner.model import WEIGHTS
-from tuner.sampling import discover
+from tuner.model.loading import WEIGHTS
+from tuner.slot.attempt import load_data
+from tuner.study.sampling import discover
 from tuner.training import predict
 
 PARAMS = {

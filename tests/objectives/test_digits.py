@@ -8,8 +8,8 @@ from torch import nn
 from objectives import digits
 from objectives.digits import Digits
 from tuner.data import tensors
-from tuner.sampling import discover
 from tuner.seeds import seed_everything
+from tuner.study.sampling import discover
 
 PARAMS = {"layers": 1, "units_0": 128, "dropout": 0.1, "lr": 3e-3, "batch_size": 32}
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from tuner.objective import Objective
-from tuner.registry import ENTRY_POINT_GROUP
+from tuner.study.registry import ENTRY_POINT_GROUP
 
 ROOT = Path(__file__).parents[2]
 NAMED = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["entry-points"][ENTRY_POINT_GROUP]

@@ -9,11 +9,11 @@ from torch import nn
 from torchvision import datasets
 
 from objectives.fashion_mnist import FashionMNIST
-from tuner.attempt import load_data
 from tuner.data import Split, split_in_two
 from tuner.errors import TunerError
-from tuner.model import WEIGHTS
-from tuner.sampling import discover
+from tuner.model.loading import WEIGHTS
+from tuner.slot.attempt import load_data
+from tuner.study.sampling import discover
 from tuner.training import predict
 
 COMMON = {

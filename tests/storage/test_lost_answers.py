@@ -20,11 +20,12 @@ from optuna.trial import TrialState, create_trial
 from proxy import Loss, Proxy
 from sqlalchemy import Engine, select, text
 
-from storage import BusyError, PostgresStorage, UnreachableError, claims, ensure_schema, open_engine, parse_url, studies
-from storage._postmaster import wait_until
-from storage.claims import Budget, Claim
-from storage.sessions import Backoff
-from storage.tables import optuna_metadata, tuner_metadata
+from storage import BusyError, PostgresStorage, UnreachableError, ensure_schema, open_engine, parse_url
+from storage.coordination import claims, studies
+from storage.coordination.claims import Budget, Claim
+from storage.database.sessions import Backoff
+from storage.database.tables import optuna_metadata, tuner_metadata
+from storage.embedded.postmaster import wait_until
 
 OPTUNAS = optuna_metadata.sorted_tables
 X = FloatDistribution(0, 1)

@@ -13,9 +13,10 @@ from optuna.trial import TrialState
 from psycopg2.extensions import TRANSACTION_STATUS_IDLE
 from sqlalchemy import event, text
 
-from storage import PostgresStorage, claims
-from storage.claims import Budget
-from storage.finished import FinishedTrials
+from storage import PostgresStorage
+from storage.coordination import claims
+from storage.coordination.claims import Budget
+from storage.trials.finished import FinishedTrials
 
 N_TRIALS = 3000
 # More than what a trial has, and less than any part of a study's history.

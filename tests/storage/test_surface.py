@@ -44,7 +44,7 @@ def test_an_unknown_name_is_an_attribute_error():
         ("from storage import EmbeddedServer", ("optuna", "torch", "sqlalchemy", "psycopg2")),
         ("from storage import ensure_schema, open_engine", ("optuna", "torch", "alembic")),
         ("from storage import open_storage", ("torch", "alembic")),
-        ("import storage.importing", ("torch", "alembic")),
+        ("import storage.importing.studies", ("torch", "alembic")),
     ],
 )
 def test_importing_pulls_in_no_more_than_needed(start_python, statement, absent):

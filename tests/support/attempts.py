@@ -5,13 +5,13 @@ import torch
 from torch import nn
 from torchmetrics import Metric
 
-from tuner.attempt import (
+from tuner.data import Data, Split
+from tuner.objective import Objective
+from tuner.slot.attempt import (
     CheckedTrial,
     TrialObjective,
     run_attempt,
 )
-from tuner.data import Data, Split
-from tuner.objective import Objective
 from tuner.spec import Spec
 
 

@@ -4,12 +4,13 @@ import textwrap
 
 import optuna
 
-from storage import open_engine, open_storage, studies
-from tuner.export import export_study
+from storage import open_engine, open_storage
+from storage.coordination import studies
 from tuner.log import Log
-from tuner.registry import find_objective
+from tuner.model.export import export_study
 from tuner.spec import Budget
-from tuner.study import create_study, plan
+from tuner.study.joining import create_study, plan
+from tuner.study.registry import find_objective
 
 OBJECTIVE = """
     import torch

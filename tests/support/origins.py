@@ -11,8 +11,8 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState, create_trial
 
 from storage import open_storage
-from storage.importing import import_studies
-from storage.sources import open_source
+from storage.importing.sources import open_source
+from storage.importing.studies import import_studies
 
 SPACE = {
     "lr": FloatDistribution(1e-5, 1.0, log=True),

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from storage import open_engine
-from storage.errors import UnreachableError
+from storage.database.errors import UnreachableError
 from tuner import doctor
 from tuner.errors import TunerError
 

@@ -1,6 +1,9 @@
+import inspect
+
 import pytest
 
 import tuner
+from tuner import training
 
 
 def test_the_public_surface_is_what_all_says():
@@ -13,15 +16,37 @@ def test_an_unknown_name_is_an_attribute_error():
         tuner.load_modle  # noqa: B018
 
 
+def test_training_keeps_its_names():
+    assert training.__all__ == [
+        "CHECKED_EVERY",
+        "EVALUATION_BYTES",
+        "EVALUATION_ROWS",
+        "DivergedError",
+        "Epoch",
+        "Interrupted",
+        "Options",
+        "Predictions",
+        "Run",
+        "RunningLoss",
+        "best_epoch",
+        "choose_device",
+        "evaluate",
+        "fit",
+        "predict",
+    ]
+    assert all(hasattr(training, name) for name in training.__all__)
+    assert inspect.isfunction(training.fit)  # and no module of that name
+
+
 @pytest.mark.parametrize(
     ("statement", "absent"),
     [
         ("import tuner", ("torch", "optuna", "pydantic", "sqlalchemy")),
         ("import tuner.cli.app", ("torch", "optuna", "numpy", "rich")),
-        ("import tuner.study, tuner.registry, tuner.progress, tuner.doctor", ("torch", "optuna")),
-        ("import tuner.sampling", ("torch",)),
-        ("import tuner.shared", ("torch", "optuna", "fsspec")),
-        ("import tuner.cli.importing, storage.importing", ("torch",)),
+        ("import tuner.study.joining, tuner.study.registry, tuner.worker.progress, tuner.doctor", ("torch", "optuna")),
+        ("import tuner.study.sampling", ("torch",)),
+        ("import tuner.slot.shared_checkpoints", ("torch", "optuna", "fsspec")),
+        ("import tuner.cli.importing, storage.importing.studies", ("torch",)),
         ("import tuner.training, tuner.data", ("optuna", "sqlalchemy", "psycopg2", "storage")),
     ],
 )

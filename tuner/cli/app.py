@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 from pydantic import ValidationError
 
-from storage.errors import InvalidURLError, StorageError, UnreachableError
+from storage.database.errors import InvalidURLError, StorageError, UnreachableError
 from tuner.cli import control, db, importing, model, reading, search, service, status
 from tuner.cli.settings import DataDir, Debug, Format, PasswordFile, Settings, Storage
 from tuner.errors import (

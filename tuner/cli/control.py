@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from pydantic import JsonValue
     from sqlalchemy import Engine
 
-    from storage.claims import StudyState
-    from tuner.study import AnyStudy
+    from storage.coordination.claims import StudyState
+    from tuner.study.joining import AnyStudy
 
 
 @command
@@ -33,9 +33,10 @@ def enqueue(
     Params that are not given are sampled. The trial counts towards the
     study's budget like any other.
     """
-    from storage import InvalidWriteError, claims, control
-    from storage.sessions import Sessions
-    from tuner.study import open_study
+    from storage import InvalidWriteError
+    from storage.coordination import claims, control
+    from storage.database.sessions import Sessions
+    from tuner.study.joining import open_study
 
     engine = settings.open()
     opened = open_study(engine, study)
@@ -85,9 +86,10 @@ def release(
     It keeps its number, params and checkpoint, and loses no attempt. Whoever
     runs it now drops it at the next report.
     """
-    from storage import TrialNotRunningError, claims
-    from storage.sessions import Sessions
-    from tuner.study import find_study
+    from storage import TrialNotRunningError
+    from storage.coordination import claims
+    from storage.database.sessions import Sessions
+    from tuner.study.joining import find_study
 
     engine = settings.open()
     opened = find_study(engine, study)
@@ -113,10 +115,11 @@ def delete(
     as_json: AsJson = False,
 ) -> None:
     """Delete STUDY and all its trials from the database. Exported models stay."""
-    from storage import LiveTrialsError, claims, control
-    from storage.sessions import Sessions
-    from tuner.shared import delete_checkpoints
-    from tuner.study import find_study
+    from storage import LiveTrialsError
+    from storage.coordination import claims, control
+    from storage.database.sessions import Sessions
+    from tuner.slot.shared_checkpoints import delete_checkpoints
+    from tuner.study.joining import find_study
 
     engine = settings.open()
     opened = find_study(engine, study)
@@ -138,9 +141,9 @@ commands = {"enqueue": enqueue, "stop": stop, "pause": pause, "resume": resume, 
 
 
 def _set_state(settings: Settings, study: str, state: StudyState, *, as_json: bool) -> None:
-    from storage import control
-    from storage.sessions import Sessions
-    from tuner.study import open_study
+    from storage.coordination import control
+    from storage.database.sessions import Sessions
+    from tuner.study.joining import open_study
 
     engine = settings.open()
     opened = open_study(engine, study)
@@ -153,7 +156,7 @@ def _set_state(settings: Settings, study: str, state: StudyState, *, as_json: bo
 
 
 def _pairs(texts: list[str]) -> dict[str, JsonValue]:
-    from tuner.sampling import parse_value
+    from tuner.study.sampling import parse_value
 
     pairs: dict[str, JsonValue] = {}
     for text in texts:
@@ -171,8 +174,8 @@ def _check_params(engine: Engine, study: AnyStudy, wanted: dict[str, Any]) -> No
 
     A study knows its params by the trials that it has had, and a param may be one that few of them have.
     """
-    from storage.new_trials import distributions_of
-    from storage.sessions import Sessions
+    from storage.database.sessions import Sessions
+    from storage.trials.creation import distributions_of
 
     known = distributions_of(Sessions(engine), study.study_id, list(wanted))
     for name, value in wanted.items():

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress as Bars
     from rich.progress import TaskID
 
-    from storage.importing import Imported
+    from storage.importing.studies import Imported
     from tuner.log import Log
 
 _SHOWN_CHANGES = 10
@@ -59,9 +59,9 @@ def import_(
     'tuner best', 'status', 'trials' and the dashboard show imported studies.
     Workers go on only with those that tuner created in another PostgreSQL.
     """
-    from storage.importing import import_studies
-    from storage.sources import open_source
-    from storage.url import read_password
+    from storage.database.url import read_password
+    from storage.importing.sources import open_source
+    from storage.importing.studies import import_studies
 
     log = settings.log()
     password = None if password_file is None else read_password(password_file)

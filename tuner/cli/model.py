@@ -14,8 +14,8 @@ from tuner.cli.settings import Settings, command
 if TYPE_CHECKING:
     from sqlalchemy import Engine
 
-    from tuner.export import Exported
-    from tuner.study import Study
+    from tuner.model.export import Exported
+    from tuner.study.joining import Study
 
 
 @command
@@ -38,9 +38,9 @@ def export(
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Retrain the best trial of STUDY on train + valid, evaluate it on test and write the model."""
-    from tuner.output import check_output
-    from tuner.registry import find_objective
-    from tuner.study import best_of, check_code, open_study
+    from tuner.model.output import check_output
+    from tuner.study.joining import best_of, check_code, open_study
+    from tuner.study.registry import find_objective
 
     engine = settings.open()
     opened = open_study(engine, study)
@@ -49,7 +49,7 @@ def export(
     check_code(opened, source, allow_code_change=allow_code_change)
     target = output or default_output(settings, opened)
     check_output(target)
-    from tuner.export import export_study
+    from tuner.model.export import export_study
 
     exported = export_study(
         engine,

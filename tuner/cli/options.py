@@ -81,9 +81,9 @@ class StudyOptions:
     ] = "30s"
 
     def plan(self) -> dict[str, Any]:
-        """Return the arguments of `tuner.study.plan`, as far checked as can be before torch is imported."""
-        from tuner.sampling import check_sampler_name, pruner_spec
-        from tuner.shared import checked_place
+        """Return the arguments of `tuner.study.joining.plan`, as far checked as can be before torch is imported."""
+        from tuner.slot.shared_checkpoints import checked_place
+        from tuner.study.sampling import check_sampler_name, pruner_spec
 
         if self.epochs is not None:
             check_positive("--epochs", self.epochs)
@@ -141,7 +141,7 @@ def check_positive(option: str, value: int) -> None:
 
 
 def _pairs(texts: list[str]) -> dict[str, JsonValue]:
-    from tuner.sampling import parse_value
+    from tuner.study.sampling import parse_value
 
     pairs = {}
     for text in texts:

@@ -18,8 +18,8 @@ from tuner.text import number_text, params_text, table
 if TYPE_CHECKING:
     from sqlalchemy import Engine
 
-    from storage.studies import TrialRecord
-    from tuner.study import AnyStudy
+    from storage.coordination.studies import TrialRecord
+    from tuner.study.joining import AnyStudy
 
 StudyName = Annotated[str, typer.Argument(metavar="STUDY", help="Name of the study.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
@@ -28,7 +28,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 @command
 def studies(settings: Settings, as_json: AsJson = False) -> None:
     """List the studies of the database."""
-    from storage import studies
+    from storage.coordination import studies
 
     engine = settings.open()
     rows = []
@@ -71,8 +71,8 @@ def studies(settings: Settings, as_json: AsJson = False) -> None:
 @command
 def trials(settings: Settings, study: StudyName, as_json: AsJson = False) -> None:
     """List the trials of STUDY."""
-    from storage import studies
-    from tuner.study import find_study
+    from storage.coordination import studies
+    from tuner.study.joining import find_study
 
     engine = settings.open()
     opened = find_study(engine, study)
@@ -109,7 +109,7 @@ def best(
     ] = "text",
 ) -> None:
     """Print the best params of STUDY."""
-    from tuner.study import find_study
+    from tuner.study.joining import find_study
 
     if format_ not in ("text", "json", "env", "flags"):
         raise UsageError(f"--format needs text, json, env or flags, got {format_!r}")
@@ -133,7 +133,7 @@ def best(
 @command
 def objectives(settings: Settings, as_json: AsJson = False) -> None:  # noqa: ARG001 - every command takes them
     """List the installed objectives."""
-    from tuner.registry import installed_objectives
+    from tuner.study.registry import installed_objectives
 
     found = [{"name": source.name, "summary": source.summary()} for source in installed_objectives()]
     if as_json:
@@ -147,7 +147,7 @@ commands = {"studies": studies, "trials": trials, "best": best, "objectives": ob
 
 def best_fields(engine: Engine, study: AnyStudy) -> dict[str, Any]:
     """Return the best trial as `tuner best --json` prints it. Raises TunerError if none is complete."""
-    from tuner.study import best_of
+    from tuner.study.joining import best_of
 
     return best_fields_of(study, best_of(engine, study))
 

@@ -16,8 +16,8 @@ from tuner.cli.settings import Settings, command
 from tuner.errors import TunerError, UsageError
 
 if TYPE_CHECKING:
-    from tuner.registry import ObjectiveSource
-    from tuner.study import Study
+    from tuner.study.joining import Study
+    from tuner.study.registry import ObjectiveSource
 
 ObjectiveName = Annotated[
     str, typer.Argument(metavar="OBJECTIVE", help="Name of an installed objective, or path/to/file.py:NAME.")
@@ -45,12 +45,12 @@ def run(
 
     Goes on with the study if it exists with the same settings.
     """
-    from storage import studies
-    from tuner.output import check_output
-    from tuner.registry import find_objective
-    from tuner.slots import plan_slots
-    from tuner.study import create_or_join, plan
-    from tuner.worker import Slots, Worker
+    from storage.coordination import studies
+    from tuner.model.output import check_output
+    from tuner.study.joining import create_or_join, plan
+    from tuner.study.registry import find_objective
+    from tuner.worker.slots import plan_slots
+    from tuner.worker.supervisor import Slots, Worker
 
     plans = plan_slots(str(_workers(workers)), device)
     wanted = options.plan()
@@ -87,7 +87,7 @@ def run(
         log.event("not_exported", f"not exported: {source.name} is a plain function and has no model")
     exported = None
     if export and model_class is not None:
-        from tuner.export import export_study
+        from tuner.model.export import export_study
 
         exported = export_study(
             engine, joined, source, output=target, data_dir=settings.data_dir, device=device, log=log
@@ -103,8 +103,8 @@ def create(
     as_json: Annotated[bool, typer.Option("--json", help="Print the study as JSON.")] = False,
 ) -> None:
     """Create a study of OBJECTIVE for workers to join; running it again with the same settings does nothing."""
-    from tuner.registry import find_objective
-    from tuner.study import create_or_join, plan
+    from tuner.study.joining import create_or_join, plan
+    from tuner.study.registry import find_objective
 
     wanted = options.plan()
     source = find_objective(objective)
@@ -146,10 +146,10 @@ def worker(
     allow_code_change: AllowCodeChange = False,
 ) -> None:
     """Run trials of STUDY until its budget is used up. Sampler, pruner and objective are the study's."""
-    from tuner.registry import find_objective
-    from tuner.slots import plan_slots
-    from tuner.study import check_code, open_study
-    from tuner.worker import Limits, Slots, Worker
+    from tuner.study.joining import check_code, open_study
+    from tuner.study.registry import find_objective
+    from tuner.worker.slots import plan_slots
+    from tuner.worker.supervisor import Limits, Slots, Worker
 
     if trials is not None:
         check_positive("--trials", trials)

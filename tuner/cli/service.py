@@ -30,8 +30,8 @@ def dashboard(
 ) -> None:
     """Serve optuna-dashboard for the database, read-only unless --allow-edit, until interrupted."""
     from storage import EmbeddedServer, open_storage
-    from storage.sessions import Backoff
-    from tuner.dashboard import read_token, serve
+    from storage.database.sessions import Backoff
+    from tuner.dashboard.server import read_token, serve
 
     settings.open().dispose()  # the schema, which a read-only connection could not make
     url = settings.storage_url()

@@ -121,7 +121,7 @@ class Settings:
     def storage_url(self) -> URL:
         """Return the database's URL, the embedded server's after starting or joining it."""
         from storage import EmbeddedServer, parse_url
-        from storage.url import with_password
+        from storage.database.url import with_password
 
         if self.storage is None:
             return parse_url(EmbeddedServer(self.data_dir).start())
@@ -143,7 +143,7 @@ class Settings:
         Waits for it for ten minutes.
         """
         from storage import NotReadyError
-        from storage.sessions import Backoff
+        from storage.database.sessions import Backoff
 
         def notice(error: Exception) -> None:
             self.log().event("database_away", f"{error}; trying again")

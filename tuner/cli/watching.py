@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING
 
 from sqlalchemy.exc import SQLAlchemyError
 
-from storage.engine import is_outage
-from storage.errors import StorageError
-from tuner.cli.status import lines, show
+from storage.database.engine import is_outage
+from storage.database.errors import StorageError
+from tuner.cli.status_view import lines, show
 from tuner.log import Log
 from tuner.text import duration, printable
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from rich.live import Live
     from rich.text import Text
 
-    from tuner.status import Status
+    from tuner.study.status import Status
 
 REDRAW_S = 1.0
 """How often a display that waits for the database is drawn anew."""

@@ -1,0 +1,468 @@
+"""Claims: who may run which trial, decided by PostgreSQL in one short transaction, on its own clock."""
+
+from __future__ import annotations
+
+import datetime as dt
+import json
+import uuid
+from dataclasses import asdict, dataclass
+from functools import cache
+from typing import Any, Final, Literal, TypeAlias
+
+from sqlalchemy import (
+    ColumnElement,
+    Connection,
+    Double,
+    Insert,
+    Select,
+    Text,
+    Update,
+    and_,
+    bindparam,
+    cast,
+    delete,
+    func,
+    insert,
+    literal,
+    or_,
+    select,
+    text,
+    true,
+    update,
+)
+from sqlalchemy.dialects.postgresql import UUID
+from sqlalchemy.dialects.postgresql import insert as upsert
+from sqlalchemy.sql.dml import ReturningInsert
+
+from storage.database.errors import StudyNotFoundError, TrialNotRunningError
+from storage.database.sessions import OUTAGE_S, Sessions
+from storage.database.tables import (
+    studies,
+    trial_intermediate_values,
+    trial_user_attributes,
+    trials,
+    tuner_attempts,
+    tuner_checkpoints,
+    tuner_leases,
+    tuner_studies,
+)
+
+_NOT_DONE: Final = ("RUNNING", "WAITING", "FAIL")  # the states that ix_tuner_trials_not_done has
+
+StudyState: TypeAlias = Literal["open", "paused", "stopped"]
+"""Workers of a paused study wait, those of a stopped one end; of both, they give running trials back."""
+
+# A trial whose worker went silent runs again after this long; renewed every third of it.
+LEASE_S = 60.0
+RETURN_S = 20.0
+"""How long holders have to renew their leases once a database that was away is back, before anybody takes their trials.
+
+It is three times as long as they take to notice. A lease that ran out OUTAGE_S ago has no holder any more.
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """How many trials a study may run; see `tuner.spec.Budget` for what counts."""
+
+    trials: int
+    timeout_s: float | None
+    max_failures: int
+    max_attempts: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Holder:
+    """Who runs a trial: a slot of a worker on a device, of which it has the part `share`."""
+
+    worker: str
+    slot: int = 0
+    device: str = "cpu"
+    share: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Claim:
+    """The right to run one trial, until the lease runs out. `attempt` counts from 1.
+
+    `started` is when, in naive UTC, for a trial that the claim created; None for one that had waited.
+    """
+
+    study_id: int
+    trial_id: int
+    number: int
+    attempt: int
+    token: uuid.UUID
+    started: dt.datetime | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class NothingToClaim:
+    """No trial was handed out. `final` if none will be, unless somebody resumes the study.
+
+    Else the study is paused, which is `paused`, or trials of other workers hold the rest of the budget.
+    """
+
+    final: bool
+    reason: str
+    paused: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Standing:
+    """What a claim is decided by. `age_s` is the study's, None for one that tuner did not create.
+
+    `expired` of the `running` trials have lost their worker: the next claim of anybody puts them back.
+    """
+
+    state: StudyState
+    age_s: float | None
+    n_trials: int
+    running: int
+    waiting: int
+    failed: int
+    oldest_waiting: int | None
+    expired: int
+
+    @property
+    def done(self) -> int:
+        """The trials that are complete or pruned."""
+        return self.n_trials - self.running - self.waiting - self.failed
+
+
+def claim(
+    sessions: Sessions, study_id: int, budget: Budget, holder: Holder, *, sweep: bool = True
+) -> Claim | NothingToClaim:
+    """Hand out the oldest waiting trial, or create the next one, with a lease on it, within the budget.
+
+    One transaction under the study row's lock, which stock Optuna takes as well to create a trial: at most one
+    worker holds a trial, numbers are dense, and the budget is exact whatever the number of workers. Trials
+    whose lease ran out are released first, unless `sweep` is off: somebody who could not reach the database a moment
+    ago has to assume that the holders could not either. It reads the unfinished and the failed trials, never the
+    history. Raises StudyNotFoundError if the study was deleted.
+    """
+
+    def work(conn: Connection) -> Claim | NothingToClaim:
+        lock(conn, study_id)
+        standing = standing_of(conn, study_id)
+        if standing.expired and sweep:
+            _give_back(conn, and_(trials.c.study_id == study_id, IS_EXPIRED), LOST, budget.max_attempts)
+            standing = standing_of(conn, study_id)
+        return closed(standing, budget) or _hand_out(conn, study_id, standing, holder)
+
+    return sessions.transaction(work)
+
+
+def look(sessions: Sessions, study_id: int) -> Standing:
+    """Return how the study stands. Raises StudyNotFoundError."""
+    return sessions.statement(lambda conn: standing_of(conn, study_id))
+
+
+def closed(standing: Standing, budget: Budget) -> NothingToClaim | None:
+    """Return why no trial would be handed out now, None if one would."""
+    if standing.state == "stopped":
+        return NothingToClaim(final=True, reason="the study was stopped; 'tuner resume' lets it go on")
+    if standing.done >= budget.trials:
+        return NothingToClaim(final=True, reason=f"the budget of {budget.trials} trials is used up")
+    if standing.failed > budget.max_failures:
+        return NothingToClaim(
+            final=True, reason=f"{standing.failed} trials failed, more than the {budget.max_failures} allowed"
+        )
+    if budget.timeout_s is not None and standing.age_s is not None and standing.age_s > budget.timeout_s:
+        return NothingToClaim(final=True, reason=f"the study's time of {budget.timeout_s:g} s is over")
+    if standing.state == "paused":
+        return NothingToClaim(final=False, paused=True, reason="the study is paused; 'tuner resume' lets it go on")
+    if standing.done + standing.running >= budget.trials:
+        return NothingToClaim(final=False, reason=f"{standing.running} running trials hold the rest of the budget")
+    return None
+
+
+def renew(sessions: Sessions, held: Claim) -> bool:
+    """Extend the lease by LEASE_S from now. False if it is no longer held: the trial is somebody else's."""
+    statement = update(tuner_leases).where(_holds(held)).values(expires_at=_in_lease_time())
+    return sessions.statement(lambda conn: conn.execute(statement).rowcount) == 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class GivenBack:
+    """Why a trial goes back to waiting, and whether its attempt counts towards `max_attempts`.
+
+    Once they are used up it fails instead, of class `failure`.
+    """
+
+    outcome: Literal["released", "lost"]
+    reason: str
+    counts: bool
+    failure: str = "lost"
+
+
+LOST: Final = GivenBack(outcome="lost", reason="its worker was lost", counts=True)
+
+
+def release(sessions: Sessions, held: Claim, why: GivenBack, max_attempts: int) -> bool:
+    """Put a running trial back to waiting, with its params; False if it is no longer held."""
+    return sessions.transaction(lambda conn: bool(_give_back(conn, _holds(held), why, max_attempts)))
+
+
+def release_by_number(sessions: Sessions, study_id: int, number: int) -> str | None:
+    """Put a running trial back to waiting, whoever runs it; the worker that did, None if it was not one of tuner's.
+
+    Its holder finds at the next report that the trial is his no longer. Raises TrialNotRunningError.
+    """
+
+    def work(conn: Connection) -> str | None:
+        lock(conn, study_id)
+        row = conn.execute(
+            select(trials.c.trial_id, trials.c.state, tuner_leases.c.token, tuner_leases.c.worker)
+            .outerjoin(tuner_leases, tuner_leases.c.trial_id == trials.c.trial_id)
+            .where(trials.c.study_id == study_id, trials.c.number == number)
+            .with_for_update(of=trials)
+        ).one_or_none()
+        if row is None:
+            raise TrialNotRunningError(f"there is no trial {number}")
+        if row.state != "RUNNING":
+            raise TrialNotRunningError(f"trial {number} is {row.state.lower()}, and not running")
+        if row.token is not None:
+            why = GivenBack(outcome="released", reason="by hand", counts=False)
+            _give_back(conn, tuner_leases.c.trial_id == row.trial_id, why, max_attempts=1)
+        else:
+            _set_waiting(conn, [row.trial_id])
+        worker: str | None = row.worker
+        return worker
+
+    return sessions.transaction(work)
+
+
+def restart(sessions: Sessions, held: Claim) -> bool:
+    """Drop the reports of a trial that is held, whose holder runs it anew; False if it is no longer held."""
+
+    def work(conn: Connection) -> bool:
+        query = select(tuner_leases.c.trial_id).where(_holds(held)).with_for_update()
+        if conn.execute(query).one_or_none() is None:
+            return False
+        reports = trial_intermediate_values
+        conn.execute(delete(reports).where(reports.c.trial_id == held.trial_id))
+        return True
+
+    return sessions.transaction(work)
+
+
+def live_leases(study_id: int) -> Select[int, str | None]:
+    """Select (number, worker) of the trials that are running under a lease that has not run out."""
+    return (
+        select(trials.c.number, tuner_leases.c.worker)
+        .join(tuner_leases, tuner_leases.c.trial_id == trials.c.trial_id)
+        .where(trials.c.study_id == study_id, trials.c.state == "RUNNING", ~IS_EXPIRED)
+        .order_by(trials.c.number)
+    )
+
+
+def lock(conn: Connection, study_id: int) -> None:
+    """Lock the study's row until the transaction ends, as stock Optuna does to create a trial.
+
+    Raises StudyNotFoundError if the study was deleted.
+    """
+    row = conn.execute(select(studies.c.study_id).where(studies.c.study_id == study_id).with_for_update())
+    if row.one_or_none() is None:
+        raise _deleted(study_id)
+
+
+def _deleted(study_id: int) -> StudyNotFoundError:
+    return StudyNotFoundError(
+        f"study id {study_id} was deleted: nothing is left to do; 'tuner studies' lists the others"
+    )
+
+
+@cache
+def _select_standing() -> Select[Any]:
+    """Select what a claim is decided by, in one row and without reading the history.
+
+    Numbers are dense, and so the trials that are done are all but the failed and the unfinished ones. Those are few,
+    and have an index of their own.
+    """
+    of_study = trials.c.study_id == bindparam("study_id")
+    by_state = (
+        select(
+            *(
+                func.count().filter(trials.c.state == state).label(name)
+                for name, state in (("running", "RUNNING"), ("waiting", "WAITING"), ("failed", "FAIL"))
+            )
+        )
+        .where(of_study, trials.c.state.in_(_NOT_DONE))
+        .subquery()
+    )
+    n_trials = select(func.coalesce(func.max(trials.c.number) + 1, 0)).where(of_study)
+    waiting = select(trials.c.trial_id).where(of_study, trials.c.state == "WAITING").order_by(trials.c.number).limit(1)
+    expired = (
+        select(func.count())
+        .select_from(trials.join(tuner_leases, tuner_leases.c.trial_id == trials.c.trial_id))
+        .where(of_study, trials.c.state == "RUNNING", IS_EXPIRED)
+    )
+    age = func.clock_timestamp() - tuner_studies.c.created_at
+    return (
+        select(
+            func.coalesce(tuner_studies.c.state, "open").label("state"),
+            cast(func.extract("epoch", age), Double).label("age_s"),
+            n_trials.scalar_subquery().label("n_trials"),
+            by_state,
+            waiting.scalar_subquery().label("oldest_waiting"),
+            expired.scalar_subquery().label("expired"),
+        )
+        .select_from(studies.outerjoin(tuner_studies, tuner_studies.c.study_id == studies.c.study_id))
+        .join(by_state, true())
+        .where(studies.c.study_id == bindparam("study_id"))
+    )
+
+
+def standing_of(conn: Connection, study_id: int) -> Standing:
+    """Return how the study stands, as `conn`'s transaction sees it. Raises StudyNotFoundError."""
+    row = conn.execute(_select_standing(), {"study_id": study_id}).one_or_none()
+    if row is None:
+        raise _deleted(study_id)
+    return Standing(**row._mapping)
+
+
+def _hand_out(conn: Connection, study_id: int, standing: Standing, holder: Holder) -> Claim:
+    token = uuid.uuid4()
+    lease = {"token": token, **asdict(holder)}
+    row, started = None, None
+    if standing.oldest_waiting is not None:
+        # Stock Optuna takes waiting trials without the study's lock; then ours is a new one.
+        row = conn.execute(_start(), {"the_trial": standing.oldest_waiting, **lease}).one_or_none()
+    if row is None:
+        row = conn.execute(_create(), {"the_study": study_id, "next_number": standing.n_trials, **lease}).one()
+        started = row.datetime_start
+    return Claim(
+        study_id=study_id,
+        trial_id=row.trial_id,
+        number=row.number,
+        attempt=row.attempt,
+        token=token,
+        started=started,
+    )
+
+
+@cache
+def _start() -> ReturningInsert[Any]:
+    return _leased(
+        update(trials)
+        .where(trials.c.trial_id == bindparam("the_trial"), trials.c.state == "WAITING")
+        .values(state="RUNNING", datetime_start=_utc_now())
+    )
+
+
+@cache
+def _create() -> ReturningInsert[Any]:
+    values = {"study_id": bindparam("the_study"), "number": bindparam("next_number"), "state": "RUNNING"}
+    return _leased(insert(trials).values(**values, datetime_start=_utc_now()))
+
+
+def _leased(handing_out: Insert | Update) -> ReturningInsert[Any]:
+    """Write lease and attempt in the statement that makes the trial run; returns the trial and its `attempt`."""
+    trial = handing_out.returning(trials.c.trial_id, trials.c.number, trials.c.datetime_start).cte("trial")
+    token, worker = bindparam("token", type_=UUID), bindparam("worker", type_=Text)
+    values = {"token": token, "worker": worker, "expires_at": _in_lease_time()}
+    lease = (
+        upsert(tuner_leases)
+        .from_select(["trial_id", "attempts", *values], select(trial.c.trial_id, literal(1), *values.values()))
+        .on_conflict_do_update(
+            index_elements=[tuner_leases.c.trial_id], set_={"attempts": tuner_leases.c.attempts + 1, **values}
+        )
+        .returning(tuner_leases.c.trial_id, tuner_leases.c.attempts)
+        .cte("lease")
+    )
+    where = [bindparam(name, type_=tuner_attempts.c[name].type) for name in ("slot", "device", "share")]
+    return (
+        insert(tuner_attempts)
+        .from_select(
+            ["trial_id", "attempt", "token", "worker", "slot", "device", "share", "started_at"],
+            select(lease.c.trial_id, lease.c.attempts, token, worker, *where, func.clock_timestamp()),
+        )
+        .returning(
+            tuner_attempts.c.trial_id,
+            tuner_attempts.c.attempt,
+            *(
+                select(column).scalar_subquery().label(column.name)
+                for column in (trial.c.number, trial.c.datetime_start)
+            ),
+        )
+    )
+
+
+def _give_back(conn: Connection, whose: ColumnElement[bool], why: GivenBack, max_attempts: int) -> int:
+    """Set running trials, by their leases, to waiting, or to failed where all their attempts are used up.
+
+    Returns how many there were. What a waiting trial had reported goes: the next attempt reports from its first step,
+    and a pruner would take the old values for its own.
+    """
+    # Locked, so that a holder who ends a trial now either has ended it before or finds that it is not his any more.
+    rows = conn.execute(
+        select(trials.c.trial_id, tuner_leases.c.attempts, tuner_leases.c.token, tuner_leases.c.expires_at)
+        .join(tuner_leases, tuner_leases.c.trial_id == trials.c.trial_id)
+        .where(trials.c.state == "RUNNING", whose)
+        .with_for_update()
+    ).all()
+    if not rows:
+        return 0
+    failed = {row.trial_id: row.attempts for row in rows if why.counts and row.attempts >= max_attempts}
+    for trial_id, attempts in failed.items():
+        message = f"{why.reason} in the last of {attempts} attempts"
+        _set_user_attrs(conn, trial_id, {"failure": why.failure, "failure_message": message})
+    conn.execute(update(trials).where(trials.c.trial_id.in_(failed)).values(state="FAIL", datetime_complete=_utc_now()))
+    conn.execute(delete(tuner_checkpoints).where(tuner_checkpoints.c.trial_id.in_(failed)))
+    _set_waiting(conn, [row.trial_id for row in rows if row.trial_id not in failed])
+    conn.execute(
+        update(tuner_attempts)
+        .where(tuner_attempts.c.token == tuner_leases.c.token, tuner_leases.c.trial_id.in_([r.trial_id for r in rows]))
+        .values(
+            ended_at=func.least(tuner_leases.c.expires_at, func.clock_timestamp()),
+            outcome=why.outcome,
+            message=why.reason,
+        )
+    )
+    conn.execute(
+        update(tuner_leases)
+        .where(tuner_leases.c.trial_id.in_([row.trial_id for row in rows]))
+        .values(attempts=tuner_leases.c.attempts - int(not why.counts), token=None, worker=None, expires_at=None)
+    )
+    return len(rows)
+
+
+def _set_waiting(conn: Connection, trial_ids: list[int]) -> None:
+    reports = trial_intermediate_values
+    conn.execute(update(trials).where(trials.c.trial_id.in_(trial_ids)).values(state="WAITING"))
+    conn.execute(delete(reports).where(reports.c.trial_id.in_(trial_ids)))
+
+
+def _set_user_attrs(conn: Connection, trial_id: int, attrs: dict[str, Any]) -> None:
+    statement = upsert(trial_user_attributes)
+    conn.execute(
+        statement.on_conflict_do_update(
+            index_elements=["trial_id", "key"], set_={"value_json": statement.excluded.value_json}
+        ),
+        [{"trial_id": trial_id, "key": key, "value_json": json.dumps(value)} for key, value in attrs.items()],
+    )
+
+
+_NOW: Final = func.clock_timestamp()
+# Whether a running trial's lease ran out. A server that has just come back was away for all holders.
+IS_EXPIRED: Final = and_(
+    tuner_leases.c.expires_at < _NOW,
+    or_(
+        func.pg_postmaster_start_time() < _NOW - text(f"interval '{RETURN_S} seconds'"),
+        tuner_leases.c.expires_at < _NOW - text(f"interval '{OUTAGE_S} seconds'"),
+    ),
+)
+
+
+def _holds(held: Claim) -> ColumnElement[bool]:
+    return and_(tuner_leases.c.trial_id == held.trial_id, tuner_leases.c.token == held.token)
+
+
+def _in_lease_time() -> ColumnElement[Any]:
+    return func.clock_timestamp() + text(f"interval '{LEASE_S} seconds'")
+
+
+def _utc_now() -> ColumnElement[Any]:
+    # Optuna's columns hold naive UTC.
+    return func.timezone("UTC", func.clock_timestamp())

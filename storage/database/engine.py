@@ -1,0 +1,249 @@
+"""SQLAlchemy engines whose sessions are bounded in time, and whose connection errors are ours."""
+
+from __future__ import annotations
+
+import os
+import re
+import select
+import time
+from typing import TYPE_CHECKING, Any, Final
+
+from sqlalchemy import URL, CreateEnginePlugin, Engine, create_engine, event
+from sqlalchemy.dialects import plugins
+from sqlalchemy.exc import ArgumentError, InvalidatePoolError, OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
+
+from storage.database.errors import (
+    AuthenticationError,
+    InvalidURLError,
+    NoDatabaseError,
+    NotReadyError,
+    StorageError,
+    UnreachableError,
+)
+from storage.database.url import mask_url, parse_url
+
+if TYPE_CHECKING:
+    from sqlalchemy.engine import ExceptionContext
+    from sqlalchemy.engine.interfaces import DBAPIConnection
+    from sqlalchemy.pool import ConnectionPoolEntry
+
+CONNECTIONS_PER_PROCESS: Final = 2
+
+# A dead network is noticed after 10 + 3 * 5 seconds when idle, after 30 with data under way.
+_CONNECT_ARGS: Final[dict[str, str | int]] = {
+    "connect_timeout": 5,  # seconds, for each address that the host's name has
+    "keepalives": 1,
+    "keepalives_idle": 10,  # seconds
+    "keepalives_interval": 5,  # seconds
+    "keepalives_count": 3,
+    "tcp_user_timeout": 30_000,  # milliseconds; libpq ignores it where the system has none (macOS)
+}
+_IDLE_S: Final = 1.0
+"""After how long in the pool a connection is tried before it is used, in case the network has dropped it."""
+
+_SESSION_SETTINGS: Final = {
+    "TimeZone": "UTC",
+    "statement_timeout": "60s",
+    "lock_timeout": "10s",
+    "idle_in_transaction_session_timeout": "60s",
+}
+
+
+def open_engine(url: str | URL, *, read_only: bool = False, application_name: str = "tuner") -> Engine:
+    """Make an engine of at most two connections; nothing is connected yet.
+
+    Parameters in the URL's query win over our settings. With `read_only` each transaction refuses writes;
+    that guards against accidents, a database role guards against people.
+    Connecting raises UnreachableError, AuthenticationError or InvalidURLError; errors of statements are
+    SQLAlchemy's own. Raises InvalidURLError.
+    """
+    parsed = parse_url(url)
+    try:
+        return create_engine(parsed, **engine_options(parsed, read_only, application_name))
+    except ArgumentError as error:
+        raise InvalidURLError(f"cannot use {mask_url(parsed)}: {_one_line(error)}") from None
+
+
+def engine_options(url: URL, read_only: bool, application_name: str) -> dict[str, Any]:
+    """Return `open_engine`'s keyword arguments of create_engine, for code that makes its engine itself."""
+    connect_args = {name: value for name, value in _CONNECT_ARGS.items() if name not in url.query}
+    if "application_name" not in url.query:
+        connect_args["application_name"] = application_name
+    connect_args["options"] = _server_options(url, read_only)
+    return {
+        "connect_args": connect_args,
+        "max_overflow": CONNECTIONS_PER_PROCESS - 1,
+        "plugins": [_PLUGIN],
+        "pool_size": 1,
+        "use_native_hstore": False,  # saves one query a connection: it would look for the hstore type
+    }
+
+
+def _server_options(url: URL, read_only: bool) -> str:
+    ours = [f"-c {name}={value}" for name, value in _SESSION_SETTINGS.items()]
+    given = url.query.get("options") or os.environ.get("PGOPTIONS", "")
+    theirs = [given] if isinstance(given, str) else list(given)
+    # The last setting of a name wins in PostgreSQL: theirs over ours, read_only over all.
+    last = ["-c default_transaction_read_only=on"] if read_only else []
+    return " ".join(filter(None, [*ours, *theirs, *last]))
+
+
+def is_outage(error: BaseException) -> bool:
+    """Whether the same call may succeed later: the server was away, or a conflict made it roll back.
+
+    Looks through errors that wrap another, as Optuna's do.
+    """
+    if isinstance(error, AuthenticationError | NoDatabaseError):
+        return False
+    if isinstance(error, UnreachableError | OperationalError | PoolTimeoutError):
+        return True
+    return error.__cause__ is not None and is_outage(error.__cause__)
+
+
+class _ConnectionErrors(CreateEnginePlugin):
+    """Maps the errors of connecting, on our engines and on those that Optuna makes from our options."""
+
+    def update_url(self, url: URL) -> URL:
+        return url  # to be given by every plugin; ours takes nothing from the URL
+
+    def engine_created(self, engine: Engine) -> None:
+        url = engine.url
+
+        def explain(context: ExceptionContext) -> StorageError | None:
+            if context.sqlalchemy_exception is None:
+                return None
+            if context.connection is None:
+                return _connection_error(context.original_exception, url)
+            if context.is_disconnect:
+                reason = _one_line(context.original_exception)
+                return UnreachableError(f"lost the connection to {mask_url(url)}: {reason}; check that the server runs")
+            return None
+
+        event.listen(engine, "handle_error", explain)
+        _listen_to_pool(engine)
+
+
+def _listen_to_pool(engine: Engine) -> None:
+    """Hand out connections only if they look alive, and take them back as they were made.
+
+    Not by `pool_pre_ping`: asking the server before each statement doubles what a distant one costs.
+    """
+    dialect = engine.dialect
+
+    def note_use(_: object, record: ConnectionPoolEntry) -> None:
+        record.info["used_at"] = time.monotonic()
+
+    def ping(connection: DBAPIConnection, record: ConnectionPoolEntry, _: object) -> None:
+        try:
+            if time.monotonic() - record.info["used_at"] > _IDLE_S or _has_something_to_say(connection):
+                dialect.do_ping(connection)
+        except dialect.loaded_dbapi.Error as error:
+            raise InvalidatePoolError from error  # the pool connects anew, and then tells that attempt's error
+
+    def forget_isolation(connection: DBAPIConnection | None, _: object) -> None:
+        # SQLAlchemy sets the server's own isolation level by its name, and then psycopg2 sends a SET whenever
+        # autocommit goes off: a report took four requests, and one lost after it made a call fail that was done.
+        if connection is not None and not connection.closed:
+            connection.set_session(isolation_level="DEFAULT", autocommit=False)
+
+    event.listen(engine, "connect", note_use)
+    event.listen(engine, "checkout", ping)
+    event.listen(engine, "checkin", forget_isolation)
+    event.listen(engine, "checkin", note_use)
+
+
+def _has_something_to_say(idle: Any) -> bool:
+    """Whether the server sent something that nobody asked for: that it ended the session, as a rule."""
+    poll = select.poll()
+    poll.register(idle, select.POLLIN)
+    return bool(poll.poll(0))
+
+
+_PLUGIN: Final = "tuner_connection_errors"
+plugins.register(_PLUGIN, __name__, _ConnectionErrors.__name__)
+
+# libpq gives no SQLSTATE for a connection that failed, so its words decide; most specific first. A server
+# that speaks another language falls through to UnreachableError, with the server's words.
+_EXPLANATIONS: Final[tuple[tuple[str, type[StorageError], str, str], ...]] = (
+    (
+        r"the database system is (starting up|shutting down|in recovery|not yet accepting)",
+        NotReadyError,
+        "not ready yet at",
+        "try again in a moment",
+    ),
+    (
+        r"too many clients|remaining connection slots|too many connections for",
+        NotReadyError,
+        "no free connection at",
+        f"a tuner process takes {CONNECTIONS_PER_PROCESS}, so raise max_connections above {CONNECTIONS_PER_PROCESS} x "
+        "processes, or start fewer",
+    ),
+    (
+        r"invalid (connection option|integer value|port number|\w+ value:)",
+        InvalidURLError,
+        "cannot use",
+        "correct the URL's parameters",
+    ),
+    (
+        r"server certificate for|server's certificate",
+        AuthenticationError,
+        "not trusted:",
+        "write the host in the URL as the server's certificate has it, or give the server a certificate whose "
+        "subjectAltName has that name",
+    ),
+    (
+        r"certificate verify failed",
+        AuthenticationError,
+        "not trusted:",
+        "sslrootcert in the URL has to name the file with the certificate of the authority that issued the server's; "
+        "see also that it has not expired",
+    ),
+    (
+        r"root certificate file",
+        AuthenticationError,
+        "not trusted:",
+        "name the file with the certificate of the authority that issued the server's in the URL: sslrootcert=",
+    ),
+    (
+        r"server does not support SSL",
+        AuthenticationError,
+        "no TLS at",
+        "give the server a certificate (ssl = on), or take sslmode=disable to one that only this machine reaches",
+    ),
+    (
+        r"no pg_hba\.conf entry.*no encryption",
+        AuthenticationError,
+        "not let in at",
+        "the server may want TLS: sslmode=verify-full and sslrootcert= in the URL; else check its pg_hba.conf",
+    ),
+    (
+        r"authentication failed|no password supplied|no pg_hba\.conf entry|pg_hba\.conf rejects"
+        r'|role ".*" (does not exist|is not permitted to log in)|permission denied for database',
+        AuthenticationError,
+        "not let in at",
+        "check the user name and the password (PGPASSWORD, PGPASSFILE or a password file), and the server's "
+        "pg_hba.conf",
+    ),
+    (
+        r'database ".*" does not exist',
+        NoDatabaseError,
+        "no such database at",
+        "create it (createdb), or correct the name",
+    ),
+)
+_HINT: Final = re.compile(r"\s*(Is the server running[^?]*\?|Either provide the file[^.]*verification\.)")
+
+
+def _connection_error(error: BaseException, url: URL) -> StorageError:
+    shown, reason = mask_url(url), _one_line(error)
+    for pattern, kind, what, remedy in _EXPLANATIONS:
+        if re.search(pattern, reason):
+            return kind(f"{what} {shown}: {reason}; {remedy}")
+    return UnreachableError(
+        f"cannot reach PostgreSQL at {shown}: {reason}; check that the server runs, and its host and port"
+    )
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(_HINT.sub("", str(error)).split())

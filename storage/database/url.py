@@ -1,0 +1,135 @@
+"""Storage URLs: which we take, how we show them, where their passwords come from."""
+
+from __future__ import annotations
+
+import os
+import stat
+from typing import TYPE_CHECKING
+from urllib.parse import unquote
+
+from sqlalchemy import URL, make_url
+from sqlalchemy.exc import ArgumentError
+
+from storage.database.errors import InvalidURLError, StorageError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+_DRIVER = "postgresql+psycopg2"
+_ACCEPTED_SCHEMES = frozenset({"postgresql", "postgres", _DRIVER})
+_WANTED = "tuner stores studies in PostgreSQL only: postgresql://user@host/database"
+_SECRET_PARAMETERS = frozenset({"password", "sslpassword", "oauth_client_secret"})
+_MASK = "***"
+_PASSWORD_MAX_BYTES = 4096
+
+
+def parse_url(url: str | URL) -> URL:
+    """Check a storage URL and normalise it to SQLAlchemy's postgresql+psycopg2.
+
+    Raises InvalidURLError, whose message and exception chain never hold any of the URL's secrets.
+    """
+    if isinstance(url, URL):
+        parsed = url
+    else:
+        scheme, separator, _ = url.partition("://")
+        if not separator:
+            # Not shown: it may be a URL whose scheme was forgotten, password and all.
+            raise InvalidURLError(f"{_WANTED}; got something without '://'")
+        if scheme not in _ACCEPTED_SCHEMES:
+            raise InvalidURLError(f"{_WANTED}; got {scheme[:40]!a}")
+        try:
+            parsed = make_url(url)
+        except (ArgumentError, ValueError):
+            # The original error quotes what it took for the port, which may be a piece of the password.
+            raise InvalidURLError(
+                f"{_WANTED}; the port of this one is not a number (in a password write '@' as %40)"
+            ) from None
+    if parsed.drivername not in _ACCEPTED_SCHEMES:
+        raise InvalidURLError(f"{_WANTED}; got {parsed.drivername!a}")
+    return _checked(parsed.set(drivername=_DRIVER))
+
+
+def mask_url(url: str | URL) -> str:
+    """Show a URL without its secrets, as postgresql://tuner:***@db/tuner; never raises."""
+    try:
+        parsed = parse_url(url)
+    except InvalidURLError:
+        scheme = url.drivername if isinstance(url, URL) else url.partition("://")[0]
+        return f"{scheme if scheme in _ACCEPTED_SCHEMES else ''}://{_MASK}"
+    query = {name: _MASK if name in _SECRET_PARAMETERS else value for name, value in parsed.query.items()}
+    shown = parsed.set(drivername="postgresql", query=query)
+    # Slashes and asterisks need no escape in a query, and paths of sockets read better with them.
+    return shown.render_as_string(hide_password=True).replace("%2F", "/").replace("%2A", "*")
+
+
+def with_password(url: str | URL, password_file: Path) -> URL:
+    """Add the password that a private file holds; one trailing newline is not part of it.
+
+    The file must be regular, owned by us or by root, and closed to group and others (mode 0600 or 0400).
+    Raises InvalidURLError if the URL has a password already, StorageError for the file.
+    """
+    parsed = parse_url(url)
+    if parsed.password is not None:
+        raise InvalidURLError(
+            f"{mask_url(parsed)} has a password already; drop it or the password file {password_file}"
+        )
+    return parsed.set(password=read_password(password_file))
+
+
+def _checked(url: URL) -> URL:
+    if url.host and url.host.lower().startswith("%2f"):  # libpq's own way to write a socket directory
+        query = {**url.query, "host": unquote(url.host)}
+        url = URL.create(_DRIVER, url.username, url.password, None, url.port, url.database, query)
+    if url.host and "@" in url.host:
+        raise InvalidURLError(f"{_WANTED}; this one has two '@': in a password write '@' as %40")
+    if not url.database:
+        raise InvalidURLError(f"{_WANTED}; this one names no database")
+    if url.port is not None and not 0 < url.port < 65536:
+        raise InvalidURLError(f"{_WANTED}; a port is between 1 and 65535, got {url.port}")
+    for part in _parts(url):
+        if "\0" in part or not _encodable(part):
+            raise InvalidURLError(f"{_WANTED}; this one holds a NUL or bytes that are not UTF-8")
+    return url
+
+
+def _parts(url: URL) -> Iterator[str]:
+    yield from (part for part in (url.username, url.password, url.host, url.database) if part is not None)
+    for name, value in url.query.items():
+        yield name
+        yield from (value,) if isinstance(value, str) else value
+
+
+def _encodable(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def read_password(path: Path) -> str:
+    """Return the password that a private file holds, as `with_password` wants it. Raises StorageError."""
+    try:
+        # O_NONBLOCK: opening a FIFO would otherwise wait for its writer.
+        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
+            found = os.fstat(file.fileno())
+            if not stat.S_ISREG(found.st_mode):
+                raise StorageError(f"the password file {path} must be a regular file")
+            if found.st_uid not in {os.geteuid(), 0}:
+                raise StorageError(f"the password file {path} must belong to you or root, not to uid {found.st_uid}")
+            if found.st_mode & 0o077:
+                mode = stat.S_IMODE(found.st_mode)
+                raise StorageError(f"the password file {path} has mode {mode:04o}; run: chmod 600 {path}")
+            content = file.read(_PASSWORD_MAX_BYTES + 1)
+    except OSError as error:
+        raise StorageError(f"cannot read the password file {path}: {error.strerror}") from error
+    if len(content) > _PASSWORD_MAX_BYTES:
+        raise StorageError(f"the password file {path} must hold one password, not {_PASSWORD_MAX_BYTES} bytes and more")
+    try:
+        password = content.decode().removesuffix("\n").removesuffix("\r")
+    except UnicodeDecodeError:
+        raise StorageError(f"the password file {path} must be UTF-8 text") from None
+    if not password or not password.isprintable():
+        raise StorageError(f"the password file {path} must hold the password alone, on one line")
+    return password

@@ -1,0 +1,391 @@
+"""PostgreSQL for one user and one data directory, started when first needed and shared by all processes."""
+
+from __future__ import annotations
+
+import hashlib
+import ipaddress
+import os
+import re
+import secrets
+import shlex
+import shutil
+import signal
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+from urllib.parse import quote
+
+from storage.database.errors import EmbeddedServerError
+from storage.embedded.cluster import (
+    ADMIN_ROLE,
+    DATABASE,
+    READER_ROLE,
+    ROLE,
+    aside_of,
+    cluster_major,
+    create_cluster,
+    private_directory,
+    reason,
+)
+from storage.embedded.postmaster import Postmaster, exclusive, is_held, listener_pid, read_postmaster, wait_until
+from storage.embedded.programs import (
+    Account,
+    Programs,
+    bundled_programs,
+    own_account,
+    reachable_by,
+    server_account,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+# Where root keeps clusters: a data directory is usually closed to the user that the server runs as.
+SHARED_DIRECTORY = Path("/var/lib/tuner")
+
+_DEFAULT_PORT: Final = 5432  # without TCP it is but a part of the socket's name
+_SOCKET_PATH_MAX_BYTES: Final = 90  # the kernel's limit is 108 on Linux, 104 on macOS
+_FREE_BYTES_MIN: Final = 64 * 2**20
+_LOG_MAX_BYTES: Final = 16 * 2**20
+
+_ACCESS: Final = """\
+# Written by tuner at each start.
+local all tuner_admin,tuner,tuner_reader peer map=tuner
+host all tuner 127.0.0.1/32 scram-sha-256
+host all tuner ::1/128 scram-sha-256
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmbeddedStatus:
+    """What is known of a data directory's server; None where it does not run, or has no cluster yet."""
+
+    running: bool
+    directory: Path  # of the cluster
+    version: str | None  # PostgreSQL's major version
+    pid: int | None = None
+    socket_directory: Path | None = None
+    port: int | None = None
+    listen: str | None = None  # host:port, None without TCP
+    url: str | None = None
+
+
+class EmbeddedServer:
+    """The PostgreSQL server of a data directory; any number of processes and objects may stand for it.
+
+    Only the user who owns it may connect, by the identity that the kernel tells of the socket's other end.
+    It outlives the process that started it. Every method may raise EmbeddedServerError.
+
+    Run as root, the server belongs to an unprivileged user and lives below /var/lib/tuner.
+    """
+
+    def __init__(self, data_dir: Path, *, timeout_s: float = 60.0) -> None:
+        """Stand for the server of `data_dir`; touches nothing yet. `timeout_s` bounds each start and stop."""
+        self._data_dir = Path(os.path.realpath(data_dir))
+        self._timeout_s = timeout_s
+        self._key = hashlib.sha256(os.fsencode(self._data_dir)).hexdigest()[:12]
+        self._home = SHARED_DIRECTORY / self._key if os.geteuid() == 0 else self._data_dir
+        self._cluster = self._home / "postgresql"
+        self._log = self._home / "postgresql.log"
+        # Held while one process decides to create, start or stop.
+        self._decision = self._home / "postgresql.lock"
+        # Held by the server's processes as long as one of them lives: unlike a pid, it cannot be taken for
+        # another process, and it is seen from other containers and machines that share the directory.
+        self._alive = self._home / "postgresql.alive"
+        self.password_file = self._home / "postgresql.password"
+
+    def start(self, listen: str | None = None) -> str:
+        """Start the server, or join the one that runs, and return its URL; makes the cluster the first time.
+
+        `listen`, a loopback address as 127.0.0.1:5433, opens that port too, for role `tuner` with the
+        password in `password_file`. Joining a running server takes a connect, and no subprocess.
+        """
+        address = None if listen is None else _loopback(listen)
+        with self._explained():
+            server = self._running()
+            if server is None or address is not None:
+                self._prepare_home()
+                with exclusive(self._decision, self._timeout_s) as lock:
+                    server = self._running() or self._launch(address, lock)
+                    if address is not None:
+                        self._require_address(server, address)
+                        self._set_password(server)
+            return _url(server, ROLE)
+
+    def stop(self) -> None:
+        """Stop the server, ending its sessions in an orderly way; does nothing if it does not run."""
+        with self._explained():
+            if not self._cluster.exists():
+                return
+            with exclusive(self._decision, self._timeout_s):
+                server = self._settled()
+                if server is None:
+                    return
+                if listener_pid(server) != server.pid:
+                    raise EmbeddedServerError(
+                        f"the server of {self._cluster} was started in another container; stop it there"
+                    )
+                os.kill(server.pid, signal.SIGINT)  # PostgreSQL's "fast" shutdown
+                if not wait_until(self._is_gone, self._timeout_s):
+                    raise EmbeddedServerError(
+                        f"the server of {self._cluster} (pid {server.pid}) did not stop within "
+                        f"{self._timeout_s:.0f} seconds; see {self._log}, then try again"
+                    )
+
+    def status(self) -> EmbeddedStatus:
+        """Tell what runs, changing nothing."""
+        with self._explained():
+            server = self._running()
+            major = cluster_major(self._cluster)
+            version = None if major is None else str(major)
+            if server is None:
+                return EmbeddedStatus(running=False, directory=self._cluster, version=version)
+            return EmbeddedStatus(
+                running=True,
+                directory=self._cluster,
+                version=version,
+                pid=server.pid,
+                socket_directory=server.socket_directory,
+                port=server.port,
+                listen=_shown(server.listen_address, server.port) if server.listen_address else None,
+                url=_url(server, ROLE),
+            )
+
+    def url(self) -> str:
+        """Return the URL for everyday work: role `tuner`, who owns the database and is no superuser."""
+        return self._running_url(ROLE)
+
+    def reader_url(self) -> str:
+        """Return the URL of a role that may only read."""
+        return self._running_url(READER_ROLE)
+
+    def admin_url(self) -> str:
+        """Return the superuser's URL, for maintenance."""
+        return self._running_url(ADMIN_ROLE)
+
+    def destroy(self) -> None:
+        """Stop the server and delete its cluster, with every study in it."""
+        self.stop()
+        with self._explained():
+            if self._home != self._data_dir:
+                shutil.rmtree(self._home, ignore_errors=True)
+            elif self._home.exists():
+                for directory in (self._cluster, aside_of(self._cluster), self._socket_directory()):
+                    shutil.rmtree(directory, ignore_errors=True)
+                for file in self._home.glob("postgresql.*"):
+                    file.unlink()
+
+    def _running(self) -> Postmaster | None:
+        server = read_postmaster(self._cluster)
+        if server is not None and server.ready and listener_pid(server) is not None:
+            return server
+        return None
+
+    def _running_url(self, role: str) -> str:
+        with self._explained():
+            server = self._running()
+        if server is None:
+            raise EmbeddedServerError(f"no server runs for {self._data_dir}; start it: tuner db start")
+        return _url(server, role)
+
+    def _is_gone(self) -> bool:
+        return not is_held(self._alive) and self._running() is None
+
+    def _settled(self) -> Postmaster | None:
+        """Wait while a server starts, recovers or ends; return it if it runs then, None if it is gone.
+
+        For the holder of the decision lock.
+        """
+        if not wait_until(lambda: self._running() is not None or not is_held(self._alive), self._timeout_s):
+            raise EmbeddedServerError(
+                f"a server holds {self._cluster} and has not answered for {self._timeout_s:.0f} seconds: it "
+                f"recovers (see {self._log}), or belongs to another machine or container; wait, or stop it "
+                "there"
+            )
+        return self._running()
+
+    def _launch(self, address: tuple[str, int] | None, lock: int) -> Postmaster:
+        server = self._settled()
+        if server is not None:
+            return server
+        self._require_free_space()
+        account = server_account(self._cluster)
+        programs = self._programs(account)
+        if cluster_major(self._cluster) is None:
+            create_cluster(self._cluster, account, programs, lock, self._timeout_s)
+        return self._start_postmaster(account, programs, address)
+
+    def _programs(self, account: Account) -> Programs:
+        bundled = bundled_programs()
+        major = cluster_major(self._cluster)
+        fitting = [programs for programs in bundled if major in (None, programs.major)]
+        if not fitting:
+            ours = " and ".join(str(programs.major) for programs in bundled)
+            raise EmbeddedServerError(
+                f"{self._cluster} was made by PostgreSQL {major}, and the programs here are of {ours}; "
+                "install the tuner that made it and copy its studies with 'tuner import', or move the directory "
+                "away"
+            )
+        return reachable_by(account, fitting[0], SHARED_DIRECTORY)
+
+    def _start_postmaster(self, account: Account, programs: Programs, address: tuple[str, int] | None) -> Postmaster:
+        self._remove_leftovers()
+        sockets = private_directory(self._socket_directory(), account)
+        host, port = address or ("", _DEFAULT_PORT)
+        options = {
+            "hba_file": self._readable_file("postgresql.hba", _ACCESS),
+            "ident_file": self._readable_file("postgresql.ident", _identity_map()),
+            "listen_addresses": host,
+            "port": port,
+            "unix_socket_directories": sockets,
+            "unix_socket_permissions": "0700",
+        }
+        log_size = self._prepare_log(account)
+        command: list[str | Path] = [programs.path("pg_ctl"), "start", "--wait", "--silent"]
+        command += [f"--timeout={self._timeout_s:.0f}", f"--pgdata={self._cluster}", f"--log={self._log}"]
+        command.append(f"--options={shlex.join(f'--{name}={value}' for name, value in options.items())}")
+        with exclusive(self._alive, self._timeout_s) as alive:
+            # A session of its own: neither Ctrl-C nor the end of this process reaches the server.
+            done = account.run(
+                command,
+                cwd=self._home,
+                timeout_s=self._timeout_s + 10,
+                pass_fds=[alive],
+                new_session=True,
+            )
+        server = self._running()
+        if server is None:
+            with open(self._log, "rb") as log:
+                log.seek(log_size)
+                said = log.read().decode(errors="replace")
+            raise EmbeddedServerError(
+                f"PostgreSQL did not start in {self._cluster}: {reason(said or done.stderr)}; "
+                f"nothing stored is lost, mend that and try again (log: {self._log})"
+            )
+        return server
+
+    def _remove_leftovers(self) -> None:
+        """Remove what a killed server left, whose pid may be another process's by now.
+
+        For the holder of the decision lock, when no process of the server lives.
+        """
+        (self._cluster / "postmaster.pid").unlink(missing_ok=True)
+        for leftover in self._socket_directory().glob(".s.PGSQL.*"):
+            leftover.unlink()
+
+    def _prepare_home(self) -> None:
+        if unsafe := set('"$`\\\n') & set(str(self._home)):
+            raise EmbeddedServerError(
+                f"pg_ctl cannot handle {min(unsafe)!r} in {self._home}; choose another --data-dir"
+            )
+        if self._home == self._data_dir:
+            self._home.mkdir(mode=0o700, parents=True, exist_ok=True)
+            return
+        SHARED_DIRECTORY.parent.mkdir(parents=True, exist_ok=True)
+        for directory in (SHARED_DIRECTORY, self._home):
+            private_directory(directory, own_account(), mode=0o755)
+
+    def _require_free_space(self) -> None:
+        free = shutil.disk_usage(self._home).free
+        if free < _FREE_BYTES_MIN:
+            raise EmbeddedServerError(
+                f"{free // 2**20} MB are free on the disk of {self._home}, PostgreSQL needs "
+                f"{_FREE_BYTES_MIN // 2**20}; free some and start again, nothing stored is lost"
+            )
+
+    def _socket_directory(self) -> Path:
+        near = self._home / "socket"
+        longest = os.fsencode(near / ".s.PGSQL.65535")
+        # PostgreSQL takes a list of directories, so a comma or a quote would need quoting of its own.
+        if len(longest) <= _SOCKET_PATH_MAX_BYTES and re.fullmatch(rb"[\w./+-]+", longest):
+            return near
+        # Not gettempdir(): what TMPDIR names may be as long, and others must find the same place.
+        return Path(f"/tmp/tuner-{os.geteuid()}-{self._key}")  # noqa: S108  (verified by _private_directory)
+
+    def _readable_file(self, name: str, content: str) -> Path:
+        """Write a file that the server's user may read and not write."""
+        path = self._home / name
+        aside = path.with_name(f"{name}.new")
+        aside.write_text(content)
+        aside.chmod(0o644)
+        aside.rename(path)
+        return path
+
+    def _prepare_log(self, account: Account) -> int:
+        """Have a log file that the server may write; returns its size in bytes."""
+        if self._log.exists() and self._log.stat().st_size > _LOG_MAX_BYTES:
+            self._log.rename(self._log.with_name(f"{self._log.name}.old"))
+        if not self._log.exists():
+            self._log.touch(mode=0o600)
+            if not account.is_us:
+                os.chown(self._log, account.uid, account.gid)
+        return self._log.stat().st_size
+
+    def _require_address(self, server: Postmaster, address: tuple[str, int]) -> None:
+        if (server.listen_address, server.port) != address:
+            found = _shown(server.listen_address, server.port) if server.listen_address else "no TCP port"
+            raise EmbeddedServerError(
+                f"the server of {self._data_dir} runs with {found}, not {_shown(*address)}; stop it "
+                "(tuner db stop), then start it with that address"
+            )
+
+    def _set_password(self, server: Postmaster) -> None:
+        """Give role `tuner` the password in `password_file`, made when missing."""
+        import psycopg2  # only TCP needs it
+        from psycopg2.extensions import encrypt_password
+
+        with suppress(FileExistsError):
+            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
+            with open(os.open(self.password_file, flags, 0o600), "w") as file:
+                file.write(secrets.token_urlsafe(32))
+        password = self.password_file.read_text()
+        connection = psycopg2.connect(_url(server, ADMIN_ROLE))
+        try:
+            with connection, connection.cursor() as cursor:
+                # Its verifier, not the password, so that no log of statements can show it.
+                verifier = encrypt_password(password, ROLE, connection, "scram-sha-256")
+                cursor.execute(f"ALTER ROLE {ROLE} PASSWORD %s", (verifier,))
+        finally:
+            connection.close()
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            where = f" {error.filename}" if error.filename else ""
+            raise EmbeddedServerError(
+                f"the database of {self._data_dir} cannot be used:{where}: {error.strerror or error}; "
+                "mend that, or choose another --data-dir"
+            ) from error
+
+
+def _url(server: Postmaster, role: str) -> str:
+    directory = quote(str(server.socket_directory), safe="/")
+    return f"postgresql://{role}@/{DATABASE}?host={directory}&port={server.port}"
+
+
+def _loopback(listen: str) -> tuple[str, int]:
+    host, _, port = listen.rpartition(":")
+    host = host.removeprefix("[").removesuffix("]")
+    try:
+        is_loopback = ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        is_loopback = False
+    if not is_loopback or not port.isdecimal() or not 0 < int(port) < 65536:
+        raise EmbeddedServerError(
+            f"the embedded database listens on loopback addresses only, as 127.0.0.1:5433, got {listen!a}; "
+            "for other machines run a PostgreSQL of your own (docker compose up)"
+        )
+    return host, int(port)
+
+
+def _shown(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def _identity_map() -> str:
+    us = own_account().name
+    roles = (ADMIN_ROLE, ROLE, READER_ROLE)
+    return "# Written by tuner at each start.\n" + "".join(f'tuner "{us}" {role}\n' for role in roles)

@@ -1,0 +1,113 @@
+"""The index of finished trials, told of what changed by the reports of a trial that is held."""
+
+from __future__ import annotations
+
+import random
+
+import optuna
+import pytest
+from optuna.pruners import MedianPruner
+from optuna.trial import TrialState, create_trial
+from sqlalchemy import event
+
+from storage.coordination import claims, studies
+from storage.coordination.claims import Budget, Claim
+from storage.optuna_storage.pruning import IndexedPercentilePruner
+from storage.trials import finished
+from storage.trials.finished import FinishedTrials
+
+BUDGET = Budget(trials=1000, timeout_s=None, max_failures=3, max_attempts=2)
+
+
+@pytest.fixture
+def study_id(storage):
+    return studies.create_study(storage.engine, "s", "maximize", {"version": 1}, {}, "value").study_id
+
+
+@pytest.fixture
+def pruner(storage, study_id):
+    return IndexedPercentilePruner(storage, study_id, 50.0, n_startup_trials=1)
+
+
+@pytest.fixture
+def trial(storage, study_id, pruner):
+    """A trial under our lease, in a study with the indexed pruner."""
+    held = claims.claim(storage.sessions, study_id, BUDGET, claims.Holder(worker="test"))
+    assert isinstance(held, Claim)
+    storage.hold(held)
+    return optuna.Trial(optuna.load_study(study_name="s", storage=storage, pruner=pruner), held.trial_id)
+
+
+@pytest.fixture
+def sent(storage):
+    statements = []
+    event.listen(storage.engine, "before_cursor_execute", lambda *call: statements.append(call[2]))
+    return statements
+
+
+def finish_one(storage, study_id, values, state=TrialState.COMPLETE):
+    value = 0.0 if state == TrialState.COMPLETE else None
+    storage.create_new_trial(study_id, create_trial(state=state, value=value, intermediate_values=values))
+
+
+def test_a_decision_after_a_report_takes_no_query_unless_a_trial_has_finished(other, study_id, trial, sent):
+    finish_one(other, study_id, dict.fromkeys(range(5), 0.5))
+    trial.report(0.6, 0)
+    assert not trial.should_prune()
+    sent.clear()
+    trial.report(0.6, 1)
+    assert (trial.should_prune(), len(sent)) == (False, 1)
+    finish_one(other, study_id, dict.fromkeys(range(5), 1.0))
+    finish_one(other, study_id, dict.fromkeys(range(5), 1.0), TrialState.PRUNED)
+    sent.clear()
+    trial.report(0.6, 2)
+    assert (trial.should_prune(), len(sent)) == (True, 2)
+
+
+def test_a_decision_later_than_a_moment_after_the_report_asks_anew(other, study_id, trial, sent, monkeypatch):
+    monkeypatch.setattr(finished, "_MOMENT_S", 0.0)
+    finish_one(other, study_id, {0: 0.5})
+    trial.report(0.6, 0)
+    finish_one(other, study_id, {0: 1.0})
+    sent.clear()
+    assert (trial.should_prune(), len(sent)) == (True, 2)
+
+
+def test_a_decision_on_another_trial_or_step_asks_anew(storage, other, study_id, trial, pruner):
+    trial.report(0.6, 0)
+    finish_one(other, study_id, {0: 1.0})
+    mine = storage.get_trial(trial._trial_id)
+    mine._trial_id += 1
+    assert pruner.prune(trial.study, mine)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_it_decides_as_optuna_while_others_start_and_finish_trials(other, study_id, trial, seed):
+    chance = random.Random(seed)
+    stock = optuna.load_study(study_name="s", storage=other, pruner=MedianPruner(n_startup_trials=1))
+    running = []
+    for step in range(40):
+        for _ in range(chance.randrange(3)):
+            running.append(other.create_new_trial(study_id))
+            for reported in range(40):
+                other.set_trial_intermediate_value(running[-1], reported, chance.random())
+        while running and chance.random() < 0.4:
+            state = chance.choice([TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL])
+            ended = running.pop(chance.randrange(len(running)))
+            other.set_trial_state_values(ended, state, [0.0] if state == TrialState.COMPLETE else None)
+        trial.report(step / 40, step)
+        theirs = stock.pruner.prune(stock, other.get_trial(trial._trial_id))
+        assert trial.should_prune() == theirs, step
+
+
+def test_what_is_told_twice_counts_once(storage, other, study_id):
+    index = FinishedTrials(storage.sessions, study_id)
+    finish_one(other, study_id, {0: 0.5})
+    told = [(trial._trial_id, trial.number, trial.state.name) for trial in other.get_all_trials(study_id)]
+    for _ in range(2):
+        index.learn(told, 99, 0)
+    with index.up_to_date(99, 0):
+        assert (index.count, index.at(0).count) == (1, 1)
+    index.learn(told, 99, 1)
+    with index.up_to_date(99, 1):
+        assert (index.count, index.at(0).count) == (1, 1)

@@ -1,0 +1,190 @@
+import textwrap
+
+import optuna
+import pytest
+
+from objectives.digits import Digits
+from storage import StudyNotFoundError, open_engine, open_storage
+from storage.database.errors import StudyExistsError
+from tuner.errors import TunerError, UsageError
+from tuner.spec import Budget, TrainingSpec
+from tuner.study.joining import best_of, check_code, create_or_join, create_study, open_study, plan
+from tuner.study.registry import find_objective
+
+
+@pytest.fixture
+def engine(database):
+    engine = open_engine(database)
+    yield engine
+    engine.dispose()
+
+
+def a_plan(source=None, kind=Digits, **changes):
+    given = {
+        "options": {},
+        "budget": Budget(trials=30),
+        "epochs": None,
+        "sampler": "tpe",
+        "pruner": "median",
+        "direction": None,
+        "seed": 0,
+    }
+    return plan(source or find_objective("digits"), kind, **{**given, **changes})
+
+
+def a_spec(**changes):
+    return a_plan(**changes)[0]
+
+
+@pytest.fixture
+def function(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text("def loss(trial):\n    return trial.suggest_float('x', -1, 1) ** 2\n")
+    source = find_objective(f"{path}:loss")
+    return source, source.load()
+
+
+def test_a_plan_takes_what_the_objective_says_where_the_command_says_nothing():
+    spec, objective = a_plan(options={"max_units": 128}, seed=9)
+    assert (spec.metric, spec.direction, spec.epochs, spec.seed) == ("accuracy", "maximize", 20, 9)
+    assert (spec.objective.name, spec.objective.options) == ("digits", {"max_layers": 2, "max_units": 128})
+    assert spec.objective.code_hash == find_objective("digits").code_hash()
+    assert (objective.max_units, objective.seed) == (128, 9)
+    assert a_spec(epochs=3).epochs == 3
+    assert a_spec(pruner="hyperband", epochs=7).pruner.settings == {"max_resource": 7}
+
+
+def test_a_plain_function_minimizes_unless_told_otherwise(function):
+    spec, objective = a_plan(*function)
+    assert (spec.metric, spec.direction, spec.epochs, spec.objective.options) == ("value", "minimize", 1, {})
+    assert objective is None
+    assert a_plan(*function, direction="maximize")[0].direction == "maximize"
+
+
+@pytest.mark.parametrize(("trials", "wanted"), [(3, 3), (30, 6)])
+def test_a_grid_smaller_than_the_budget_is_the_budget(function, trials, wanted):
+    sampler = 'grid:{"search_space": {"x": [-1, 0, 1], "y": [0, 1]}}'
+    assert a_plan(*function, sampler=sampler, budget=Budget(trials=trials))[0].budget.trials == wanted
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"options": {"units": 3}}, "--set: Digits has no option 'units'"),
+        ({"direction": "minimize"}, "--direction: Digits says maximize, got minimize"),
+        ({"sampler": "x"}, "--sampler needs one of"),
+        ({"pruner": "x"}, "--pruner needs one of"),
+    ],
+)
+def test_a_plan_that_cannot_work_names_the_option(changes, told):
+    with pytest.raises(UsageError) as caught:
+        a_plan(**changes)
+    assert told in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"options": {"a": 3, "b": 4}}, "--set: the plain function mine.py:loss has no options, got a, b"),
+        ({"epochs": 3}, "--epochs: the plain function mine.py:loss trains as long as it likes"),
+        (
+            {"training": TrainingSpec(cuda_graphs=True)},
+            "--cuda-graphs: the plain function mine.py:loss trains as it likes",
+        ),
+    ],
+)
+def test_a_plan_of_a_plain_function_takes_no_options_of_objectives(function, changes, told):
+    with pytest.raises(UsageError) as caught:
+        a_plan(*function, **changes)
+    assert told in str(caught.value)
+
+
+def test_a_study_is_opened_with_the_spec_it_was_created_with(engine, database):
+    spec = a_spec(
+        sampler="grid", pruner="median:n_warmup_steps=3", seed=2**63 - 1, budget=Budget(trials=9, timeout_s=60)
+    )
+    created = create_study(engine, "digits", spec)
+    opened = open_study(engine, "digits")
+    assert opened == created
+    assert opened.spec == spec
+    assert (opened.budget.trials, opened.budget.timeout_s, opened.budget.max_failures) == (9, 60, 10)
+    assert opened.budget.max_attempts == 3
+    study = optuna.load_study(study_name="digits", storage=open_storage(database))
+    assert study.direction.name == "MAXIMIZE"
+    assert study.user_attrs == {"objective": "digits", "metric": "accuracy", "epochs": 20, "seed": 2**63 - 1}
+
+
+def test_joining_a_study_takes_the_same_spec(engine):
+    first, created = create_or_join(engine, "digits", a_spec())
+    again, created_again = create_or_join(engine, "digits", a_spec())
+    assert (created, created_again) == (True, False)
+    assert first == again
+
+
+def test_another_spec_is_refused_with_the_differences(engine):
+    create_or_join(engine, "digits", a_spec())
+    with pytest.raises(TunerError) as caught:
+        create_or_join(engine, "digits", a_spec(seed=3, sampler="random"))
+    assert str(caught.value) == (
+        "study 'digits' exists with another spec (sampler.name: the study has tpe, this command says random;"
+        " seed: the study has 0, this command says 3); give the same options to join it, or --study NAME for a study"
+        " of its own"
+    )
+
+
+def test_a_study_is_created_once(engine):
+    create_study(engine, "digits", a_spec())
+    with pytest.raises(StudyExistsError, match="digits"):
+        create_study(engine, "digits", a_spec())
+
+
+@pytest.mark.parametrize("name", ["", "a\0b", "x" * 513])
+def test_a_name_that_the_database_cannot_hold_is_a_usage_error(engine, name):
+    with pytest.raises(UsageError, match="a study's name needs 1 to"):
+        create_or_join(engine, name, a_spec())
+
+
+@pytest.mark.parametrize("name", ["digits; drop table studies", "'", "ümläut 🔥", "../../etc", "%s"])
+def test_any_other_name_is_only_a_name(engine, name):
+    assert create_or_join(engine, name, a_spec())[0] == open_study(engine, name)
+
+
+def test_a_study_that_is_not_there_is_told_with_advice(engine):
+    with pytest.raises(StudyNotFoundError, match=r"no study named 'fmnist' in .*; 'tuner studies' lists them"):
+        open_study(engine, "fmnist")
+
+
+def test_a_study_of_another_program_is_refused(engine, database):
+    optuna.create_study(study_name="notebook", storage=open_storage(database))
+    with pytest.raises(TunerError, match="study 'notebook' has no spec: it was not created by tuner"):
+        open_study(engine, "notebook")
+
+
+def test_other_code_is_refused_with_both_hashes_unless_allowed(engine, function):
+    source, _ = function
+    study = create_study(engine, "mine", a_plan(*function)[0])
+    check_code(study, source, allow_code_change=False)
+    before = source.code_hash()
+    source.file.write_text(textwrap.dedent("def loss(trial): return 1"))
+    check_code(study, source, allow_code_change=True)
+    with pytest.raises(TunerError) as caught:
+        check_code(study, source, allow_code_change=False)
+    for part in (before[:12], source.code_hash()[:12], str(source.file), "--allow-code-change"):
+        assert part in str(caught.value)
+
+
+@pytest.mark.parametrize("allow_code_change", [True, False])
+def test_another_objective_is_refused_in_any_case(engine, function, allow_code_change):
+    study = create_study(engine, "digits", a_spec())
+    with pytest.raises(TunerError, match=r"searches objective 'digits', got 'mine.py:loss'"):
+        check_code(study, function[0], allow_code_change=allow_code_change)
+
+
+def test_a_study_without_a_complete_trial_has_no_best_one(engine, database):
+    study = create_study(engine, "digits", a_spec())
+    with pytest.raises(TunerError, match=r"study 'digits' has no complete trial yet; 'tuner status digits' shows"):
+        best_of(engine, study)
+    in_optuna = optuna.load_study(study_name="digits", storage=open_storage(database))
+    for value in (0.5, 0.9, 0.9, 0.1):
+        in_optuna.add_trial(optuna.trial.create_trial(value=value))
+    assert (best_of(engine, study).number, best_of(engine, study).value) == (1, 0.9)

@@ -1,0 +1,371 @@
+import itertools
+import json
+import math
+from decimal import Decimal
+
+import optuna
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.trial import TrialState
+
+from tuner.data import Data
+from tuner.errors import UsageError
+from tuner.objective import Objective
+from tuner.spec import PrunerSpec
+from tuner.study.sampling import (
+    _grid_values,
+    build_pruner,
+    build_sampler,
+    discover,
+    grid_size,
+    parse_choice,
+    parse_value,
+    pruner_spec,
+    sampler_spec,
+)
+
+SAMPLERS = ("tpe", "random", "gp", "cmaes", "qmc", "grid")
+PRUNERS = ("median", "percentile", "hyperband", "asha", "none")
+
+
+class _Space(Objective):
+    def load_data(self, root) -> Data:
+        raise NotImplementedError
+
+    def build_model(self, params):
+        raise NotImplementedError
+
+
+class Flat(_Space):
+    def suggest(self, trial):
+        trial.suggest_float("lr", 1e-4, 1e-1, log=True)
+        trial.suggest_int("units", 16, 64, step=16)
+        trial.suggest_categorical("activation", ["relu", "gelu"])
+
+
+class Conditional(_Space):
+    def suggest(self, trial):
+        for layer in range(trial.suggest_int("layers", 1, 2)):
+            trial.suggest_int(f"units_{layer}", 8, 16, log=True)
+        if trial.suggest_categorical("optimizer", ["adam", "sgd"]) == "sgd":
+            if trial.suggest_categorical("schedule", ["none", "cosine"]) == "cosine":
+                trial.suggest_float("floor", 0.0, 0.1)
+        else:
+            trial.suggest_float("beta", 0.8, 0.99)
+
+
+@pytest.fixture(params=[Flat, Conditional], ids=lambda space: space.__name__.lower())
+def space(request):
+    return request.param()
+
+
+def loss_of(params):
+    """A loss that every param moves, so that samplers that learn have something to learn."""
+    return sum(value if isinstance(value, int | float) else len(str(value)) for value in params.values())
+
+
+def run_trials(space, spec, count, *, seed=3, study=None, workers=2, pruner=None):
+    """Run trials as workers do: each with objects of its own on one storage, a new sampler for each trial."""
+    study = study or optuna.create_study()
+    pruners = [build_pruner(pruner or PrunerSpec(name="none")) for _ in range(workers)]
+    for index in range(count):
+        own = optuna.load_study(study_name=study.study_name, storage=study._storage, pruner=pruners[index % workers])
+        own.sampler = build_sampler(spec, seed, len(study.trials))
+        trial = own.ask()
+        space.suggest(trial)
+        loss = loss_of(trial.params)
+        pruned = False
+        for step in range(1, 9 if pruner else 1):
+            trial.report(loss / step, step)
+            pruned = trial.should_prune()
+            if pruned:
+                break
+        own.tell(trial, None if pruned else loss, TrialState.PRUNED if pruned else TrialState.COMPLETE)
+    return study
+
+
+def drawn(study):
+    return [trial.params for trial in study.trials]
+
+
+@pytest.fixture(autouse=True)
+def optuna_says_warnings_only(caplog):
+    """What Optuna logs at the level that slots run with is what people would see."""
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    optuna.logging.enable_propagation()
+    yield
+    optuna.logging.disable_propagation()
+    # The GP sampler says once a process that it is slower without greenlet, which is true.
+    said = [record.getMessage() for record in caplog.get_records("call") if "greenlet" not in record.getMessage()]
+    assert said == []
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_a_sampler_gives_the_same_params_for_the_same_seed_number_and_history(space, name):
+    spec = sampler_spec(name, space)
+    study = run_trials(space, spec, 12)
+    assert [trial.state for trial in study.trials] == [TrialState.COMPLETE] * 12
+    assert drawn(run_trials(space, spec, 12, workers=3)) == drawn(study)
+    assert len({json.dumps(params) for params in drawn(study)}) > 6
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_another_study_seed_gives_other_params(name):
+    # An unscrambled QMC sequence is always the same, but for its first point.
+    settings = ":scramble=true" if name == "qmc" else ""
+    spec = sampler_spec(name + settings, Flat())
+    assert drawn(run_trials(Flat(), spec, 4, seed=3)) != drawn(run_trials(Flat(), spec, 4, seed=4))
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_trials_that_start_at_the_same_time_get_different_params(name):
+    spec = sampler_spec(name, Flat())
+    study = optuna.create_study()
+    for number in range(4):  # none has ended when the next one starts
+        study.sampler = build_sampler(spec, 3, number)
+        Flat().suggest(study.ask())
+    assert len({json.dumps(params) for params in drawn(study)}) == 4
+
+
+@pytest.mark.parametrize("name", ["gp", "cmaes", "qmc", "tpe"])
+def test_params_that_a_sampler_draws_by_chance_differ_from_trial_to_trial(name):
+    class Late(_Space):
+        def suggest(self, trial):
+            trial.suggest_float("x", 0, 1)
+            trial.suggest_float("y", 0, 1)
+            if trial.number:  # not in the first trial, so not in the space that is searched as a whole
+                trial.suggest_float("late", 0, 1)
+
+    spec = sampler_spec(name, Late())
+    late = [params["late"] for params in drawn(run_trials(Late(), spec, 8))[1:]]
+    assert len(set(late)) == 7
+
+
+def test_qmc_takes_each_point_of_its_sequence_once_also_where_workers_read_before_others_write():
+    spec = sampler_spec("qmc", Flat())
+    study = run_trials(Flat(), spec, 1)
+    workers = [optuna.load_study(study_name=study.study_name, storage=study._storage) for _ in range(8)]
+    waiting = []
+    for number, worker in enumerate(workers, 1):
+        worker.sampler = build_sampler(spec, 3, number)
+        waiting.append(worker.ask())
+    for trial in reversed(waiting):
+        Flat().suggest(trial)
+    one_after_another = run_trials(Flat(), spec, 9)
+    assert drawn(study) == drawn(one_after_another)
+
+
+def test_a_grid_covers_each_cell_once():
+    spec = sampler_spec("grid", Flat())
+    assert grid_size(spec) == 4 * 4 * 2
+    study = run_trials(Flat(), spec, 32, workers=3)
+    cells = {tuple(sorted(params.items())) for params in drawn(study)}
+    values = [sorted(spec.settings["search_space"][name], key=str) for name in ("activation", "lr", "units")]
+    wanted = itertools.product(*values)
+    assert cells == {tuple(zip(("activation", "lr", "units"), cell, strict=True)) for cell in wanted}
+
+
+def test_a_grid_of_a_conditional_space_covers_every_branch():
+    spec = sampler_spec("grid:points=2", Conditional())
+    size = grid_size(spec)
+    assert size == 2 * 2**2 * 2 * 2 * 2 * 2
+    study = run_trials(Conditional(), spec, size)
+    branches = {tuple(params) for params in drawn(study)}
+    assert len(branches) == 2 * 3
+
+
+def test_no_other_sampler_has_an_end():
+    assert [grid_size(sampler_spec(name, Flat())) for name in SAMPLERS[:-1]] == [None] * 5
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "random"])
+@pytest.mark.parametrize("name", PRUNERS)
+def test_a_pruner_ends_what_is_worse_and_spares_the_best(name, sampler):
+    spec = pruner_spec({"median": "median:n_startup_trials=2", "asha": "asha:min_resource=1"}.get(name, name), 8)
+    study = run_trials(Flat(), sampler_spec(sampler, Flat()), 24, pruner=spec)
+    pruned = [trial for trial in study.trials if trial.state == TrialState.PRUNED]
+    assert bool(pruned) == (name != "none")
+    assert study.best_trial.state == TrialState.COMPLETE
+    assert all(study.best_value <= loss_of(trial.params) for trial in pruned) or name in {"hyperband", "asha"}
+
+
+def test_hyperband_ends_at_the_epochs_of_the_study_unless_told_otherwise():
+    assert pruner_spec("hyperband", 20).settings == {"max_resource": 20}
+    assert pruner_spec("hyperband:max_resource=9", 20).settings == {"max_resource": 9}
+
+
+def test_median_pruning_is_what_optuna_has_by_default():
+    pruner = build_pruner(pruner_spec("median:n_warmup_steps=3,interval_steps=2", 20))
+    assert (pruner._n_startup_trials, pruner._n_warmup_steps, pruner._interval_steps) == (5, 3, 2)
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "settings"),
+    [
+        ("tpe", "tpe", {}),
+        ("tpe:", "tpe", {}),
+        ("median:n_warmup_steps=3,interval_steps=2", "median", {"n_warmup_steps": 3, "interval_steps": 2}),
+        ("tpe:multivariate=true", "tpe", {"multivariate": True}),
+        ("qmc:qmc_type=halton", "qmc", {"qmc_type": "halton"}),
+        ('grid:{"search_space": {"lr": [0.1, 1]}}', "grid", {"search_space": {"lr": [0.1, 1]}}),
+        ("x:a=b=c", "x", {"a": "b=c"}),
+    ],
+)
+def test_a_choice_is_a_name_and_settings(text, name, settings):
+    assert parse_choice(text) == (name, settings)
+
+
+SCALARS = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text()
+VALUES = st.recursive(SCALARS, lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner), max_leaves=5)
+NAMES = st.from_regex(r"[a-z_]+", fullmatch=True)
+
+
+@given(VALUES)
+def test_a_value_comes_back_from_its_json(value):
+    assert parse_value(json.dumps(value)) == value
+
+
+@given(NAMES, st.dictionaries(NAMES, VALUES, min_size=1))
+def test_a_choice_comes_back_from_its_json(name, settings):
+    assert parse_choice(f"{name}:{json.dumps(settings)}") == (name, settings)
+
+
+@given(NAMES, st.dictionaries(NAMES, st.booleans() | st.integers(-999, 999) | NAMES.map("_".__add__), min_size=1))
+def test_a_choice_comes_back_from_its_pairs(name, settings):
+    pairs = ",".join(
+        f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in settings.items()
+    )
+    assert parse_choice(f"{name}:{pairs}") == (name, settings)
+
+
+@given(st.text())
+def test_any_text_is_a_value_that_the_database_can_hold(text):
+    json.loads(json.dumps(parse_value(text)), parse_constant=pytest.fail)
+
+
+@pytest.mark.parametrize("text", ["NaN", "Infinity", "-Infinity", "relu", "01", "1_000", "9" * 5000, ""])
+def test_what_is_no_json_is_text(text):
+    assert parse_value(text) == text
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("annealing", "--sampler needs one of tpe, random, gp, cmaes, qmc, grid, got 'annealing'"),
+        ("", "got ''"),
+        ("tpe:n_startup", "settings of 'tpe' need to be KEY=VALUE,KEY=VALUE or JSON, got 'n_startup'"),
+        ("tpe:=3", "KEY=VALUE"),
+        ("tpe:n_startup_trials=3,,", "KEY=VALUE"),
+        ('tpe:{"n_startup_trials": }', "settings of 'tpe' need to be JSON"),
+        ("tpe:n_startup=3", "--sampler tpe has no setting 'n_startup'; it has: "),
+        ("tpe:seed=3", "--sampler tpe has no setting 'seed'"),
+        ("random:x=1", "--sampler random has no setting 'x'; it has: none"),
+        ("qmc:x=1", "--sampler qmc has no setting 'x'; it has: qmc_type, scramble"),
+        ("tpe:gamma=3", "no setting 'gamma'"),
+        ("qmc:qmc_type=grid", "--sampler qmc does not take these settings"),
+        ("qmc:number=3", "no setting 'number'"),
+        ("grid:points=0", "points to be a whole number above 0, got 0"),
+        ("grid:points=true", "points to be a whole number above 0, got True"),
+        ("grid:points=many", "got 'many'"),
+        ("grid:search_space=3", "needs a search_space such as"),
+        ('grid:{"search_space": {}}', "needs a search_space such as"),
+        ('grid:{"search_space": {"lr": 0.1}}', "needs a list of values for 'lr', got 0.1"),
+        ('grid:{"search_space": {"lr": []}}', "needs a list of values for 'lr', got []"),
+        ('grid:{"search_space": {"lr": [[1]]}}', "needs a list of values for 'lr', got [[1]]"),
+    ],
+)
+def test_a_sampler_that_cannot_work_is_refused_with_advice(text, told):
+    with pytest.raises(UsageError) as caught:
+        sampler_spec(text, Flat())
+    assert told in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("hedge", "--pruner needs one of median, percentile, hyperband, asha, none, got 'hedge'"),
+        ("median:warmup=3", "--pruner median has no setting 'warmup'; it has: n_startup_trials, n_warmup_steps"),
+        ("median:n_warmup_steps=-1", "--pruner median does not take these settings"),
+        ("percentile:percentile=200", "--pruner percentile does not take these settings"),
+        ("median:n_startup_trials=many", "--pruner median does not take these settings"),
+        ("none:x=1", "it has: none"),
+    ],
+)
+def test_a_pruner_that_cannot_work_is_refused_with_advice(text, told):
+    with pytest.raises(UsageError) as caught:
+        pruner_spec(text, 20)
+    assert told in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_grid_of_a_plain_function_needs_its_values():
+    with pytest.raises(UsageError, match="needs the values of a plain function's params, such as"):
+        sampler_spec("grid", None)
+    assert grid_size(sampler_spec('grid:{"search_space": {"lr": [0.1, 0.01], "n": [1, 2, 3]}}', None)) == 6
+
+
+def test_every_param_of_a_conditional_space_is_discovered():
+    found = discover(Conditional())
+    assert sorted(found) == ["beta", "floor", "layers", "optimizer", "schedule", "units_0", "units_1"]
+    assert found["floor"] == FloatDistribution(0.0, 0.1)
+
+
+def test_discovering_leaves_optunas_log_level_as_it_was(capfd):
+    optuna.logging.set_verbosity(optuna.logging.INFO)
+    discover(Flat())
+    assert optuna.logging.get_verbosity() == optuna.logging.INFO
+    assert capfd.readouterr() == ("", "")
+
+
+def stepped(tenths, count, step):
+    return FloatDistribution(tenths / 10, float(Decimal(tenths) / 10 + count * Decimal(step)), step=float(step))
+
+
+DISTRIBUTIONS = (
+    st.builds(CategoricalDistribution, st.lists(SCALARS.filter(lambda value: value == value), min_size=1, max_size=5))
+    | st.builds(lambda low, n: IntDistribution(low, low + n), st.integers(-99, 99), st.integers(0, 200))
+    | st.builds(
+        lambda low, n, step: IntDistribution(low, low + n * step, step=step),
+        st.integers(-99, 99),
+        st.integers(0, 99),
+        st.integers(1, 9),
+    )
+    | st.builds(lambda low, n: IntDistribution(low, low + n, log=True), st.integers(1, 99), st.integers(0, 999))
+    | st.builds(lambda low, n: FloatDistribution(low, low + n), st.floats(-1e6, 1e6), st.floats(0, 1e6))
+    | st.builds(lambda low, n: FloatDistribution(low, low * n, log=True), st.floats(1e-9, 1e3), st.floats(1, 1e6))
+    | st.builds(stepped, st.integers(-99, 99), st.integers(0, 20), st.sampled_from(["0.1", "0.25", "0.3", "1"]))
+)
+
+
+@given(DISTRIBUTIONS, st.integers(1, 9))
+def test_a_grid_has_values_of_the_distribution_each_once_and_its_ends(distribution, points):
+    values = _grid_values(distribution, points)
+    for value in values:
+        assert distribution._contains(distribution.to_internal_repr(value)), value
+    if isinstance(distribution, CategoricalDistribution):
+        assert values == list(distribution.choices)
+        return
+    assert values == sorted(set(values))
+    assert 1 <= len(values) <= points
+    assert values[0] == distribution.low
+    assert points == 1 or math.isclose(values[-1], distribution.high, rel_tol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("distribution", "values"),
+    [
+        (FloatDistribution(0.0, 0.3, step=0.1), [0.0, 0.1, 0.2, 0.3]),
+        (FloatDistribution(0.0, 1.0, step=0.1), [0.0, 0.3, 0.7, 1.0]),
+        (FloatDistribution(1.0, 1.0), [1.0]),
+        (FloatDistribution(1e-4, 1e-1, log=True), [1e-4, 1e-3, 1e-2, 1e-1]),
+        (IntDistribution(1, 3), [1, 2, 3]),
+        (IntDistribution(0, 99), [0, 33, 66, 99]),
+        (IntDistribution(16, 64, step=16), [16, 32, 48, 64]),
+        (IntDistribution(64, 512, log=True), [64, 128, 256, 512]),
+    ],
+)
+def test_a_continuous_range_is_cut_into_four_values(distribution, values):
+    assert _grid_values(distribution, 4) == pytest.approx(values)

@@ -1,0 +1,183 @@
+"""A study's status as `tuner status` shows it: lines for people, JSON for programs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from tuner.cli.reading import best_fields_of, print_json
+from tuner.text import duration, number_text, params_text, printable, table
+
+if TYPE_CHECKING:
+    from storage.coordination.workers import RunningTrial, SlotNow, WorkerNow
+    from tuner.study.status import Status
+
+HIDE_LOST_S = 3600.0
+"""For how long a lost worker is shown."""
+
+
+def show(found: Status, *, as_json: bool) -> None:
+    """Print it."""
+    if as_json:
+        print_json(fields(found))
+    else:
+        for line in lines(found):
+            print(line)
+
+
+def fields(found: Status) -> dict[str, Any]:
+    """Return it as `tuner status --json` prints it; docs/status.md tells what each field is."""
+    study = found.study
+    return {
+        "study": study.name,
+        "at": found.at.isoformat(timespec="milliseconds"),
+        "state": found.state,
+        "reason": found.reason,
+        "objective": None if study.spec is None else study.spec.objective.name,
+        "metric": ", ".join(study.metrics),
+        "direction": ", ".join(study.directions),
+        "budget": None if study.spec is None else study.spec.budget.model_dump(mode="json"),
+        "trials": asdict(found.counts),
+        "lost": found.lost,
+        "trials_per_hour": found.pace.per_hour,
+        "left_s": found.left_s,
+        "best": None if found.best is None else best_fields_of(study, found.best),
+        "failures": found.failures,
+        "device_seconds": asdict(found.cost),
+        "workers": [_worker_fields(worker) for worker in found.workers],
+        "workers_lost": sum(worker.is_lost for worker in found.workers),
+        "workers_ended": found.ended_workers,
+    }
+
+
+def lines(found: Status) -> Iterator[str]:
+    """Yield it as lines for people."""
+    for name, text in _rows(found):
+        yield f"{name:<10}{printable(text)}"
+    yield from _worker_table(found)
+
+
+def _rows(found: Status) -> Iterator[tuple[str, str]]:
+    study, best = found.study, found.best
+    yield "study", f"{study.name}: {'not of tuner' if study.spec is None else study.spec.objective.name}, {study.goal}"
+    yield "state", found.state if found.reason is None else f"{found.state}: {found.reason}"
+    yield "trials", _counts_text(found)
+    rate = found.pace.per_hour
+    if rate and found.state != "finished":
+        left = "" if found.left_s is None else f", about {duration(found.left_s)} left"
+        yield "pace", f"{rate:.{0 if rate >= 100 else 1}f} trials an hour{left}"
+    if len(study.directions) > 1:
+        yield "best", f"no single one with {len(study.directions)} objectives"
+    elif best is None:
+        yield "best", "none yet"
+    else:
+        yield "best", f"{number_text(best.value)} (trial {best.number})"
+        yield "params", params_text(best.params)
+    for kind, (count, message) in found.failures.items():
+        yield "failures", f"{count} {kind}: {message}"
+    spent = {kind: seconds for kind, seconds in asdict(found.cost).items() if round(seconds)}
+    if spent:
+        kinds = ", ".join(f"{duration(seconds)} {kind}" for kind, seconds in spent.items())
+        yield "cost", f"{duration(sum(spent.values()))} of devices' time: {kinds}"
+    if found.workers or study.spec is not None:
+        yield "workers", _workers_text(found)
+    for versions in _versions(found.workers):
+        yield "versions", versions
+
+
+def _counts_text(found: Status) -> str:
+    counts, spec = found.counts, found.study.spec
+    again = f" ({found.lost} of them lost their worker and will run again)" if found.lost else ""
+    of_budget = "" if spec is None else f"/{spec.budget.trials}"
+    return (
+        f"{counts.done}{of_budget} done ({counts.complete} complete, {counts.pruned} pruned),"
+        f" {counts.running} running{again}, {counts.waiting} waiting, {counts.failed} failed"
+    )
+
+
+def _workers_text(found: Status) -> str:
+    lost = [worker for worker in found.workers if worker.is_lost]
+    hidden = sum(not _is_shown(worker) for worker in lost)
+    parts = [
+        str(len(found.workers) - len(lost) or "none"),
+        f"{len(lost) - hidden} lost" if len(lost) > hidden else "",
+        f"{hidden} lost more than {duration(HIDE_LOST_S)} ago" if hidden else "",
+        f"{found.ended_workers} ended" if found.ended_workers else "",
+    ]
+    return ", ".join(filter(None, parts))
+
+
+def _worker_table(found: Status) -> Iterator[str]:
+    rows = [_slot_row(worker, slot) for worker in found.workers if _is_shown(worker) for slot in worker.slots]
+    if rows:
+        yield from (
+            f"  {line}"
+            for line in table(["worker", "slot", "device", "state", "trial", "epoch", "value", "last seen"], rows)
+        )
+
+
+def _is_shown(worker: WorkerNow) -> bool:
+    return not worker.is_lost or worker.silent_s < HIDE_LOST_S
+
+
+def _slot_row(worker: WorkerNow, slot: SlotNow) -> list[Any]:
+    trial = slot.trial
+    part = f" x{slot.share:.2g}" if slot.share != 1 else ""
+    return [
+        worker.name,
+        slot.slot,
+        f"{slot.device}{part}",
+        "lost" if worker.is_lost else _slot_state(slot),
+        "-" if trial is None else trial.number,
+        "-" if trial is None or trial.step is None else trial.step,
+        number_text(None if trial is None else trial.value),
+        f"silent for {duration(worker.silent_s)}" if worker.is_lost else f"{duration(worker.silent_s)} ago",
+    ]
+
+
+def _slot_state(slot: SlotNow) -> str:
+    """Return the slot's state; its worker may not have told yet that it has a trial."""
+    return "running" if slot.trial is not None else slot.state
+
+
+def _versions(workers: list[WorkerNow]) -> Iterator[str]:
+    """Yield the versions of the workers that are there, and who has which where they differ."""
+    names: dict[str, list[str]] = {}
+    for worker in workers:
+        if not worker.is_lost and worker.versions:
+            text = ", ".join(f"{package} {version}" for package, version in worker.versions.items())
+            names.setdefault(text, []).append(worker.name)
+    for text, whose in names.items():
+        yield text if len(names) == 1 else f"{text} ({', '.join(whose)})"
+
+
+def _worker_fields(worker: WorkerNow) -> dict[str, Any]:
+    return {
+        "worker": worker.name,
+        "lost": worker.is_lost,
+        "started_at": worker.started_at.isoformat(timespec="milliseconds"),
+        "last_seen": worker.last_seen.isoformat(timespec="milliseconds"),
+        "silent_s": worker.silent_s,
+        "versions": worker.versions,
+        "slots": [
+            {
+                "slot": slot.slot,
+                "device": slot.device,
+                "share": slot.share,
+                "state": _slot_state(slot),
+                "trial": None if slot.trial is None else _trial_fields(slot.trial),
+            }
+            for slot in worker.slots
+        ],
+    }
+
+
+def _trial_fields(trial: RunningTrial) -> dict[str, Any]:
+    return {
+        "number": trial.number,
+        "attempt": trial.attempt,
+        "started_at": trial.started_at.isoformat(timespec="milliseconds"),
+        "epoch": trial.step,
+        "value": trial.value,
+    }

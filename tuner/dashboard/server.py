@@ -1,0 +1,180 @@
+"""Serving the dashboard: the port, the token, and the life of the server."""
+
+from __future__ import annotations
+
+import errno
+import gc
+import ipaddress
+import os
+import re
+import signal
+import socket
+import stat
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING, Any
+
+from tuner.dashboard.guard import Guard
+from tuner.errors import TunerError, UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Mapping
+    from pathlib import Path
+    from types import FrameType
+
+    from optuna.storages import BaseStorage
+
+__all__ = ["PortInUseError", "read_token", "serve"]
+
+MAX_BODY_BYTES = 1 << 20
+
+
+class PortInUseError(TunerError):
+    """Something else listens on the port already."""
+
+
+def serve(
+    storage: BaseStorage,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8080,
+    allow_edit: bool = False,
+    token: str | None = None,
+    allowed_hosts: Iterable[str] = (),
+    on_ready: Callable[[str], None],
+) -> None:
+    """Serve the dashboard of a storage until SIGINT or SIGTERM, then return; call it from the main thread.
+
+    Port 0 takes a free one. `on_ready` gets the dashboard's URL, never the token, once connections are
+    accepted. `allowed_hosts` are further values of the Host header, as the address bar shows them:
+    `tuner.example.org:8080`.
+
+    Raises PortInUseError, and UsageError for an address that cannot be bound or that needs a token.
+    """
+    from optuna_dashboard import wsgi
+    from waitress.server import create_server
+    from waitress.wasyncore import close_all
+
+    with _listen(host, port, has_token=token is not None) as listener:
+        address, port = listener.getsockname()[:2]
+        hosts = _own_hosts(host, address, port) | {name.lower() for name in allowed_hosts}
+        connections: dict[int, Any] = {}
+        server = create_server(
+            Guard(wsgi(storage), allow_edit=allow_edit, hosts=hosts, token=token),
+            map=connections,
+            sockets=[listener],
+            max_request_body_size=MAX_BODY_BYTES,
+            ident=None,
+        )
+        # waitress stops on SystemExit; one that arrives before run(), or a second one while run() waits up to
+        # 5 s for its threads, comes out of it
+        try:
+            with _signals_as_exit(), _rare_collections(), suppress(SystemExit):
+                on_ready(f"http://{_reachable(address)}:{port}/")
+                server.run()
+        finally:
+            close_all(connections)
+
+
+def read_token(path: Path | None, environ: Mapping[str, str] = os.environ) -> str | None:
+    """The access token from a file that only its owner can read, or else from TUNER_DASHBOARD_TOKEN.
+
+    None if neither is given. Raises UsageError if the file cannot be read, if others can read it too, or if
+    the token could be guessed.
+    """
+    if path is not None:
+        source, token = str(path), _read_private(path)
+    elif "TUNER_DASHBOARD_TOKEN" in environ:
+        source, token = "TUNER_DASHBOARD_TOKEN", environ["TUNER_DASHBOARD_TOKEN"]
+    else:
+        return None
+    if not re.fullmatch(r"[!-~]{16,}", token.strip()):
+        raise UsageError(
+            "the dashboard's token must be 16 or more ASCII letters, digits and signs without a space, "
+            f"what {source} holds is not; make one with 'openssl rand -hex 32'"
+        )
+    return token.strip()
+
+
+@contextmanager
+def _listen(host: str, port: int, *, has_token: bool) -> Iterator[socket.socket]:
+    """Bind before the server starts its threads. Raises as `serve` says."""
+    try:
+        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        if not (has_token or ipaddress.ip_address(address[0]).is_loopback):
+            raise UsageError(
+                f"a dashboard on {host} is open to other machines and needs a token; "
+                "give one in TUNER_DASHBOARD_TOKEN or '--token-file', or leave out '--host'"
+            )
+        listener = socket.create_server(address, family=family)
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise PortInUseError(
+                f"cannot serve the dashboard on {_bracketed(host)}:{port}: something listens there already; "
+                "take another port with '--port', or 0 for any free one"
+            ) from error
+        raise UsageError(
+            f"cannot serve the dashboard on {_bracketed(host)}:{port}: {error.strerror}; "
+            "give an address of this machine with '--host' and a port that you may use with '--port'"
+        ) from error
+    with listener:
+        yield listener
+
+
+def _own_hosts(host: str, address: str, port: int) -> frozenset[str]:
+    """The Host headers that reach a listener directly: loopback's names, and what it was bound to."""
+    names = {"127.0.0.1", "localhost", "[::1]", _bracketed(host.lower()), _bracketed(address)}
+    own = {f"{name}:{port}" for name in names}
+    return frozenset(own | names if port == 80 else own)
+
+
+def _reachable(address: str) -> str:
+    """The address for a browser on this machine; a listener on all addresses is on loopback too."""
+    loopback = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 - read, not bound
+    return _bracketed(loopback.get(address, address))
+
+
+def _bracketed(host: str) -> str:
+    return f"[{host}]" if ":" in host else host
+
+
+@contextmanager
+def _rare_collections() -> Iterator[None]:
+    """Let the garbage collector look less often at the objects that a page is made of, none of which are in cycles.
+
+    A study's page of 10,000 trials of 20 steps takes 1.9 s instead of 2.2 s (2 cores, 2026-11).
+    """
+    before = gc.get_threshold()
+    gc.set_threshold(50_000, 20, 50)
+    try:
+        yield
+    finally:
+        gc.set_threshold(*before)
+
+
+@contextmanager
+def _signals_as_exit() -> Iterator[None]:
+    """Turn SIGINT and SIGTERM into SystemExit, and put their handlers back."""
+
+    def stop(_signum: int, _frame: FrameType | None) -> None:
+        raise SystemExit
+
+    previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _read_private(path: Path) -> str:
+    try:
+        with path.open(encoding="ascii", errors="replace") as file:
+            mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
+            content = file.read()
+    except OSError as error:
+        raise UsageError(
+            f"cannot read the dashboard's token from {path}: {error.strerror}; check '--token-file'"
+        ) from error
+    if mode & 0o077:
+        raise UsageError(f"the token file {path} can be read by others (mode {mode:04o}); run 'chmod 600 {path}'")
+    return content

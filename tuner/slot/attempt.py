@@ -1,0 +1,489 @@
+"""One attempt at a trial: train, report, prune, and say how it ended."""
+
+from __future__ import annotations
+
+import gc
+import inspect
+import json
+import math
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+
+import optuna
+import torch
+from optuna.trial import TrialState
+from pydantic import ValidationError
+from sqlalchemy.exc import SQLAlchemyError
+from torch import nn
+
+from storage.database.engine import is_outage
+from storage.database.errors import LeaseLostError, StorageError, StudyHaltedError, UnreachableError
+from storage.database.sessions import Backoff
+from tuner import training
+from tuner.data import BROKEN_ERRNOS, Data, DataError
+from tuner.errors import BrokenDeviceError, ObjectiveError, TunerError, first_line
+from tuner.objective import Objective
+from tuner.seeds import derive_seed, seed_everything, set_deterministic
+from tuner.slot.reports import Reports
+from tuner.spec import Spec, first_problem
+from tuner.study.registry import FunctionObjective
+from tuner.training import Interrupted
+from tuner.training.batches import DeadReaderError, place
+from tuner.training.checkpoint import Checkpoint, Shared
+from tuner.training.record import Record
+
+if TYPE_CHECKING:
+    from torchmetrics import Metric
+
+FailureClass: TypeAlias = Literal["nan", "oom", "user_error", "infrastructure"]
+
+MAX_MESSAGE_CHARS = 2000
+MAX_STEP = 2**31 - 1  # a PostgreSQL integer
+_BY_THE_TRIAL = ("device-side assert",)  # an index out of range, as a rule
+_DEVICE_ERRORS = (
+    "CUDA error:",
+    "CUDA driver error",
+    "Triton Error [CUDA]",
+    "cuDNN error",
+    "CUDNN_STATUS_",
+    "CUBLAS_STATUS_",
+    "HIP error:",
+)
+_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "CUBLAS_STATUS_ALLOC_FAILED")
+# What libraries that allocate by themselves say, of a full device as of a broken one.
+_OUT_OF_MEMORY_IF_FULL = ("CUBLAS_STATUS_NOT_INITIALIZED", "CUDNN_STATUS_ALLOC_FAILED", "CUDNN_STATUS_INTERNAL_ERROR")
+_FULL_BELOW = 0.05
+"""The part of a device's memory below which it is full: such libraries want some hundred megabytes."""
+
+
+class InvalidReportError(ValueError):
+    """An objective reported or returned what a study cannot hold."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """How an attempt ended: the trial's state and value, and the attributes to record with it.
+
+    `is_poisoned` if this process can use its device no more. `error` is then what the trial failed by: what its frames
+    hold must not be freed, as torch ends the process (SIGABRT) where that needs the device.
+    """
+
+    state: TrialState
+    value: float | None = None
+    attrs: dict[str, Any] = field(default_factory=dict)
+    is_poisoned: bool = False
+    error: BaseException | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def failure(self) -> FailureClass | None:
+        """The class of what the attempt failed by; a metric may be called so too."""
+        failure: FailureClass | None = self.attrs.get("failure") if self.state == TrialState.FAIL else None
+        return failure
+
+    @property
+    def message(self) -> str:
+        """What the attempt failed by."""
+        return str(self.attrs.get("failure_message", ""))
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrialObjective:
+    """What a slot runs for each trial: an objective with its data where it is trained on, or a plain function.
+
+    `checkpoints` is the directory for those of the study's trials, None for none; `shared` is where other machines
+    find that of the trial at hand. `log` takes a line for people.
+    """
+
+    spec: Spec
+    objective: Objective | FunctionObjective
+    device: torch.device
+    data: Data | None = None
+    checkpoints: Path | None = None
+    shared: Shared | None = None
+    log: Callable[[str], None] = lambda _: None
+
+    @classmethod
+    def load(
+        cls,
+        spec: Spec,
+        objective: Objective | FunctionObjective,
+        data_dir: Path,
+        device: torch.device,
+        *,
+        share: float = 1.0,
+        checkpoints: Path | None = None,
+        log: Callable[[str], None] = lambda _: None,
+    ) -> TrialObjective:
+        """Load the objective's train and valid data once, onto the device if it fits. The test split stays behind.
+
+        `share` is the part of the device that others leave.
+
+        Raises TunerError that says what is wrong with the data, BrokenDeviceError.
+        """
+        if not isinstance(objective, Objective):
+            return cls(spec=spec, objective=objective, device=device)
+        import torchmetrics  # noqa: F401 - its 3 s are not to count as the first trial's
+
+        set_deterministic(spec.training.deterministic)
+        name = type(objective).__name__
+        try:
+            data = place(load_data(objective, data_dir), device, spec.training.data, log, share=share)
+        except DataError as error:
+            raise TunerError(f"{name}: {error}") from error
+        except (RuntimeError, TypeError, MemoryError, OSError, DeadReaderError) as error:
+            if _is_of_device(error):
+                raise BrokenDeviceError(first_line(error)) from error
+            raise TunerError(
+                f"{name}: the data cannot be put on {device}: {type(error).__name__}: {first_line(error)};"
+                " where memory is short, try --data stream or fewer slots"
+            ) from error
+        return cls(spec=spec, objective=objective, device=device, data=data, checkpoints=checkpoints, log=log)
+
+    def checkpoint(self, number: int, params: dict[str, Any]) -> Checkpoint | None:
+        """Return the checkpoint of a trial, None where none are kept.
+
+        One that another trial left under this number, of a database that is no more, is not taken for this one's.
+        """
+        if self.checkpoints is None:
+            return None
+        apart = {"budget", "retry", "sampler", "pruner", "checkpoints", "checkpoint_every_s"}
+        fixed = self.spec.model_dump(mode="json", exclude=apart)
+        text = json.dumps([number, params, fixed], sort_keys=True, default=str)
+        return Checkpoint(
+            self.checkpoints / f"trial-{number}.pt",
+            identity=text,
+            shared=self.shared,
+            every_s=self.spec.checkpoint_every_s,
+            log=self.log,
+        )
+
+
+class CheckedTrial(optuna.Trial):
+    """A trial that refuses what the database cannot hold, and that `check` can interrupt at each report."""
+
+    def __init__(
+        self,
+        study: optuna.Study,
+        trial_id: int,
+        check: Callable[[], None],
+        reports: Reports | None = None,
+        retry: Backoff | None = None,
+    ) -> None:
+        """`reports` writes the reports, which are written at once without; `retry` is the study's storage's."""
+        super().__init__(study, trial_id)
+        self.check = check
+        """Raises Interrupted or LeaseLostError if the attempt has to end."""
+        self._reports = reports
+        self._retry = retry
+
+    def report(self, value: float, step: int) -> None:
+        """Report as Optuna does; while the database is away, return before the report is written.
+
+        Raises Interrupted, DivergedError for NaN or infinity, InvalidReportError for a bad step.
+        """
+        self.check()
+        if not 0 <= step <= MAX_STEP or int(step) != step:
+            raise InvalidReportError(f"a step needs to be a whole number in 0..{MAX_STEP}, got {step}")
+        step = int(step)
+        if not math.isfinite(float(value)):
+            raise training.DivergedError(f"the reported value is {value} at step {step}")
+        known = self._cached_frozen_trial.intermediate_values
+        if self._reports is None or step in known:
+            super().report(value, step)
+            return
+        self._reports.put(step, float(value))
+        known[step] = float(value)
+
+    @property
+    def reported(self) -> dict[int, float]:
+        """What was reported, by step, also what is not written yet."""
+        return dict(self._cached_frozen_trial.intermediate_values)
+
+    def should_prune(self) -> bool:
+        """Decide as Optuna does; not to prune while the database is away."""
+        if self._reports is None or self._retry is None:
+            return super().should_prune()
+        if self._reports.is_behind:
+            return False
+        try:
+            with self._retry.at_once():
+                return super().should_prune()
+        except UnreachableError:
+            return False
+
+
+def run_attempt(what: TrialObjective, trial: CheckedTrial) -> Outcome:
+    """Run the trial to its end and return how it ended.
+
+    Raises Interrupted if it has to be given back, and the storage's errors if the database failed: neither is
+    the trial's fault.
+    """
+    seed = derive_seed(what.spec.seed, "trial", trial.number)
+    seed_everything(seed)
+    record = Record(what.device, seed)
+    start = time.perf_counter()
+    try:
+        value, attrs = _run(what, trial, seed, record)
+        outcome = Outcome(state=TrialState.COMPLETE, value=value, attrs=attrs)
+    except optuna.TrialPruned:
+        outcome = Outcome(state=TrialState.PRUNED)
+    except (Interrupted, LeaseLostError, StudyHaltedError):
+        raise
+    except (StorageError, SQLAlchemyError) as error:
+        if is_outage(error):
+            raise
+        outcome = failed("user_error", f"the database refused it: {first_line(error)}")
+    except training.DivergedError as error:
+        outcome = failed("nan", str(error))
+    except (DataError, ObjectiveError) as error:
+        outcome = failed("user_error", f"{type(what.objective).__name__}: {error}")
+    except (Exception, SystemExit, KeyboardInterrupt) as error:  # noqa: BLE001 - foreign code: it fails its trial alone
+        outcome = _by(error, what)
+    always = {**record.attrs(), "seconds": round(time.perf_counter() - start, 3)}
+    outcome = replace(outcome, attrs={**outcome.attrs, **always})
+    if not outcome.is_poisoned and (outcome.failure == "oom" or what.device.type == "cuda"):
+        try:
+            free_memory()  # here the error is gone, and with it the frames that held the tensors
+        except RuntimeError as error:  # of a kernel that was still running
+            return replace(outcome, is_poisoned=True, error=error)
+    return outcome
+
+
+def check_device(device: torch.device) -> None:
+    """Compute something on the device. Raises BrokenDeviceError if it cannot."""
+    try:
+        ones = torch.ones(16, 16, device=device)
+        found = (ones @ ones).sum().item()
+    except (RuntimeError, AssertionError) as error:
+        raise BrokenDeviceError(f"{device} does not compute: {first_line(error)}") from error
+    if found != 4096:
+        raise BrokenDeviceError(f"{device} computes wrong: 16 x 16 ones multiplied sum to {found}, and not to 4096")
+
+
+def warm_up(device: torch.device) -> None:
+    """Have a CUDA device load what most models need, cuBLAS and cuDNN, so that no trial waits for it.
+
+    What fails here is left to the trials that need it to tell.
+    """
+    if device.type != "cuda":
+        return
+    with suppress(RuntimeError):
+        shapes = ((2, 1, 8, 8), (4, 1, 3, 3), (8, 4), (8,))
+        images, kernel, weight, bias = (torch.ones(shape, device=device, requires_grad=True) for shape in shapes)
+        maps = nn.functional.conv2d(images, kernel)
+        nn.functional.linear(maps.mean((2, 3)), weight, bias).sum().backward()
+        torch.cuda.synchronize(device)
+
+
+def load_data(objective: Objective, data_dir: Path) -> Data:
+    """Return the objective's data. Raises TunerError that says what went wrong in its `load_data`."""
+    name = type(objective).__name__
+    try:
+        data = objective.load_data(data_dir)
+    except (Exception, SystemExit) as error:
+        raise TunerError(f"{name}.load_data({str(data_dir)!r}) failed: {with_line(error, objective)}") from error
+    if not isinstance(data, Data):
+        raise TunerError(f"{name}.load_data needs to return tuner.data.Data, got {type(data).__name__}")
+    return data
+
+
+def with_line(error: BaseException, objective: Objective | FunctionObjective) -> str:
+    """Describe the error with the last line of the objective's own file that it passed, if it passed any.
+
+    What a function returned is told with the line of its `def`.
+    """
+    try:
+        file = inspect.getfile(type(objective) if isinstance(objective, Objective) else objective)
+    except TypeError:
+        file = ""  # a callable object, such as a functools.partial
+    text = first_problem(error).partition("\n")[0] if isinstance(error, ValidationError) else first_line(error)
+    told = f"{type(error).__name__}: {text}"
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if frame.filename == file]
+    if own or not isinstance(error, InvalidReportError):
+        place = (own or frames)[-1]
+        return f"{told} ({place.filename}, line {place.lineno})"
+    return f"{told} ({file}, line {objective.__code__.co_firstlineno})" if inspect.isfunction(objective) else told
+
+
+def _run(what: TrialObjective, trial: CheckedTrial, seed: int, record: Record) -> tuple[float, dict[str, Any]]:
+    if not isinstance(what.objective, Objective):
+        return _checked_value(what.objective(trial)), {}
+    return _train(what, what.objective, trial, seed, record)
+
+
+def _train(
+    what: TrialObjective, objective: Objective, trial: CheckedTrial, seed: int, record: Record
+) -> tuple[float, dict[str, Any]]:
+    assert what.data is not None
+    metric = what.spec.metric
+    objective.suggest(trial)
+    params = trial.params
+    model = objective.build_model(params)
+    if not isinstance(model, nn.Module):
+        raise ObjectiveError(f"build_model needs to return a torch.nn.Module, got {type(model).__name__}")
+    try:
+        model.to(what.device)
+    except NotImplementedError as error:  # of a model on the device "meta", which has no weights
+        raise DataError(f"build_model's model cannot be moved to {what.device}: {first_line(error)}") from error
+
+    def on_epoch(epoch: training.Epoch) -> None:
+        value = _value_of(epoch, metric)
+        record.add(epoch)
+        trial.report(value, epoch.number)
+        if epoch.number < what.spec.epochs and trial.should_prune():
+            raise optuna.TrialPruned
+
+    def on_resume(history: Sequence[training.Epoch]) -> None:
+        for epoch in history:  # the reports of an attempt go when its trial is given back
+            record.add(epoch)
+            trial.report(epoch.metrics[metric], epoch.number)
+
+    metrics = _built_metrics(objective, what.data, metric)
+    history = objective.fit(
+        model,
+        what.data.train,
+        what.data.valid,
+        params,
+        metrics={name: its.to(what.device) for name, its in metrics.items()},
+        epochs=what.spec.epochs,
+        seed=seed,
+        on_epoch=on_epoch,
+        run=training.Run(
+            options=training.Options(**what.spec.training.model_dump()),
+            metric=metric,
+            direction=what.spec.direction,
+            checkpoint=what.checkpoint(trial.number, params),
+            resumable=(Interrupted, StudyHaltedError, UnreachableError),
+            check=trial.check,
+            on_resume=on_resume,
+            log=lambda line: what.log(f"trial {trial.number}: {line}"),
+        ),
+    )
+    if not history:
+        raise ObjectiveError("fit needs to return the epochs that ended, got none")
+    for epoch in history:
+        _value_of(epoch, metric)
+    best = training.best_epoch(history, metric, what.spec.direction)
+    others = {name: value for name, value in best.metrics.items() if name != metric}
+    others["train_loss"] = best.train_loss
+    # An own loop may give tensors. JSON has no NaN, and neither have the readers of these.
+    numbers = {name: float(value) for name, value in others.items() if math.isfinite(value)}
+    return _checked_value(best.metrics[metric]), {**numbers, "epoch": best.number, "epochs": len(history)}
+
+
+def _built_metrics(objective: Objective, data: Data, metric: str) -> dict[str, Metric]:
+    """Return the objective's metrics. Raises ObjectiveError if they are none, or `metric` is not among them."""
+    built: Any = objective.build_metrics(data)
+    metrics = dict(built.items()) if isinstance(built, Mapping | nn.ModuleDict) else {"": built}
+    if wrong := [type(its).__name__ for its in metrics.values() if not isinstance(its, nn.Module)]:
+        raise ObjectiveError(f"build_metrics needs to return torchmetrics objects by name, got {wrong[0]}")
+    if metric not in metrics:
+        raise ObjectiveError(
+            f"build_metrics needs to return {metric!r}, the study's metric, got: {', '.join(metrics) or 'none'}"
+        )
+    return metrics
+
+
+def _value_of(epoch: object, metric: str) -> float:
+    if not isinstance(epoch, training.Epoch):
+        raise ObjectiveError(f"fit needs to give tuner.training.Epoch objects, got {type(epoch).__name__}")
+    if metric not in epoch.metrics:
+        raise ObjectiveError(
+            f"the metrics of an epoch need {metric!r}, the study's metric, got: {', '.join(epoch.metrics) or 'none'}"
+        )
+    return epoch.metrics[metric]
+
+
+def _checked_value(value: object) -> float:
+    if isinstance(value, torch.Tensor) and value.numel() == 1:
+        value = value.item()
+    if isinstance(value, str | torch.Tensor) or not hasattr(value, "__float__"):
+        raise InvalidReportError(f"an objective needs to return one number, got {value!r}")
+    number = float(value)
+    if not math.isfinite(number):
+        raise training.DivergedError(f"the objective returned {number}")
+    return number
+
+
+def _by(error: BaseException, what: TrialObjective) -> Outcome:
+    """Return how an attempt ended by what its objective raised."""
+    if _is_out_of_memory(error) or (_may_be_out_of_memory(error) and _is_full(what.device)):
+        return failed("oom", first_line(error) or "out of memory")
+    message = with_line(error, what.objective)
+    told = str(error)
+    if not _is_of_device(error):
+        broken = _found_broken(what.device)
+        if broken is None:
+            return failed("user_error", message)
+        told = str(broken)
+        message = f"{message}; afterwards {told}"
+    by_trial = any(part in told for part in _BY_THE_TRIAL)
+    outcome = failed("user_error" if by_trial else "infrastructure", message)
+    return replace(outcome, is_poisoned=True, error=error)
+
+
+def _found_broken(device: torch.device) -> BrokenDeviceError | None:
+    """Return how a CUDA device is broken for this process, None if it computes or has no memory to tell."""
+    if device.type != "cuda":
+        return None
+    try:
+        check_device(device)
+    except BrokenDeviceError as error:
+        return None if _is_out_of_memory(error.__cause__ or error) else error
+    return None
+
+
+def _is_of_device(error: BaseException) -> bool:
+    """Whether a device, a disk or a reader of samples failed, and not the trial.
+
+    After a CUDA error no call of the process succeeds.
+    """
+    if isinstance(error, OSError):
+        return error.errno in BROKEN_ERRNOS
+    text = str(error)
+    return isinstance(error, torch.AcceleratorError | DeadReaderError) or (
+        isinstance(error, RuntimeError) and any(part in text for part in _DEVICE_ERRORS)
+    )
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out: of a device, which has an error of its own, or of the host, which has none."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(part in str(error) for part in _OUT_OF_MEMORY)
+
+
+def _may_be_out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, RuntimeError) and any(part in str(error) for part in _OUT_OF_MEMORY_IF_FULL)
+
+
+def _is_full(device: torch.device) -> bool:
+    if device.type != "cuda":
+        return False
+    try:
+        free, total = torch.cuda.mem_get_info(device)
+    except RuntimeError:  # it is broken
+        return False
+    return free < _FULL_BELOW * total
+
+
+def free_memory() -> None:
+    """Give the memory of what is used no more back to the device, for other processes."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    elif torch.backends.mps.is_available():
+        torch.mps.empty_cache()
+
+
+def failed(kind: FailureClass, message: str) -> Outcome:
+    """Return the outcome of an attempt that failed, with its message as a database can hold it."""
+    text = message.replace("\0", "").encode(errors="backslashreplace").decode()
+    attrs = {"failure": kind, "failure_message": text[:MAX_MESSAGE_CHARS]}
+    return Outcome(state=TrialState.FAIL, attrs=attrs)

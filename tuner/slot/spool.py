@@ -1,0 +1,129 @@
+"""Results on disk that the database could not take, for the next worker on this machine to deliver."""
+
+from __future__ import annotations
+
+import json
+import uuid
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Final, Literal
+
+from optuna.trial import TrialState
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from storage.coordination import claims, delivery
+from storage.coordination.delivery import Result
+from storage.database.errors import InvalidWriteError
+from storage.database.sessions import Sessions
+from tuner import files
+
+_STATES: Final[dict[TrialState, Literal["COMPLETE", "PRUNED", "FAIL"]]] = {
+    TrialState.COMPLETE: "COMPLETE",
+    TrialState.PRUNED: "PRUNED",
+    TrialState.FAIL: "FAIL",
+}
+
+
+class _File(BaseModel):
+    """A result as it lies on disk; `study` and `number` are for who looks at it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    study: str
+    number: int
+    token: uuid.UUID
+    state: Literal["COMPLETE", "PRUNED", "FAIL"]
+    value: float | None
+    attrs: dict[str, Any]
+    reports: list[tuple[int, float]]
+
+
+class Spool:
+    """A directory of results, one file each, whole or not there at all."""
+
+    def __init__(self, data_dir: Path) -> None:
+        self._directory = data_dir / "spool"
+
+    def add(self, study: str, number: int, result: Result) -> Path:
+        """Keep a result, on the disk when this returns; its file. Raises OSError."""
+        kept = _File(
+            study=study,
+            number=number,
+            token=result.token,
+            state=_STATES[result.state],
+            value=result.value,
+            attrs=dict(result.attrs),
+            reports=list(result.reports),
+        )
+        path = self._directory / f"{result.token}.json"
+        files.replace(path, kept.model_dump_json().encode())
+        return path
+
+    def is_empty(self) -> bool:
+        """Whether nothing waits to be delivered; cheap."""
+        return next(self._directory.glob("*.json"), None) is None
+
+    def deliver(
+        self,
+        sessions: Sessions,
+        study_id: int,
+        budget: claims.Budget,
+        log: Callable[[str, str, int | None], None],
+    ) -> None:
+        """Deliver what waits for this study, and tell `log` of each by event, message and trial number.
+
+        What is damaged, or no database takes, is put aside; what belongs to other studies or databases stays. Raises
+        StorageError if the database is away.
+        """
+        for path in sorted(self._directory.glob("*.json")):
+            try:
+                kept = _read(path)
+            except ValueError as error:
+                aside = _put_aside(path)
+                log("result_refused", f"{aside}, a result that was kept on disk, is damaged and lost: {error}", None)
+                continue
+            if kept is None:
+                continue
+            found = delivery.find_attempt(sessions, kept.token)
+            if found is None or found[0] != study_id:
+                continue
+            result = Result(
+                token=kept.token,
+                state=TrialState[kept.state],
+                value=kept.value,
+                attrs=kept.attrs,
+                reports=kept.reports,
+            )
+            try:
+                how = delivery.deliver(sessions, study_id, budget, result)
+            except InvalidWriteError as error:
+                message = f"trial {kept.number}: its result, kept in {_put_aside(path)}, is no good: {error}"
+                log("result_refused", message, kept.number)
+                continue
+            if how == "unknown":
+                continue
+            with suppress(OSError):  # another worker here was as quick; to deliver it again does no harm
+                path.unlink()
+            became = "is delivered" if how == "delivered" else "came too late and is dropped"
+            message = f"trial {kept.number}: its result, kept while the database was away, {became}"
+            log(f"result_{how}", message, kept.number)
+
+
+def _put_aside(path: Path) -> Path:
+    refused = path.with_suffix(".refused")
+    with suppress(OSError):
+        path.rename(refused)
+    return refused
+
+
+def _read(path: Path) -> _File | None:
+    """Return the result, None for a file that is gone or not ours to understand. Raises ValueError if it is no JSON."""
+    try:
+        found = json.loads(path.read_text())
+    except OSError:
+        return None
+    try:
+        return _File.model_validate(found)
+    except ValidationError:  # of another version of tuner
+        return None
