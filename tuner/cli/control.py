@@ -134,9 +134,6 @@ def delete(
         print(f"deleted study {study} with {n_trials} trials")
 
 
-commands = {"enqueue": enqueue, "stop": stop, "pause": pause, "resume": resume, "release": release, "delete": delete}
-
-
 def _set_state(settings: Settings, study: str, state: StudyState, *, as_json: bool) -> None:
     from storage import control
     from storage.sessions import Sessions

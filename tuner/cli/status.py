@@ -49,9 +49,6 @@ def status(
         show(look(engine, opened), as_json=as_json)
 
 
-commands = {"status": status}
-
-
 def show(found: Status, *, as_json: bool) -> None:
     """Print it."""
     if as_json:
