@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated
@@ -28,6 +29,33 @@ from tuner.spec import first_problem
 # Typer shows its errors in a box of several lines; these are the classes to catch them by.
 _UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 
+# What `tuner --help` shows, in this order.
+_PANELS: dict[str, dict[str, Callable[..., None]]] = {
+    "Search": {
+        "run": search.run,
+        "create": search.create,
+        "worker": search.worker,
+        "enqueue": control.enqueue,
+        "objectives": reading.objectives,
+    },
+    "Watch": {
+        "status": status.status,
+        "studies": reading.studies,
+        "trials": reading.trials,
+        "dashboard": service.dashboard,
+    },
+    "Results": {"best": reading.best, "export": model.export},
+    "Operate": {
+        "pause": control.pause,
+        "resume": control.resume,
+        "stop": control.stop,
+        "release": control.release,
+        "delete": control.delete,
+        "import": importing.import_,
+        "doctor": service.doctor,
+    },
+}
+
 app = typer.Typer(
     name="tuner",
     help="Hyperparameter search for PyTorch: search, watch, fetch the best params, export the model.",
@@ -36,18 +64,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for commands in (
-    search.commands,
-    status.commands,
-    reading.commands,
-    control.commands,
-    importing.commands,
-    model.commands,
-    service.commands,
-):
+for panel, commands in _PANELS.items():
     for name, function in commands.items():
-        app.command(name)(function)
-app.add_typer(db.app, name="db")
+        app.command(name, rich_help_panel=panel)(function)
+app.add_typer(db.app, name="db", rich_help_panel="Operate")
 
 
 def _version(wanted: bool) -> None:

@@ -137,9 +137,6 @@ def delete(
         print(f"deleted study {study} with {n_trials} trials")
 
 
-commands = {"enqueue": enqueue, "stop": stop, "pause": pause, "resume": resume, "release": release, "delete": delete}
-
-
 def _set_state(settings: Settings, study: str, state: StudyState, *, as_json: bool) -> None:
     from storage.coordination import control
     from storage.database.sessions import Sessions

@@ -75,9 +75,6 @@ def import_(
         _print(imported)
 
 
-commands = {"import": import_}
-
-
 def _print(imported: Imported) -> None:
     counts = f"{imported.copied} trials copied, {imported.updated} updated, {imported.already_there} there before"
     unfinished = f"; {imported.unfinished} are unfinished there and wait here" if imported.unfinished else ""

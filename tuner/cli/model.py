@@ -63,9 +63,6 @@ def export(
     print_exported(settings, engine, opened, exported, as_json=as_json)
 
 
-commands = {"export": export}
-
-
 def default_output(settings: Settings, study: Study) -> Path:
     """Return where a study's model goes: numbers make the path, a name is not to be trusted with that.
 

@@ -17,55 +17,101 @@ if TYPE_CHECKING:
 _UNITS_S = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
+# The panels of options in the help of `run`, `create` and `worker`.
+STUDY, BUDGET, TRAINING, DATA = "Study", "Budget", "Training", "Data"
+WORKERS, LIMITS, RESULT = "Workers", "Limits", "Result"
+
+
 @dataclass(frozen=True, kw_only=True)
 class StudyOptions:
     """What a study is created with. Each field is an option of the command that has such a parameter."""
 
-    study: Annotated[str | None, typer.Option("--study", help="Name of the study (default: the objective's).")] = None
-    trials: Annotated[int, typer.Option(help="Trials that have to complete or be pruned.")] = 30
-    timeout: Annotated[
+    study: Annotated[
         str | None,
-        typer.Option(metavar="TIME", help="Start no trial later than this after the study's creation: 90s, 15m, 2h."),
+        typer.Option("--study", help="Name of the study (default: the objective's).", rich_help_panel=STUDY),
     ] = None
-    max_failures: Annotated[int, typer.Option(help="Failed trials that do not end the study.")] = 10
-    epochs: Annotated[int | None, typer.Option(help="Epochs of a trial (default: the objective's).")] = None
     set_: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Set an option of the objective; may be repeated."),
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            help="Set an option of the objective; may be repeated.",
+            rich_help_panel=STUDY,
+        ),
     ] = None
     sampler: Annotated[
         str,
-        typer.Option(metavar="NAME[:KEY=VALUE,...]", help="tpe, random, gp, cmaes, qmc or grid, and its settings."),
+        typer.Option(
+            metavar="NAME[:KEY=VALUE,...]",
+            help="tpe, random, gp, cmaes, qmc or grid, and its settings.",
+            rich_help_panel=STUDY,
+        ),
     ] = "tpe"
     pruner: Annotated[
         str,
         typer.Option(
             metavar="NAME[:KEY=VALUE,...]",
-            help="median, percentile, hyperband, asha or none, and its settings: median:n_warmup_steps=5",
+            help="median, percentile, hyperband, asha or none, and its settings, as median:n_warmup_steps=5",
+            rich_help_panel=STUDY,
         ),
     ] = "median"
     direction: Annotated[
-        str | None, typer.Option(metavar="minimize|maximize", help="For a plain function (default: minimize).")
+        str | None,
+        typer.Option(
+            metavar="minimize|maximize", help="For a plain function (default: minimize).", rich_help_panel=STUDY
+        ),
     ] = None
-    seed: Annotated[int, typer.Option(help="Everything random in the study follows from it.")] = 0
+    seed: Annotated[
+        int, typer.Option(help="Everything random in the study follows from it.", rich_help_panel=STUDY)
+    ] = 0
+    trials: Annotated[int, typer.Option(help="Trials that have to complete or be pruned.", rich_help_panel=BUDGET)] = 30
+    timeout: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TIME",
+            help="Start no trial later than this after the study's creation: 90s, 15m, 2h.",
+            rich_help_panel=BUDGET,
+        ),
+    ] = None
+    max_failures: Annotated[
+        int, typer.Option(help="Failed trials that do not end the study.", rich_help_panel=BUDGET)
+    ] = 10
+    epochs: Annotated[
+        int | None, typer.Option(help="Epochs of a trial (default: the objective's).", rich_help_panel=BUDGET)
+    ] = None
     patience: Annotated[
-        int | None, typer.Option(help="End a trial so many epochs after its best one (default: never).")
+        int | None,
+        typer.Option(help="End a trial so many epochs after its best one (default: never).", rich_help_panel=BUDGET),
     ] = None
     precision: Annotated[
-        str, typer.Option(metavar="fp32|tf32|bf16|fp16", help="What models compute in; the weights stay in fp32.")
+        str,
+        typer.Option(
+            metavar="fp32|tf32|bf16|fp16",
+            help="What models compute in; the weights stay in fp32.",
+            rich_help_panel=TRAINING,
+        ),
     ] = "fp32"
-    compile_: Annotated[bool, typer.Option("--compile", help="Compile models by torch.compile.")] = False
-    cuda_graphs: Annotated[bool, typer.Option("--cuda-graphs", help="Launch each training step as one CUDA graph.")] = (
-        False
-    )
+    compile_: Annotated[
+        bool, typer.Option("--compile", help="Compile models by torch.compile.", rich_help_panel=TRAINING)
+    ] = False
+    cuda_graphs: Annotated[
+        bool,
+        typer.Option("--cuda-graphs", help="Launch each training step as one CUDA graph.", rich_help_panel=TRAINING),
+    ] = False
     deterministic: Annotated[
-        bool, typer.Option("--deterministic", help="Use only algorithms that give the same result each time.")
+        bool,
+        typer.Option(
+            "--deterministic",
+            help="Use only algorithms that give the same result each time.",
+            rich_help_panel=TRAINING,
+        ),
     ] = False
     data: Annotated[
         str,
         typer.Option(
             metavar="auto|resident|stream",
             help="Keep data on the device, or read it while training (auto: by its size).",
+            rich_help_panel=DATA,
         ),
     ] = "auto"
     checkpoints: Annotated[
@@ -74,10 +120,12 @@ class StudyOptions:
             metavar="database|local|URL",
             help="Where other machines find a trial's checkpoint: in the database up to 64 MB, or in a folder or"
             " bucket of this study database's own: file:///mnt/share, s3://bucket/folder",
+            rich_help_panel=DATA,
         ),
     ] = "database"
     checkpoint_every: Annotated[
-        str, typer.Option(metavar="TIME", help="Save a trial's state at most this often: 30s, 5m.")
+        str,
+        typer.Option(metavar="TIME", help="Save a trial's state at most this often: 30s, 5m.", rich_help_panel=DATA),
     ] = "30s"
 
     def plan(self) -> dict[str, Any]:

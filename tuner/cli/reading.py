@@ -142,9 +142,6 @@ def objectives(settings: Settings, as_json: AsJson = False) -> None:  # noqa: AR
     _print_table(["objective", "summary"], [list(row.values()) for row in found], empty="no objectives are installed")
 
 
-commands = {"studies": studies, "trials": trials, "best": best, "objectives": objectives}
-
-
 def best_fields(engine: Engine, study: AnyStudy) -> dict[str, Any]:
     """Return the best trial as `tuner best --json` prints it. Raises TunerError if none is complete."""
     from tuner.study.joining import best_of

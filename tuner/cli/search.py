@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tuner.cli.model import default_output, print_exported
-from tuner.cli.options import StudyOptions, check_positive, seconds
+from tuner.cli.options import LIMITS, RESULT, WORKERS, StudyOptions, check_positive, seconds
 from tuner.cli.settings import Settings, command
 from tuner.errors import TunerError, UsageError
 
@@ -22,10 +22,20 @@ if TYPE_CHECKING:
 ObjectiveName = Annotated[
     str, typer.Argument(metavar="OBJECTIVE", help="Name of an installed objective, or path/to/file.py:NAME.")
 ]
-Workers = Annotated[int | None, typer.Option(help="Local worker processes (default: half the cores, 2 to 8).")]
-Device = Annotated[str | None, typer.Option(help="cuda, cuda:1, mps or cpu (default: the best there is).")]
+Workers = Annotated[
+    int | None, typer.Option(help="Local worker processes (default: half the cores, 2 to 8).", rich_help_panel=WORKERS)
+]
+Device = Annotated[
+    str | None,
+    typer.Option(help="cuda, cuda:1, mps or cpu (default: the best there is).", rich_help_panel=WORKERS),
+]
 AllowCodeChange = Annotated[
-    bool, typer.Option("--allow-code-change", help="Go on although the objective's code is not the study's.")
+    bool,
+    typer.Option(
+        "--allow-code-change",
+        help="Go on although the objective's code is not the study's.",
+        rich_help_panel=WORKERS,
+    ),
 ]
 
 
@@ -36,10 +46,17 @@ def run(
     options: StudyOptions,
     workers: Workers = None,
     device: Device = None,
-    export: Annotated[bool, typer.Option("--export/--no-export", help="Retrain and export the best trial.")] = True,
-    output: Annotated[Path | None, typer.Option(help="Directory for the model.")] = None,
+    export: Annotated[
+        bool, typer.Option("--export/--no-export", help="Retrain and export the best trial.", rich_help_panel=RESULT)
+    ] = True,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            help="Directory for the model (default: models/study-ID in the data directory).", rich_help_panel=RESULT
+        ),
+    ] = None,
     allow_code_change: AllowCodeChange = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.", rich_help_panel=RESULT)] = False,
 ) -> None:
     """Search OBJECTIVE with local workers, then retrain and export the best trial.
 
@@ -128,22 +145,36 @@ def worker(
             metavar="auto|N|DEVICE[*N],...",
             help="Trials to run at the same time, each in a process of its own: one for each CUDA device or else one"
             " (auto), a number, or as many as named, such as cuda:0*3,cuda:1 or cpu*4.",
+            rich_help_panel=WORKERS,
         ),
     ] = "auto",
-    trials: Annotated[int | None, typer.Option(help="Trials to run here (default: all that are left).")] = None,
+    device: Device = None,
+    objective: Annotated[
+        str | None,
+        typer.Option(
+            metavar="path/to/file.py:NAME",
+            help="The study's objective, where it is not an installed one.",
+            rich_help_panel=WORKERS,
+        ),
+    ] = None,
+    allow_code_change: AllowCodeChange = False,
+    trials: Annotated[
+        int | None, typer.Option(help="Trials to run here (default: all that are left).", rich_help_panel=LIMITS)
+    ] = None,
     timeout: Annotated[
-        str | None, typer.Option(metavar="TIME", help="Claim no trial later than this after the start: 90s, 15m, 2h.")
+        str | None,
+        typer.Option(
+            metavar="TIME", help="Claim no trial later than this after the start: 90s, 15m, 2h.", rich_help_panel=LIMITS
+        ),
     ] = None,
     idle_exit: Annotated[
         str | None,
-        typer.Option(metavar="TIME", help="End after so long without a trial to claim (default: wait for one)."),
+        typer.Option(
+            metavar="TIME",
+            help="End after so long without a trial to claim (default: wait for one).",
+            rich_help_panel=LIMITS,
+        ),
     ] = None,
-    objective: Annotated[
-        str | None,
-        typer.Option(metavar="path/to/file.py:NAME", help="The study's objective, where it is not an installed one."),
-    ] = None,
-    device: Device = None,
-    allow_code_change: AllowCodeChange = False,
 ) -> None:
     """Run trials of STUDY until its budget is used up. Sampler, pruner and objective are the study's."""
     from tuner.study.joining import check_code, open_study
@@ -172,9 +203,6 @@ def worker(
         Worker(engine, joined, processes, config, log, limits).run()
     finally:
         processes.close()
-
-
-commands = {"run": run, "create": create, "worker": worker}
 
 
 def _workers(count: int | None) -> int:

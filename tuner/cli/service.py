@@ -63,6 +63,3 @@ def doctor(settings: Settings, as_json: Annotated[bool, typer.Option("--json", h
             print(f"{'ok  ' if check.ok else 'FAIL'}  {check.name:<12}{check.found}")
     if not all(check.ok for check in checks):
         raise typer.Exit(1)
-
-
-commands = {"dashboard": dashboard, "doctor": doctor}

@@ -38,6 +38,3 @@ def status(
         follow(lambda: look(engine, opened), settings.log(study=study), as_json=as_json, interval_s=interval)
     else:
         show(look(engine, opened), as_json=as_json)
-
-
-commands = {"status": status}

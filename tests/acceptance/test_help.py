@@ -1,0 +1,78 @@
+"""`--help` on a terminal of 80 columns: what is together in which panel."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from command import Tuner
+
+EVERY_COMMAND = ["--storage", "--storage-password-file", "--data-dir", "--log-format", "--debug"]
+OF_A_STUDY = {
+    "Study": ["--study", "--set", "--sampler", "--pruner", "--direction", "--seed"],
+    "Budget": ["--trials", "--timeout", "--max-failures", "--epochs", "--patience"],
+    "Training": ["--precision", "--compile", "--cuda-graphs", "--deterministic"],
+    "Data": ["--data", "--checkpoints", "--checkpoint-every"],
+}
+
+
+def panels(tuner: Tuner, *command: str) -> dict[str, list[str]]:
+    """The panels that the command's help shows, in order, and the options, arguments or commands in each."""
+    done = tuner(*command, "--help", COLUMNS="80", TERMINAL_WIDTH="80")
+    assert (done.code, done.stderr) == (0, "")
+    found: dict[str, list[str]] = {}
+    for line in done.stdout.splitlines():
+        assert len(line) <= 80
+        assert "…" not in line, "the name of an option, or what it takes, is cut off"
+        if panel := re.match(r"╭─ (.+?) ─+╮", line):
+            found[panel[1]] = []
+        elif entry := re.match(r"│ (?:\*    )?(-?-?\w[\w-]*) ", line):
+            found[list(found)[-1]].append(entry[1])
+    return found
+
+
+def test_commands_are_grouped_by_what_they_are_for(tuner: Tuner) -> None:
+    found = panels(tuner)
+    assert list(found)[2:] == ["Search", "Watch", "Results", "Operate"]
+    assert found == {
+        "Options": ["--version", "--install-completion", "--show-completion", "--help"],
+        "Options of every command": EVERY_COMMAND,
+        "Search": ["run", "create", "worker", "enqueue", "objectives"],
+        "Watch": ["status", "studies", "trials", "dashboard"],
+        "Results": ["best", "export"],
+        "Operate": ["pause", "resume", "stop", "release", "delete", "import", "doctor", "db"],
+    }
+
+
+@pytest.mark.parametrize(
+    ("command", "wanted"),
+    [
+        (
+            "run",
+            {
+                "Arguments": ["OBJECTIVE"],
+                "Options": ["--help"],
+                **OF_A_STUDY,
+                "Workers": ["--workers", "--device", "--allow-code-change"],
+                "Result": ["--export", "--output", "--json"],
+            },
+        ),
+        ("create", {"Arguments": ["OBJECTIVE"], "Options": ["--json", "--help"], **OF_A_STUDY}),
+        (
+            "worker",
+            {
+                "Arguments": ["STUDY"],
+                "Options": ["--help"],
+                "Workers": ["--slots", "--device", "--objective", "--allow-code-change"],
+                "Limits": ["--trials", "--timeout", "--idle-exit"],
+            },
+        ),
+    ],
+)
+def test_options_are_grouped_by_what_they_are_of(tuner: Tuner, command: str, wanted: dict[str, list[str]]) -> None:
+    found = panels(tuner, command)
+    assert found == {**wanted, "Options of every command": EVERY_COMMAND}
+    assert list(found) == [*wanted, "Options of every command"]
