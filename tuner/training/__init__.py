@@ -4,6 +4,7 @@ In come a model, rows, a loss, an optimizer, metrics, and a `Run` that says how 
 `Epoch` for each that ended, or a checkpoint to go on from. Nothing here knows of Optuna or of a database.
 """
 
+from tuner.training.devices import choose_device
 from tuner.training.fitting import (
     CHECKED_EVERY,
     EVALUATION_BYTES,
@@ -16,7 +17,6 @@ from tuner.training.fitting import (
     Run,
     RunningLoss,
     best_epoch,
-    choose_device,
     evaluate,
     fit,
     predict,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing, nullcontext
@@ -19,7 +18,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from tuner.data import DataError, Inputs, Rows, Split, tensors
-from tuner.errors import BrokenDeviceError, ObjectiveError, UsageError
+from tuner.errors import ObjectiveError
 from tuner.seeds import derive_seed
 from tuner.spec import DataPlace, Direction, Precision
 from tuner.training.batches import Batches, Resident, batches_of
@@ -100,24 +99,6 @@ class Run:
     check: Callable[[], None] = _nothing
     on_resume: Callable[[Sequence[Epoch]], None] = _nothing
     log: Callable[[str], None] = _nothing
-
-
-def choose_device(name: str | None = None) -> torch.device:
-    """Return the device `name`, or the best there is: cuda, then mps, then cpu; a CUDA device becomes torch's current.
-
-    Raises UsageError if there is no such device here, BrokenDeviceError if there is one that cannot be used.
-    """
-    best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        device = torch.empty(0, device=name or best).device  # with its number, as its tensors have it
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).partition("\n")[0]
-        if not name or _is_listed(name):
-            raise BrokenDeviceError(f"{name or best} cannot be used: {reason}") from error
-        raise UsageError(f"--device needs a device of this machine, got {name!r}: {reason}") from error
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    return device
 
 
 def fit(
@@ -479,12 +460,6 @@ def _device_of(model: nn.Module, rows: Rows) -> torch.device:
     if found:
         return found.pop()
     return rows.targets.device if isinstance(rows, Split) else torch.device("cpu")
-
-
-def _is_listed(name: str) -> bool:
-    """Whether the driver knows this CUDA device, though it may be full, or somebody else's alone."""
-    cuda = re.fullmatch(r"cuda(?::(\d+))?", name)
-    return cuda is not None and torch.cuda.is_available() and int(cuda[1] or 0) < torch.cuda.device_count()
 
 
 def _is_whole(number: object) -> bool:
