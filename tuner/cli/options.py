@@ -189,7 +189,7 @@ def check_positive(option: str, value: int) -> None:
 
 
 def _pairs(texts: list[str]) -> dict[str, JsonValue]:
-    from tuner.study.sampling import parse_value
+    from tuner.study.params import parse_value
 
     pairs = {}
     for text in texts:

@@ -19,10 +19,12 @@ from optuna.distributions import (
 )
 from optuna.pruners import BasePruner
 from optuna.samplers import BaseSampler, GridSampler, QMCSampler, RandomSampler
+from optuna.trial import FrozenTrial
 
 from tuner.errors import UsageError
 from tuner.seeds import derive_seed
 from tuner.spec import PrunerName, PrunerSpec, SamplerName, SamplerSpec
+from tuner.study.params import as_param, parse_value
 
 if TYPE_CHECKING:
     from pydantic import JsonValue
@@ -44,6 +46,16 @@ _PLAIN_TYPES: dict[str, tuple[type, ...]] = {
 class _Grid(GridSampler):
     def after_trial(self, *_: object) -> None:
         """Do nothing: the budget ends a study (Optuna's own ends the process's optimize loop, which is not run)."""
+
+    def sample_independent(
+        self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
+    ) -> Any:
+        """Return the cell's value as the param's own type. Raises ParamError if it cannot be one."""
+        grid_id = trial.system_attrs.get("grid_id")
+        if grid_id is None or param_name not in self._param_names:
+            return super().sample_independent(study, trial, param_name, param_distribution)  # raises
+        value = self._all_grids[grid_id][self._param_names.index(param_name)]
+        return as_param(param_name, param_distribution, value, within=False)
 
 
 class _QMC(QMCSampler):
@@ -108,15 +120,6 @@ def parse_choice(text: str) -> tuple[str, dict[str, JsonValue]]:
         if not key or not equals:
             raise UsageError(f"settings of {name!r} need to be KEY=VALUE,KEY=VALUE or JSON, got {rest!r}")
     return name, {key: parse_value(value) for key, _, value in pairs}
-
-
-def parse_value(text: str) -> JsonValue:
-    """Read a number, a boolean or any JSON as such, and everything else - NaN too - as the text it is."""
-    try:
-        value: JsonValue = json.loads(text, parse_constant=str)
-    except ValueError:
-        return text
-    return value
 
 
 def check_sampler_name(text: str) -> tuple[str, dict[str, JsonValue]]:

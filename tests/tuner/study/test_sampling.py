@@ -14,6 +14,7 @@ from tuner.data import Data
 from tuner.errors import UsageError
 from tuner.objective import Objective
 from tuner.spec import PrunerSpec
+from tuner.study.params import parse_value
 from tuner.study.sampling import (
     _grid_values,
     build_pruner,
@@ -21,7 +22,6 @@ from tuner.study.sampling import (
     discover,
     grid_size,
     parse_choice,
-    parse_value,
     pruner_spec,
     sampler_spec,
 )
