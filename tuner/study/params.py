@@ -25,14 +25,14 @@ class ParamError(ValueError):
 
 
 def parse_value(text: str) -> JsonValue:
-    """Read a number, a boolean or any JSON as such, and everything else - NaN too - as the text it is."""
+    """Read a number, a boolean or any JSON as such, and everything else - NaN and 1e999 too - as the text it is."""
     try:
         value: JsonValue = json.loads(text, parse_constant=str)
     except (ValueError, RecursionError):
         if len(text) > 40 or _NUMBER.fullmatch(text) is None:
             return text
-        return int(text) if text[0] == "+" and text[1:].isdecimal() else float(text)
-    return value
+        value = int(text) if text[0] == "+" and text[1:].isdecimal() else float(text)
+    return text if value in (math.inf, -math.inf) else value
 
 
 def check_distribution(name: str, distribution: BaseDistribution) -> None:
