@@ -47,7 +47,7 @@ from storage import EmbeddedServer, open_engine
 from storage.coordination import studies
 from storage.database.sessions import Backoff
 from tuner.data import Split
-from tuner.slot.attempt import CheckedTrial
+from tuner.slot.checked_trial import CheckedTrial
 from tuner.slot.reports import Reports
 from tuner.training import Epoch, Options, Run, choose_device, fit
 from tuner.training.steps import fastest

@@ -74,6 +74,18 @@ def distributions_of(sessions: Sessions, study_id: int, names: list[str]) -> dic
     return {name: distribution for name, distribution in found.items() if distribution is not None}
 
 
+def param_names(sessions: Sessions, study_id: int) -> list[str]:
+    """Return the names of all params that trials of the study have had."""
+    query = (
+        select(trial_params.c.param_name)
+        .join(trials, trials.c.trial_id == trial_params.c.trial_id)
+        .where(trials.c.study_id == study_id)
+        .distinct()
+        .order_by(trial_params.c.param_name)
+    )
+    return sessions.snapshot(lambda conn: list(conn.execute(query).scalars()))
+
+
 def _state_of(template: FrozenTrial) -> tuple[str, Any, Any]:
     return template.state.name, utc_time(template.datetime_start), utc_time(template.datetime_complete)
 

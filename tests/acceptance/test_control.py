@@ -118,7 +118,7 @@ def test_an_enqueued_trial_runs_before_any_new_one_and_within_the_budget(
     assert tuner(*worker, "--trials", "1").code == 0
     first = tuner("enqueue", "gated", "x=0.25", "kind=b", "--json")
     assert (first.json(), first.stderr) == ({"study": "gated", "number": 1, "params": {"x": 0.25, "kind": "b"}}, "")
-    second = tuner("enqueue", "gated", "y=1")
+    second = tuner("enqueue", "gated", "y=1", "--force")
     assert second.stdout == "enqueued trial 2: y=1\n"
     assert "no trial of study gated has had a param 'y' so far" in second.stderr
     assert tuner(*worker).code == 0
@@ -134,9 +134,10 @@ def test_an_enqueued_trial_runs_before_any_new_one_and_within_the_budget(
         (("enqueue", "gated", "x"), 2, "enqueue needs PARAM=VALUE, got 'x'"),
         (("enqueue", "gated", "=1"), 2, "enqueue needs PARAM=VALUE, got '=1'"),
         (("enqueue", "gated", "x=0.1", "x=0.2"), 2, "enqueue got 'x' twice"),
-        (("enqueue", "gated", "x=2"), 2, "x needs a value of FloatDistribution(high=1.0, log=False, low=0.0"),
+        (("enqueue", "gated", "x=2"), 2, "x: 0 to 1; got 2"),
         (("enqueue", "gated", "x=big"), 2, "got 'big'"),
-        (("enqueue", "gated", "kind=c"), 2, "kind needs a value of CategoricalDistribution(choices=('a', 'b')), got"),
+        (("enqueue", "gated", "kind=c"), 2, "kind: a or b; got 'c'"),
+        (("enqueue", "gated", "kin=a"), 2, "has had a param 'kin'; did you mean 'kind'? --force enqueues it"),
         (("enqueue", "gated", "k" * 600 + "=1"), 2, "a param's name needs at most 512 characters, got 600"),
         (("enqueue", "gated"), 2, "Missing argument"),
         *(

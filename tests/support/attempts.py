@@ -7,11 +7,8 @@ from torchmetrics import Metric
 
 from tuner.data import Data, Split
 from tuner.objective import Objective
-from tuner.slot.attempt import (
-    CheckedTrial,
-    TrialObjective,
-    run_attempt,
-)
+from tuner.slot.attempt import TrialObjective, run_attempt
+from tuner.slot.checked_trial import CheckedTrial
 from tuner.spec import Spec
 
 

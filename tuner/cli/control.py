@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import sys
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -26,6 +27,7 @@ def enqueue(
     settings: Settings,
     study: StudyName,
     params: Annotated[list[str], typer.Argument(metavar="PARAM=VALUE...", help="Params to try: lr=0.01 units=64")],
+    force: Annotated[bool, typer.Option("--force", help="Take a param that no trial has had, too.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Add a trial with these params to STUDY; a worker takes it before any new one.
@@ -40,11 +42,10 @@ def enqueue(
 
     engine = settings.open()
     opened = open_study(engine, study)
-    wanted = _pairs(params)
-    _check_params(engine, opened, wanted)
     sessions = Sessions(engine)
     closed = claims.closed(claims.look(sessions, opened.study_id), opened.budget)
     try:
+        wanted = _checked(engine, opened, _pairs(params), force=force)
         number = control.enqueue(sessions, opened.study_id, wanted)
     except InvalidWriteError as error:
         raise UsageError(str(error)) from error
@@ -153,7 +154,7 @@ def _set_state(settings: Settings, study: str, state: StudyState, *, as_json: bo
 
 
 def _pairs(texts: list[str]) -> dict[str, JsonValue]:
-    from tuner.study.sampling import parse_value
+    from tuner.study.params import parse_value
 
     pairs: dict[str, JsonValue] = {}
     for text in texts:
@@ -166,22 +167,32 @@ def _pairs(texts: list[str]) -> dict[str, JsonValue]:
     return pairs
 
 
-def _check_params(engine: Engine, study: AnyStudy, wanted: dict[str, Any]) -> None:
-    """Raise UsageError for a value that the study's trials do not have the param from; warn of a param they lack.
+def _checked(engine: Engine, study: AnyStudy, wanted: dict[str, JsonValue], *, force: bool) -> dict[str, JsonValue]:
+    """Return the params as the study's trials have them, as far as it had any.
 
-    A study knows its params by the trials that it has had, and a param may be one that few of them have.
+    Raises UsageError for a value that is none of the param's, and unless `force` for a param that no trial has had;
+    InvalidWriteError for a name that the database cannot hold.
     """
     from storage.database.sessions import Sessions
-    from storage.trials.creation import distributions_of
+    from storage.database.values import checked_name
+    from storage.trials.creation import distributions_of, param_names
+    from tuner.study.params import ParamError, as_param
 
-    known = distributions_of(Sessions(engine), study.study_id, list(wanted))
-    for name, value in wanted.items():
-        if name not in known:
-            print(f"no trial of study {study.name} has had a param {name!r} so far", file=sys.stderr)
-            continue
-        try:
-            is_inside = known[name]._contains(known[name].to_internal_repr(value))
-        except (ValueError, TypeError):
-            is_inside = False
-        if not is_inside:
-            raise UsageError(f"{name} needs a value of {known[name]}, got {value!r}")
+    sessions = Sessions(engine)
+    known = distributions_of(sessions, study.study_id, [checked_name(name, "a param's name") for name in wanted])
+    unknown = [name for name in wanted if name not in known]
+    all_names = param_names(sessions, study.study_id) if unknown else []
+    for name in unknown:
+        if all_names and not force:
+            raise UsageError(_unknown(study.name, name, all_names))
+        print(f"no trial of study {study.name} has had a param {name!r} so far", file=sys.stderr)
+    try:
+        return {name: as_param(name, known[name], value) if name in known else value for name, value in wanted.items()}
+    except ParamError as error:
+        raise UsageError(str(error)) from error
+
+
+def _unknown(study: str, name: str, names: list[str]) -> str:
+    near = difflib.get_close_matches(name, names, n=1)
+    hint = f"did you mean {near[0]!r}?" if near else f"they have had: {', '.join(names[:20])}."
+    return f"no trial of study {study} has had a param {name!r}; {hint} --force enqueues it all the same"

@@ -12,7 +12,7 @@ from tuner.errors import UsageError
 from tuner.spec import Budget, DataPlace, Precision, TrainingSpec
 
 if TYPE_CHECKING:
-    from pydantic import JsonValue
+    pass
 
 _UNITS_S = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
 
@@ -131,6 +131,7 @@ class StudyOptions:
     def plan(self) -> dict[str, Any]:
         """Return the arguments of `tuner.study.joining.plan`, as far checked as can be before torch is imported."""
         from tuner.slot.shared_checkpoints import checked_place
+        from tuner.study.params import parse_value
         from tuner.study.sampling import check_sampler_name, pruner_spec
 
         if self.epochs is not None:
@@ -141,8 +142,10 @@ class StudyOptions:
             raise UsageError(f"--direction needs minimize or maximize, got {self.direction!r}")
         check_sampler_name(self.sampler)
         pruner_spec(self.pruner, 1)
+        texts = _pairs(self.set_ or [])
         return {
-            "options": _pairs(self.set_ or []),
+            "options": {name: parse_value(text) for name, text in texts.items()},
+            "option_texts": texts,
             "budget": self._budget(),
             "epochs": self.epochs,
             "sampler": self.sampler,
@@ -188,15 +191,13 @@ def check_positive(option: str, value: int) -> None:
         raise UsageError(f"{option} needs a whole number above 0, got {value}")
 
 
-def _pairs(texts: list[str]) -> dict[str, JsonValue]:
-    from tuner.study.sampling import parse_value
-
+def _pairs(texts: list[str]) -> dict[str, str]:
     pairs = {}
     for text in texts:
         key, equals, value = text.partition("=")
         if not equals or not key:
             raise UsageError(f"--set needs KEY=VALUE, got {text!r}")
-        pairs[key] = parse_value(value)
+        pairs[key] = value
     return pairs
 
 

@@ -23,13 +23,12 @@ from torch import nn
 
 from storage.database.engine import is_outage
 from storage.database.errors import LeaseLostError, StorageError, StudyHaltedError, UnreachableError
-from storage.database.sessions import Backoff
 from tuner import training
 from tuner.data import BROKEN_ERRNOS, Data, DataError
 from tuner.errors import BrokenDeviceError, ObjectiveError, TunerError, first_line
 from tuner.objective import Objective
 from tuner.seeds import derive_seed, seed_everything, set_deterministic
-from tuner.slot.reports import Reports
+from tuner.slot.checked_trial import CheckedTrial, InvalidReportError
 from tuner.spec import Spec, first_problem
 from tuner.study.registry import FunctionObjective
 from tuner.training import Interrupted
@@ -43,7 +42,6 @@ if TYPE_CHECKING:
 FailureClass: TypeAlias = Literal["nan", "oom", "user_error", "infrastructure"]
 
 MAX_MESSAGE_CHARS = 2000
-MAX_STEP = 2**31 - 1  # a PostgreSQL integer
 _BY_THE_TRIAL = ("device-side assert",)  # an index out of range, as a rule
 _DEVICE_ERRORS = (
     "CUDA error:",
@@ -59,10 +57,6 @@ _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory",
 _OUT_OF_MEMORY_IF_FULL = ("CUBLAS_STATUS_NOT_INITIALIZED", "CUDNN_STATUS_ALLOC_FAILED", "CUDNN_STATUS_INTERNAL_ERROR")
 _FULL_BELOW = 0.05
 """The part of a device's memory below which it is full: such libraries want some hundred megabytes."""
-
-
-class InvalidReportError(ValueError):
-    """An objective reported or returned what a study cannot hold."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,60 +155,6 @@ class TrialObjective:
             every_s=self.spec.checkpoint_every_s,
             log=self.log,
         )
-
-
-class CheckedTrial(optuna.Trial):
-    """A trial that refuses what the database cannot hold, and that `check` can interrupt at each report."""
-
-    def __init__(
-        self,
-        study: optuna.Study,
-        trial_id: int,
-        check: Callable[[], None],
-        reports: Reports | None = None,
-        retry: Backoff | None = None,
-    ) -> None:
-        """`reports` writes the reports, which are written at once without; `retry` is the study's storage's."""
-        super().__init__(study, trial_id)
-        self.check = check
-        """Raises Interrupted or LeaseLostError if the attempt has to end."""
-        self._reports = reports
-        self._retry = retry
-
-    def report(self, value: float, step: int) -> None:
-        """Report as Optuna does; while the database is away, return before the report is written.
-
-        Raises Interrupted, DivergedError for NaN or infinity, InvalidReportError for a bad step.
-        """
-        self.check()
-        if not 0 <= step <= MAX_STEP or int(step) != step:
-            raise InvalidReportError(f"a step needs to be a whole number in 0..{MAX_STEP}, got {step}")
-        step = int(step)
-        if not math.isfinite(float(value)):
-            raise training.DivergedError(f"the reported value is {value} at step {step}")
-        known = self._cached_frozen_trial.intermediate_values
-        if self._reports is None or step in known:
-            super().report(value, step)
-            return
-        self._reports.put(step, float(value))
-        known[step] = float(value)
-
-    @property
-    def reported(self) -> dict[int, float]:
-        """What was reported, by step, also what is not written yet."""
-        return dict(self._cached_frozen_trial.intermediate_values)
-
-    def should_prune(self) -> bool:
-        """Decide as Optuna does; not to prune while the database is away."""
-        if self._reports is None or self._retry is None:
-            return super().should_prune()
-        if self._reports.is_behind:
-            return False
-        try:
-            with self._retry.at_once():
-                return super().should_prune()
-        except UnreachableError:
-            return False
 
 
 def run_attempt(what: TrialObjective, trial: CheckedTrial) -> Outcome:

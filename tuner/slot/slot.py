@@ -39,7 +39,6 @@ from storage.optuna_storage.storage import PostgresStorage
 from tuner.errors import EXIT_UNREACHABLE, BrokenDeviceError, TunerError
 from tuner.seeds import set_deterministic
 from tuner.slot.attempt import (
-    CheckedTrial,
     Outcome,
     TrialObjective,
     check_device,
@@ -48,6 +47,7 @@ from tuner.slot.attempt import (
     run_attempt,
     warm_up,
 )
+from tuner.slot.checked_trial import CheckedTrial
 from tuner.slot.lease import Lease
 from tuner.slot.orders import Orders
 from tuner.slot.reports import Reports

@@ -6,6 +6,7 @@ import datetime as dt
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from sqlalchemy import Engine
@@ -174,16 +175,20 @@ def plan(
     training: TrainingSpec = TrainingSpec(),  # noqa: B008 - frozen
     checkpoints: str = Spec.model_fields["checkpoints"].default,
     checkpoint_every_s: float = Spec.model_fields["checkpoint_every_s"].default,
+    option_texts: Mapping[str, str] = MappingProxyType({}),
 ) -> tuple[Spec, Objective | None]:
     """Return the checked spec of a study of `kind`, and the objective (None for a plain function).
 
-    A grid smaller than the budget's trials is the budget. Raises UsageError that names the option at fault.
+    A grid smaller than the budget's trials is the budget. `option_texts` are the options as they were typed. The
+    objective suggests params once, so that a space that cannot be is told now. Raises UsageError that names the
+    option or the line at fault.
     """
-    from tuner.study.sampling import grid_size, pruner_spec, sampler_spec
+    from tuner.study.sampling import discover, grid_size, pruner_spec, sampler_spec
 
     objective = None
     if is_objective_class(kind):
-        objective = build_objective(kind, options, seed)
+        objective = build_objective(kind, options, seed, option_texts)
+        discover(objective)
         if direction not in (None, kind.direction):
             raise UsageError(f"--direction: {kind.__name__} says {kind.direction}, got {direction}")
         metric, direction, epochs = kind.metric, kind.direction, epochs or kind.epochs
@@ -209,7 +214,7 @@ def plan(
         metric=metric,
         direction=direction,
         sampler=sampler_,
-        pruner=pruner_spec(pruner, epochs),
+        pruner=pruner_spec(pruner, epochs if objective is not None else None),
         budget=budget.model_copy(update={"trials": min(budget.trials, grid_size(sampler_) or budget.trials)}),
         epochs=epochs,
         seed=seed,

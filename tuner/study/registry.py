@@ -13,9 +13,10 @@ import inspect
 import sys
 import traceback
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
+from types import MappingProxyType, ModuleType
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from pydantic import JsonValue, ValidationError
@@ -138,8 +139,13 @@ def installed_objectives() -> list[ObjectiveSource]:
     return sorted(found, key=lambda source: source.name)
 
 
-def build_objective(kind: type[Objective], options: Mapping[str, JsonValue], seed: int) -> Objective:
-    """Return the objective with its options checked. Raises UsageError that names the option and lists all."""
+def build_objective(
+    kind: type[Objective], options: Mapping[str, JsonValue], seed: int, texts: Mapping[str, str] = MappingProxyType({})
+) -> Objective:
+    """Return the objective with its options checked. Raises UsageError that names the option and lists all.
+
+    `texts` are the options as they were typed: what reads as a number or as JSON is text where the option wants that.
+    """
     if missing := sorted(kind.__abstractmethods__):
         raise TunerError(f"{kind.__name__} needs the methods {', '.join(missing)}, got none of these: write them")
     known = {name: its for name, its in kind.model_fields.items() if name != "seed"}
@@ -151,7 +157,19 @@ def build_objective(kind: type[Objective], options: Mapping[str, JsonValue], see
     try:
         return kind(seed=seed, **options)
     except ValidationError as error:
-        raise UsageError(f"--set {first_problem(error)}") from error
+        refused = {problem["loc"][0] for problem in error.errors()}
+        as_text = {name: text for name, text in texts.items() if name in refused and text != options[name]}
+        if as_text:
+            with suppress(ValidationError):
+                return kind(seed=seed, **{**options, **as_text})
+        raise UsageError(f"--set {first_problem(error)}{_quoting(error)}") from error
+
+
+def _quoting(error: ValidationError) -> str:
+    """Return how a text is given that reads as something else, where one is wanted within a list or the like."""
+    if error.errors()[0]["type"] != "string_type":
+        return ""
+    return """; text within JSON needs quotes, as --set 'tags=["2024"]'"""
 
 
 def _from_file(path: Path, attribute: str) -> ObjectiveSource:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import inspect
 import json
 import math
+import traceback
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
 import optuna
@@ -19,10 +20,12 @@ from optuna.distributions import (
 )
 from optuna.pruners import BasePruner
 from optuna.samplers import BaseSampler, GridSampler, QMCSampler, RandomSampler
+from optuna.trial import FrozenTrial
 
-from tuner.errors import UsageError
+from tuner.errors import UsageError, first_line
 from tuner.seeds import derive_seed
 from tuner.spec import PrunerName, PrunerSpec, SamplerName, SamplerSpec
+from tuner.study.params import ParamError, as_param, check_distribution, parse_value
 
 if TYPE_CHECKING:
     from pydantic import JsonValue
@@ -42,8 +45,35 @@ _PLAIN_TYPES: dict[str, tuple[type, ...]] = {
 
 
 class _Grid(GridSampler):
+    """Optuna's, whose cells are `cells` where given: those of a conditional space, which a product has several times.
+
+    Each holds what is suggested in it.
+    """
+
+    def __init__(
+        self,
+        search_space: Mapping[str, Sequence[Any]],
+        cells: Sequence[Mapping[str, Any]] | None = None,
+        seed: int | None = None,
+    ) -> None:
+        super().__init__(search_space, seed)
+        if cells is not None:
+            self._all_grids = [tuple(cell.get(name) for name in self._param_names) for cell in cells]
+            self._n_min_trials = len(self._all_grids)
+            self._rng.rng.shuffle(self._all_grids)  # type: ignore[arg-type]
+
     def after_trial(self, *_: object) -> None:
         """Do nothing: the budget ends a study (Optuna's own ends the process's optimize loop, which is not run)."""
+
+    def sample_independent(
+        self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
+    ) -> Any:
+        """Return the cell's value as the param's own type. Raises ParamError if it cannot be one."""
+        grid_id = trial.system_attrs.get("grid_id")
+        if grid_id is None or param_name not in self._param_names:
+            return super().sample_independent(study, trial, param_name, param_distribution)  # raises
+        value = self._all_grids[grid_id][self._param_names.index(param_name)]
+        return as_param(param_name, param_distribution, value, within=False)
 
 
 class _QMC(QMCSampler):
@@ -89,6 +119,8 @@ _NOT_SETTABLE = {
 # QMC draws one sequence and grid shuffles its cells once for the whole study: every worker the same way.
 _ONE_SEQUENCE = {"qmc", "grid"}
 # These draw conditional params at random, and would log a line for each such param of each trial.
+MAX_CELLS = 10_000
+"""A larger grid of a conditional space has its cells several times; to suggest in each would take seconds."""
 _WARN_OF_CONDITIONAL_PARAMS = {"gp", "cmaes", "qmc"}
 
 
@@ -110,15 +142,6 @@ def parse_choice(text: str) -> tuple[str, dict[str, JsonValue]]:
     return name, {key: parse_value(value) for key, _, value in pairs}
 
 
-def parse_value(text: str) -> JsonValue:
-    """Read a number, a boolean or any JSON as such, and everything else - NaN too - as the text it is."""
-    try:
-        value: JsonValue = json.loads(text, parse_constant=str)
-    except ValueError:
-        return text
-    return value
-
-
 def check_sampler_name(text: str) -> tuple[str, dict[str, JsonValue]]:
     """Return name and settings of `--sampler TEXT`. Raises UsageError if there is no sampler of that name."""
     name, settings = parse_choice(text)
@@ -134,28 +157,79 @@ def sampler_spec(text: str, objective: Objective | None, points: int = 4) -> Sam
     `search_space`, it is what the objective suggests, continuous ranges cut into `points` values.
     """
     name, settings = check_sampler_name(text)
-    if name == "grid" and "search_space" not in settings:
-        points = _as_points(settings.pop("points", points))
-        if objective is None:
-            raise UsageError(
-                "--sampler grid needs the values of a plain function's params,"
-                """ such as --sampler 'grid:{"search_space": {"lr": [0.1, 0.01]}}'"""
-            )
-        space: dict[str, JsonValue] = {key: _grid_values(value, points) for key, value in discover(objective).items()}
-        settings = {**settings, "search_space": space}
     if name == "grid":
-        _check_grid(settings["search_space"])
+        settings = _grid_settings(settings, objective, points)
     spec = SamplerSpec.model_validate({"name": name, "settings": settings})
     build_sampler(spec, 0, 0)
     return spec
 
 
-def pruner_spec(text: str, epochs: int) -> PrunerSpec:
-    """Return the checked spec of `--pruner TEXT`; hyperband's brackets end at `epochs` unless it says otherwise."""
+def _grid_settings(settings: dict[str, JsonValue], objective: Objective | None, points: int) -> dict[str, JsonValue]:
+    if "cells" in settings:
+        raise UsageError("--sampler grid has no setting 'cells'; it has: search_space, points")
+    if objective is None:
+        if "search_space" not in settings:
+            raise UsageError(
+                "--sampler grid needs the values of a plain function's params,"
+                """ such as --sampler 'grid:{"search_space": {"lr": [0.1, 0.01]}}'"""
+            )
+        _check_grid(settings["search_space"])
+        return settings
+    given, points = settings.get("search_space"), _as_points(settings.get("points", points))
+    found = discover(objective)
+    if given is None:
+        space: dict[str, Any] = {name: _grid_values(its, points) for name, its in found.items()}
+    else:
+        _check_grid(given)
+        assert isinstance(given, dict)
+        space = {name: _typed(name, found.get(name), values) for name, values in given.items()}
+        if missing := [name for name in found if name not in space]:
+            raise UsageError(f"--sampler grid needs values for {', '.join(missing)}, which the objective suggests")
+    _check_grid(space)
+    others = {name: value for name, value in settings.items() if given is not None or name != "points"}
+    is_conditional = any(its.keys() != space.keys() for its in _explored(objective))
+    if is_conditional and math.prod(len(values) for values in space.values()) <= MAX_CELLS:
+        return {**others, "search_space": space, "cells": _cells(objective, space, points)}
+    return {**others, "search_space": space}
+
+
+def _typed(name: str, distribution: BaseDistribution | None, values: Any) -> list[Any]:
+    if distribution is None:
+        return list(values)
+    try:
+        return [as_param(name, distribution, value, within=False) for value in values]
+    except ParamError as error:
+        raise UsageError(f"--sampler grid: {error}") from error
+
+
+def _cells(objective: Objective, space: dict[str, Any], points: int) -> list[JsonValue]:
+    """Return the grid's cells, each with the params that are suggested there alone.
+
+    A param that `discover` did not find gets values in `space` too.
+    """
+    cells: list[JsonValue] = []
+    queue: list[dict[str, Any]] = [{}]
+    while queue:
+        fixed = queue.pop()
+        suggested = _suggested(objective, fixed)
+        name = next((name for name in suggested if name not in fixed), None)
+        if name is None:
+            cells.append({name: fixed[name] for name in suggested})
+            continue
+        values = space.setdefault(name, _grid_values(suggested[name], points))
+        queue += [{**fixed, name: value} for value in reversed(values)]
+    return cells
+
+
+def pruner_spec(text: str, epochs: int | None) -> PrunerSpec:
+    """Return the checked spec of `--pruner TEXT`; hyperband's brackets end at `epochs` unless it says otherwise.
+
+    None is for a plain function, whose steps are not known: then at the last step of the trials that complete first.
+    """
     name, settings = parse_choice(text)
     if name not in _PRUNERS:
         raise UsageError(f"--pruner needs one of {', '.join(get_args(PrunerName))}, got {name!r}")
-    defaults = {"max_resource": epochs} if name == "hyperband" else _PRUNER_DEFAULTS.get(name, {})
+    defaults = {"max_resource": epochs or "auto"} if name == "hyperband" else _PRUNER_DEFAULTS.get(name, {})
     spec = PrunerSpec.model_validate({"name": name, "settings": {**defaults, **settings}})
     build_pruner(spec)
     return spec
@@ -186,7 +260,9 @@ def grid_size(spec: SamplerSpec) -> int | None:
     """Return how many trials the grid has; None for the other samplers, which do not end."""
     if spec.name != "grid":
         return None
-    space = spec.settings["search_space"]
+    cells, space = spec.settings.get("cells"), spec.settings["search_space"]
+    if isinstance(cells, list):
+        return len(cells)
     assert isinstance(space, dict)
     return math.prod(len(values) for values in space.values() if isinstance(values, list))
 
@@ -196,16 +272,26 @@ def discover(objective: Objective) -> dict[str, BaseDistribution]:
 
     Each discrete param is suggested at each of its values in turn, with the values that led to it: a param that
     needs two values at once, of which neither leads to the other, is not found.
+
+    Raises UsageError, with the line, if `suggest` fails or a study could not hold what it suggests.
     """
     found: dict[str, BaseDistribution] = {}
+    for suggested in _explored(objective):
+        found |= {name: its for name, its in suggested.items() if name not in found}
+    return found
+
+
+def _explored(objective: Objective) -> Iterator[dict[str, BaseDistribution]]:
+    seen: set[str] = set()
     queue: list[dict[str, Any]] = [{}]
     while queue:
         fixed = queue.pop()
-        for name, distribution in _suggested(objective, fixed).items():
-            if name not in found:
-                found[name] = distribution
+        suggested = _suggested(objective, fixed)
+        for name, distribution in suggested.items():
+            if name not in seen:
                 queue += [{**fixed, name: value} for value in _discrete_values(distribution)]
-    return found
+        seen |= suggested.keys()
+        yield suggested
 
 
 def _suggested(objective: Objective, fixed: dict[str, Any]) -> dict[str, BaseDistribution]:
@@ -213,8 +299,22 @@ def _suggested(objective: Objective, fixed: dict[str, Any]) -> dict[str, BaseDis
         study = optuna.create_study(sampler=RandomSampler(seed=0))
         study.enqueue_trial(fixed)
         trial = study.ask()
-        objective.suggest(trial)
+        try:
+            with suppress(optuna.TrialPruned):  # of params that do not go together
+                objective.suggest(trial)
+            for name, distribution in trial.distributions.items():
+                check_distribution(name, distribution)
+        except (Exception, SystemExit) as error:
+            raise UsageError(f"{type(objective).__name__}.suggest failed: {_told(error, objective)}") from error
     return dict(trial.distributions)
+
+
+def _told(error: BaseException, objective: Objective) -> str:
+    """Return what went wrong, with the last line of the objective's own file that it passed, if it passed any."""
+    file = inspect.getfile(type(objective))
+    own = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
+    told = str(error) if isinstance(error, ParamError) else f"{type(error).__name__}: {first_line(error)}"
+    return f"{told} ({file}, line {own[-1].lineno})" if own else told
 
 
 def _discrete_values(distribution: BaseDistribution) -> list[Any]:
@@ -252,12 +352,13 @@ def _check_grid(space: JsonValue) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep Optuna from saying that a sampler is experimental, or that it made a study in memory."""
+    """Keep Optuna from saying that a sampler is experimental, that it made a study in memory, or what we refuse."""
     level = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            warnings.filterwarnings("ignore", "Fixed parameter|Choices for a categorical", UserWarning)
             yield
     finally:
         optuna.logging.set_verbosity(level)

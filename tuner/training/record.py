@@ -14,6 +14,16 @@ if TYPE_CHECKING:
     from tuner.training.fitting import Epoch
 
 
+OWN_NAMES = frozenset(
+    {
+        *("train_loss", "lr", "epoch", "epochs", "step", "seconds", "train_s", "evaluate_s", "wait_s", "samples_per_s"),
+        *("seed", "device", "versions", "peak_memory_mb", "peak_reserved_mb", "failure", "failure_message"),
+        *("value", "values", "params", "number", "state"),
+    }
+)
+"""What is recorded of a trial and of its epochs beside the metrics, which cannot have these names."""
+
+
 class Record:
     """Collects what a trial cost while it runs: `peak_memory_mb` is the device's, on a CPU the whole process's.
 

@@ -20,14 +20,8 @@ from torchmetrics import MeanMetric
 from storage.database.errors import LeaseLostError, UnreachableError
 from tuner.data import Data, Samples
 from tuner.seeds import derive_seed
-from tuner.slot.attempt import (
-    MAX_MESSAGE_CHARS,
-    MAX_STEP,
-    CheckedTrial,
-    InvalidReportError,
-    TrialObjective,
-    run_attempt,
-)
+from tuner.slot.attempt import MAX_MESSAGE_CHARS, TrialObjective, run_attempt
+from tuner.slot.checked_trial import MAX_STEP, CheckedTrial, InvalidReportError
 from tuner.training import DivergedError
 
 
@@ -283,7 +277,8 @@ import sys
 import optuna
 import torch
 from attempts import a_spec
-from tuner.slot.attempt import CheckedTrial, TrialObjective, run_attempt
+from tuner.slot.attempt import TrialObjective, run_attempt
+from tuner.slot.checked_trial import CheckedTrial
 
 def objective(trial):
     torch.arange(3, device="cuda")[torch.tensor([7], device="cuda")]

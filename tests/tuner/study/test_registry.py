@@ -1,11 +1,14 @@
 import hashlib
 import textwrap
 from pathlib import Path
+from typing import Literal
 
 import pytest
+from pydantic import Field
 
 from objectives.digits import Digits
 from tuner.errors import TunerError, UsageError
+from tuner.study.params import parse_value
 from tuner.study.registry import build_objective, find_objective, installed_objectives, is_objective_class
 
 HERE = {
@@ -165,6 +168,51 @@ def test_an_option_that_cannot_be_is_refused_with_those_there_are(options, told)
         build_objective(Digits, options, seed=0)
     assert told in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+class Named(Digits):
+    """Options that want text, in several forms."""
+
+    tag: str = ""
+    version: Literal["1.0", "2.0"] = "1.0"
+    place: Path | None = None
+    rate: int | str = 0
+    tags: list[str] = Field(default_factory=list)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "value"),
+    [
+        ("tag", "2024", "2024"),
+        ("tag", "1e3", "1e3"),
+        ("tag", "true", "true"),
+        ("tag", "007", "007"),
+        ("tag", '"quoted"', "quoted"),
+        ("tag", "[1]", "[1]"),
+        ("version", "2.0", "2.0"),
+        ("place", "2024", Path("2024")),
+        ("rate", "5", 5),
+        ("tags", '["2024"]', ["2024"]),
+        ("max_units", "1e2", 100),
+    ],
+)
+def test_an_option_that_wants_text_takes_what_looks_like_something_else(name, text, value):
+    objective = build_objective(Named, {name: parse_value(text)}, 0, {name: text})
+    assert getattr(objective, name) == value
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "told"),
+    [
+        ("tags", "[2024]", """got 2024; text within JSON needs quotes, as --set 'tags=["2024"]'"""),
+        ("version", "3.0", "got 3.0"),
+        ("max_units", "many", "should be a valid integer"),
+    ],
+)
+def test_an_option_that_is_nothing_as_text_either_is_refused(name, text, told):
+    with pytest.raises(UsageError) as refused:
+        build_objective(Named, {name: parse_value(text)}, 0, {name: text})
+    assert told in str(refused.value)
 
 
 def test_installed_objectives_are_listed_without_importing_them(start_python):

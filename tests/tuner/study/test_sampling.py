@@ -14,6 +14,7 @@ from tuner.data import Data
 from tuner.errors import UsageError
 from tuner.objective import Objective
 from tuner.spec import PrunerSpec
+from tuner.study.params import parse_value
 from tuner.study.sampling import (
     _grid_values,
     build_pruner,
@@ -21,7 +22,6 @@ from tuner.study.sampling import (
     discover,
     grid_size,
     parse_choice,
-    parse_value,
     pruner_spec,
     sampler_spec,
 )
@@ -170,10 +170,74 @@ def test_a_grid_covers_each_cell_once():
 def test_a_grid_of_a_conditional_space_covers_every_branch():
     spec = sampler_spec("grid:points=2", Conditional())
     size = grid_size(spec)
-    assert size == 2 * 2**2 * 2 * 2 * 2 * 2
-    study = run_trials(Conditional(), spec, size)
+    assert size == (2 + 2**2) * (1 + 2 + 2)
+    study = run_trials(Conditional(), spec, size, workers=3)
     branches = {tuple(params) for params in drawn(study)}
     assert len(branches) == 2 * 3
+    assert len({json.dumps(params) for params in drawn(study)}) == size
+
+
+class Both(_Space):
+    """A param that two others lead to together, which no value of one alone shows."""
+
+    def suggest(self, trial):
+        ends = [trial.suggest_categorical(name, ["a", "b"]) for name in ("left", "right")]
+        if ends == ["b", "b"]:
+            trial.suggest_int("both", 1, 3)
+        if ends == ["b", "a"]:
+            raise optuna.TrialPruned
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("grid", 3 + 3),
+        ('grid:{"search_space": {"left": ["a", "b"], "right": ["a", "b"], "both": [1, 2.0]}}', 3 + 2),
+        ('grid:{"search_space": {"left": ["b"], "right": ["b"], "both": [3], "never": [1, 2]}}', 1),
+    ],
+)
+def test_a_cell_of_a_grid_counts_once_whatever_is_not_suggested_there(text, size):
+    spec = sampler_spec(text, Both())
+    assert grid_size(spec) == size
+    assert len({json.dumps(cell) for cell in spec.settings["cells"]}) == size
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ('grid:{"search_space": {"lr": [0.1], "units": [16]}}', "grid needs values for activation, which the"),
+        ('grid:{"search_space": {"lr": [0.1], "units": [16.5], "activation": ["gelu"]}}', "units: 16 to 64 in steps"),
+        ('grid:{"search_space": {"lr": [0.1], "units": [16], "activation": ["gel"]}}', "relu or gelu; got 'gel'"),
+        ("grid:cells=3", "no setting 'cells'; it has: search_space, points"),
+    ],
+)
+def test_a_grid_that_does_not_fit_the_objective_is_refused_by_name(text, told):
+    with pytest.raises(UsageError) as refused:
+        sampler_spec(text, Flat())
+    assert told in str(refused.value)
+
+
+def test_a_grid_s_values_are_written_as_their_params_types():
+    spec = sampler_spec('grid:{"search_space": {"lr": [1], "units": ["32"], "activation": ["gelu"]}}', Flat())
+    assert json.dumps(spec.settings) == '{"search_space": {"lr": [1.0], "units": [32], "activation": ["gelu"]}}'
+
+
+class _Broken(_Space):
+    at: str
+
+    def suggest(self, trial):
+        if trial.suggest_categorical("optimizer", ["adam", "sgd"]) == self.at:
+            trial.suggest_float("momentum", 0.0, 0.9, log=True)
+
+
+@pytest.mark.parametrize("branch", ["adam", "sgd"])
+def test_a_space_that_cannot_be_is_told_with_its_line_in_whichever_branch(branch):
+    with pytest.raises(UsageError) as refused:
+        discover(_Broken(at=branch))
+    told = str(refused.value)
+    assert told.startswith("_Broken.suggest failed: ValueError: `low > 0` must hold")
+    line = _Broken.suggest.__code__.co_firstlineno + 2
+    assert told.endswith(f"({__file__}, line {line})")
 
 
 def test_no_other_sampler_has_an_end():
@@ -194,6 +258,32 @@ def test_a_pruner_ends_what_is_worse_and_spares_the_best(name, sampler):
 def test_hyperband_ends_at_the_epochs_of_the_study_unless_told_otherwise():
     assert pruner_spec("hyperband", 20).settings == {"max_resource": 20}
     assert pruner_spec("hyperband:max_resource=9", 20).settings == {"max_resource": 9}
+
+
+@pytest.mark.parametrize(
+    ("text", "stock"),
+    [
+        ("hyperband", optuna.pruners.HyperbandPruner),
+        ("asha", optuna.pruners.SuccessiveHalvingPruner),
+    ],
+)
+def test_a_plain_function_s_steps_are_found_as_optuna_finds_them(text, stock):
+    steps = []
+    for pruner in (build_pruner(pruner_spec(text, None)), stock()):
+        study = optuna.create_study(study_name="s", sampler=optuna.samplers.RandomSampler(0), pruner=pruner)
+        study.optimize(reporting, n_trials=40)
+        steps.append([trial.last_step for trial in study.trials])
+    assert steps[0] == steps[1]
+    assert len(set(steps[0])) > 2
+
+
+def reporting(trial):
+    x = trial.suggest_float("x", 0, 1)
+    for step in range(1, 82):
+        trial.report(x + 1 / step, step)
+        if trial.should_prune():
+            raise optuna.TrialPruned
+    return x
 
 
 def test_median_pruning_is_what_optuna_has_by_default():
@@ -245,7 +335,7 @@ def test_any_text_is_a_value_that_the_database_can_hold(text):
     json.loads(json.dumps(parse_value(text)), parse_constant=pytest.fail)
 
 
-@pytest.mark.parametrize("text", ["NaN", "Infinity", "-Infinity", "relu", "01", "1_000", "9" * 5000, ""])
+@pytest.mark.parametrize("text", ["", "NaN", "-Infinity", "relu", "01", "1_000", "9" * 5000, "1e999", "+1e999", ""])
 def test_what_is_no_json_is_text(text):
     assert parse_value(text) == text
 

@@ -1,0 +1,85 @@
+"""The trial that an objective is given: Optuna's, checked against what a study can hold."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import optuna
+from optuna.distributions import BaseDistribution
+
+from storage.database.errors import UnreachableError
+from storage.database.sessions import Backoff
+from tuner import training
+from tuner.slot.reports import Reports
+from tuner.study.params import as_param, check_distribution
+
+MAX_STEP = 2**31 - 1  # a PostgreSQL integer
+
+
+class InvalidReportError(ValueError):
+    """An objective reported or returned what a study cannot hold."""
+
+
+class CheckedTrial(optuna.Trial):
+    """A trial that refuses what the database cannot hold, and that `check` can interrupt at each report."""
+
+    def __init__(
+        self,
+        study: optuna.Study,
+        trial_id: int,
+        check: Callable[[], None],
+        reports: Reports | None = None,
+        retry: Backoff | None = None,
+    ) -> None:
+        """`reports` writes the reports, which are written at once without; `retry` is the study's storage's."""
+        super().__init__(study, trial_id)
+        self.check = check
+        """Raises Interrupted or LeaseLostError if the attempt has to end."""
+        self._reports = reports
+        self._retry = retry
+
+    def report(self, value: float, step: int) -> None:
+        """Report as Optuna does; while the database is away, return before the report is written.
+
+        Raises Interrupted, DivergedError for NaN or infinity, InvalidReportError for a bad step.
+        """
+        self.check()
+        if not 0 <= step <= MAX_STEP or int(step) != step:
+            raise InvalidReportError(f"a step needs to be a whole number in 0..{MAX_STEP}, got {step}")
+        step = int(step)
+        if not math.isfinite(float(value)):
+            raise training.DivergedError(f"the reported value is {value} at step {step}")
+        known = self._cached_frozen_trial.intermediate_values
+        if self._reports is None or step in known:
+            super().report(value, step)
+            return
+        self._reports.put(step, float(value))
+        known[step] = float(value)
+
+    @property
+    def reported(self) -> dict[int, float]:
+        """What was reported, by step, also what is not written yet."""
+        return dict(self._cached_frozen_trial.intermediate_values)
+
+    def should_prune(self) -> bool:
+        """Decide as Optuna does; not to prune while the database is away."""
+        if self._reports is None or self._retry is None:
+            return super().should_prune()
+        if self._reports.is_behind:
+            return False
+        try:
+            with self._retry.at_once():
+                return super().should_prune()
+        except UnreachableError:
+            return False
+
+    def _suggest(self, name: str, distribution: BaseDistribution) -> Any:
+        """Suggest as Optuna does, but a queued value as the param's own type. Raises ParamError if it cannot be one."""
+        if name not in self._cached_frozen_trial.distributions:
+            check_distribution(name, distribution)
+            if name in self._fixed_params:
+                value = as_param(name, distribution, self._fixed_params[name])
+                self._fixed_params = {**self._fixed_params, name: value}
+        return super()._suggest(name, distribution)
