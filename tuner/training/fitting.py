@@ -23,7 +23,7 @@ from tuner.seeds import derive_seed
 from tuner.spec import DataPlace, Direction, Precision
 from tuner.training.batches import Batches, Resident, batches_of
 from tuner.training.checkpoint import Checkpoint, State, generator_states, set_generator_states
-from tuner.training.steps import Loss, Step, autocast, call, matrix_products
+from tuner.training.steps import Loss, Step, autocast, call, materialize, matrix_products
 
 if TYPE_CHECKING:
     from torchmetrics import Metric
@@ -136,6 +136,7 @@ def fit(
     device = _device_of(model, train)
     if isinstance(loss, nn.Module):
         loss.to(device)  # class weights
+    materialize(model, train)
     options = run.options
     channels_last = _wants_channels_last(model, device) if options.channels_last is None else options.channels_last
     if channels_last:
