@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -33,3 +34,10 @@ def test_a_trial_with_lazy_layers_goes_on_where_it_was_given_back(tuner: Tuner) 
     assert "resumed after epoch" in done.stderr
     [trial] = tuner("trials", "s", "--json").json()
     assert trial["state"] == "complete"
+
+
+def test_an_evaluation_takes_no_more_memory_than_its_outputs_may(tuner: Tuner) -> None:
+    limited = replace(tuner, within=("prlimit", f"--data={3 * 2**30}"))
+    objective = f"{INPUTS / '12-evaluation-memory' / 'search.py'}:Wide"
+    done = limited("run", objective, *ONE_TRIAL, "--no-export")
+    assert done.code == 0, done.stderr
