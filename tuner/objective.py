@@ -16,7 +16,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler
 from tuner import training
 from tuner.data import Data, DataError, Rows
 from tuner.errors import ObjectiveError
-from tuner.training.steps import Loss, fastest
+from tuner.training.steps import Loss, fastest, materialize
 
 if TYPE_CHECKING:
     import optuna
@@ -150,6 +150,7 @@ class Objective(BaseModel, ABC):
         `on_epoch` raises pass, and returns the epochs that ended; without `valid` (retraining) their metrics are
         empty. What `run` says of precision, patience and checkpoints is then its own to do, or to leave.
         """
+        materialize(model, train)  # optimizers may ask for the shapes of weights
         optimizer = self.build_optimizer(model, params)
         if not isinstance(optimizer, Optimizer):
             raise ObjectiveError(f"build_optimizer needs to return an Optimizer, got {type(optimizer).__name__}")

@@ -13,11 +13,12 @@ from tuner.training import Interrupted, Run, fit
 class Model(nn.Module):
     """Draws from every generator there is."""
 
-    def __init__(self, width=8):
+    def __init__(self, width=8, *, lazy=False):
         super().__init__()
-        self.layers = nn.Sequential(
-            nn.Linear(4, width), nn.BatchNorm1d(width), nn.ReLU(), nn.Dropout(0.3), nn.Linear(width, 2)
-        )
+        first, norm, last = nn.Linear(4, width), nn.BatchNorm1d(width), nn.Linear(width, 2)
+        if lazy:
+            first, norm, last = nn.LazyLinear(width), nn.LazyBatchNorm1d(), nn.LazyLinear(2)
+        self.layers = nn.Sequential(first, norm, nn.ReLU(), nn.Dropout(0.3), last)
 
     def forward(self, x):
         noise = random.random() + np.random.random() if self.training else 0.0
@@ -38,9 +39,11 @@ def seed_all(seed):
 def train(checkpoint=None, *, kind="sgd", seed=0, rows=None, check=lambda: None, on_epoch=None, width=8, lines=None):
     """Train six epochs of five batches; `seed` is the global generators', as a new process has others."""
     seed_all(seed)
-    model = Model(width)
+    model = Model(width, lazy=kind == "lazy")
     optimizer = {
         "sgd": lambda: torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9),
+        "lazy": lambda: torch.optim.Adam(model.parameters(), lr=0.05),
+        "lbfgs": lambda: torch.optim.LBFGS(model.parameters(), lr=0.3, max_iter=4),
         "adam": lambda: torch.optim.Adam(model.parameters(), lr=0.05),
         "fused": lambda: torch.optim.AdamW(model.parameters(), lr=0.05, fused=True),
     }[kind]()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import inspect
 import json
 import math
@@ -34,6 +33,7 @@ from tuner.study.registry import FunctionObjective
 from tuner.training import Interrupted
 from tuner.training.batches import DeadReaderError, place
 from tuner.training.checkpoint import Checkpoint, Shared
+from tuner.training.memory import free_memory, is_out_of_memory
 from tuner.training.record import Record
 
 if TYPE_CHECKING:
@@ -52,7 +52,6 @@ _DEVICE_ERRORS = (
     "CUBLAS_STATUS_",
     "HIP error:",
 )
-_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "CUBLAS_STATUS_ALLOC_FAILED")
 # What libraries that allocate by themselves say, of a full device as of a broken one.
 _OUT_OF_MEMORY_IF_FULL = ("CUBLAS_STATUS_NOT_INITIALIZED", "CUDNN_STATUS_ALLOC_FAILED", "CUDNN_STATUS_INTERNAL_ERROR")
 _FULL_BELOW = 0.05
@@ -353,7 +352,7 @@ def _checked_value(value: object) -> float:
 
 def _by(error: BaseException, what: TrialObjective) -> Outcome:
     """Return how an attempt ended by what its objective raised."""
-    if _is_out_of_memory(error) or (_may_be_out_of_memory(error) and _is_full(what.device)):
+    if is_out_of_memory(error) or (_may_be_out_of_memory(error) and _is_full(what.device)):
         return failed("oom", first_line(error) or "out of memory")
     message = with_line(error, what.objective)
     told = str(error)
@@ -375,7 +374,7 @@ def _found_broken(device: torch.device) -> BrokenDeviceError | None:
     try:
         check_device(device)
     except BrokenDeviceError as error:
-        return None if _is_out_of_memory(error.__cause__ or error) else error
+        return None if is_out_of_memory(error.__cause__ or error) else error
     return None
 
 
@@ -392,13 +391,6 @@ def _is_of_device(error: BaseException) -> bool:
     )
 
 
-def _is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out: of a device, which has an error of its own, or of the host, which has none."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    return isinstance(error, RuntimeError) and any(part in str(error) for part in _OUT_OF_MEMORY)
-
-
 def _may_be_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(part in str(error) for part in _OUT_OF_MEMORY_IF_FULL)
 
@@ -411,15 +403,6 @@ def _is_full(device: torch.device) -> bool:
     except RuntimeError:  # it is broken
         return False
     return free < _FULL_BELOW * total
-
-
-def free_memory() -> None:
-    """Give the memory of what is used no more back to the device, for other processes."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    elif torch.backends.mps.is_available():
-        torch.mps.empty_cache()
 
 
 def failed(kind: FailureClass, message: str) -> Outcome:

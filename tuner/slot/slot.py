@@ -43,7 +43,6 @@ from tuner.slot.attempt import (
     TrialObjective,
     check_device,
     failed,
-    free_memory,
     run_attempt,
     warm_up,
 )
@@ -58,6 +57,7 @@ from tuner.study.joining import Study, check_code, checkpoint_directory, open_st
 from tuner.study.registry import build_objective, find_objective, is_objective_class
 from tuner.study.sampling import build_pruner, build_sampler
 from tuner.training import Interrupted, choose_device
+from tuner.training.memory import free_memory
 
 FIRST_POLL_S, POLL_S = 0.05, 1.0
 """How soon a slot asks again while other workers' trials hold the rest of the budget, or the study is paused: at first,

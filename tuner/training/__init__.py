@@ -5,21 +5,17 @@ In come a model, rows, a loss, an optimizer, metrics, and a `Run` that says how 
 """
 
 from tuner.training.devices import choose_device
+from tuner.training.evaluation import EVALUATION_BYTES, EVALUATION_ROWS, Predictions, evaluate, predict
 from tuner.training.fitting import (
     CHECKED_EVERY,
-    EVALUATION_BYTES,
-    EVALUATION_ROWS,
     DivergedError,
     Epoch,
     Interrupted,
     Options,
-    Predictions,
     Run,
     RunningLoss,
     best_epoch,
-    evaluate,
     fit,
-    predict,
 )
 
 __all__ = [

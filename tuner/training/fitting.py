@@ -7,7 +7,7 @@ import functools
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, closing, nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from numbers import Integral
 from typing import TYPE_CHECKING, Any
@@ -17,22 +17,18 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from tuner.data import DataError, Inputs, Rows, Split, tensors
+from tuner.data import Rows
 from tuner.errors import ObjectiveError
 from tuner.seeds import derive_seed
 from tuner.spec import DataPlace, Direction, Precision
-from tuner.training.batches import Batches, Resident, batches_of
+from tuner.training.batches import Batches, batches_of
 from tuner.training.checkpoint import Checkpoint, State, generator_states, set_generator_states
-from tuner.training.steps import Loss, Step, autocast, call, matrix_products
+from tuner.training.evaluation import Evaluation, Predictions, device_of
+from tuner.training.steps import Loss, Step, materialize, matrix_products
 
 if TYPE_CHECKING:
     from torchmetrics import Metric
 
-Predictions = Callable[[Any], Tensor]
-
-# Evaluation needs no gradients, so bigger batches than training's fit; 4,096 rows of 784 floats are 13 MB.
-EVALUATION_ROWS = 4096
-EVALUATION_BYTES = {"cpu": 16 * 2**20, "mps": 64 * 2**20, "cuda": 256 * 2**20}
 CHECKED_EVERY = 16
 """After how many batches a loss on a CUDA device is looked at."""
 
@@ -133,9 +129,10 @@ def fit(
     batch_size = int(batch_size)  # torch splits by no other
     if max_grad_norm is not None and not max_grad_norm > 0:
         raise ObjectiveError(f"max_grad_norm needs a number above 0, or None for no clipping, got {max_grad_norm!r}")
-    device = _device_of(model, train)
+    device = device_of(model, train)
     if isinstance(loss, nn.Module):
         loss.to(device)  # class weights
+    materialize(model, train)
     options = run.options
     channels_last = _wants_channels_last(model, device) if options.channels_last is None else options.channels_last
     if channels_last:
@@ -153,11 +150,23 @@ def fit(
         log=run.log,
     )
     training = _Training(model, train, optimizer, scheduler, step, device, batch_size=batch_size, seed=seed, run=run)
-    batches = None if valid is None else batches_of(valid, _evaluation_rows(valid, device, batch_size), device)
+    evaluation = (
+        None
+        if valid is None
+        else Evaluation(
+            model,
+            valid,
+            device,
+            at_least=batch_size,
+            predictions=predictions,
+            precision=options.precision,
+            log=run.log,
+        )
+    )
     with ExitStack() as stack:
         stack.enter_context(torch.cuda.device(device) if device.type == "cuda" else nullcontext())
         stack.enter_context(matrix_products(options.precision))
-        for opened in (run.checkpoint, training, batches):
+        for opened in (run.checkpoint, training, evaluation):
             if opened is not None:
                 stack.callback(opened.close)
         try:
@@ -165,7 +174,7 @@ def fit(
             while len(training.history) < epochs and not training.has_stalled():
                 trained = training.train_epoch()
                 started_at = time.perf_counter()
-                values = {} if batches is None else _evaluate(model, batches, metrics, predictions, options.precision)
+                values = {} if evaluation is None else evaluation.metrics(metrics)
                 seconds = time.perf_counter() - started_at
                 epoch = dataclasses.replace(trained, metrics=values, evaluate_s=seconds)
                 training.end_epoch(epoch)
@@ -375,91 +384,6 @@ def best_epoch(history: Sequence[Epoch], metric: str, direction: Direction) -> E
         return (-math.inf if math.isnan(value) else value, -epoch.number)
 
     return max(history, key=goodness)
-
-
-@torch.no_grad()
-def predict(model: nn.Module, inputs: Inputs, predictions: Predictions | None = None) -> Tensor:
-    """Return the model's predictions (n, ...) for all rows of `inputs`, in eval mode, on their device."""
-    model.eval()
-    split = Split(inputs, tensors(inputs)[0])
-    batches = Resident(split, _evaluation_rows(split, split.targets.device))
-    return torch.cat([_prediction(model, batch.inputs, predictions) for batch in batches.in_order()])
-
-
-def evaluate(
-    model: nn.Module,
-    rows: Rows,
-    metrics: Mapping[str, Metric],
-    predictions: Predictions | None = None,
-    *,
-    precision: Precision = "fp32",
-) -> dict[str, float]:
-    """Return each metric over all rows - not a mean over batches - with the model in eval mode."""
-    device = _device_of(model, rows)
-    with matrix_products(precision), closing(batches_of(rows, _evaluation_rows(rows, device), device)) as batches:
-        return _evaluate(model, batches, metrics, predictions, precision)
-
-
-@torch.no_grad()
-def _evaluate(
-    model: nn.Module,
-    batches: Batches,
-    metrics: Mapping[str, Metric],
-    predictions: Predictions | None,
-    precision: Precision,
-) -> dict[str, float]:
-    model.eval()
-    for metric in metrics.values():
-        metric.reset()
-    for batch in batches.in_order():
-        with autocast(batch.targets.device, precision):
-            predicted = _prediction(model, batch.inputs, predictions)
-        if predicted.dtype in (torch.bfloat16, torch.float16):
-            predicted = predicted.float()
-        for metric in metrics.values():
-            metric.update(predicted, batch.targets)
-    computed: dict[str, Any] = {}
-    for name, metric in metrics.items():
-        found = metric.compute()
-        computed |= found if isinstance(found, dict) else {name: found}  # ClasswiseWrapper's: one for each class
-    return _numbers(computed)
-
-
-def _numbers(values: dict[str, Any]) -> dict[str, float]:
-    """Return each value as a number, those on a CUDA device by one copy."""
-    for name, value in values.items():
-        if isinstance(value, Tensor) and value.numel() != 1:
-            raise ObjectiveError(
-                f"the metric {name!r} needs to compute one number, or a dict of them, got shape {list(value.shape)}:"
-                " torchmetrics.ClasswiseWrapper makes a dict of those of each class"
-            )
-    far = {name: value for name, value in values.items() if isinstance(value, Tensor) and value.is_cuda}
-    read = torch.stack([value.detach().double().flatten()[0] for value in far.values()]).tolist() if far else []
-    return {name: float(value) for name, value in (values | dict(zip(far, read, strict=True))).items()}
-
-
-def _prediction(model: nn.Module, inputs: Inputs, predictions: Predictions | None) -> Tensor:
-    outputs = call(model, inputs)
-    predicted: Tensor = outputs if predictions is None else predictions(outputs)
-    if not isinstance(predicted, Tensor):
-        raise ObjectiveError(f"a prediction needs to be one tensor, got {type(predicted).__name__}")
-    return predicted
-
-
-def _evaluation_rows(rows: Rows, device: torch.device, at_least: int = 1) -> int:
-    row = rows.rows(slice(0, 1))
-    n_bytes = sum(4 * tensor.numel() for tensor in tensors(row.inputs))
-    return max(at_least, min(EVALUATION_ROWS, EVALUATION_BYTES.get(device.type, 16 * 2**20) // max(1, n_bytes)))
-
-
-def _device_of(model: nn.Module, rows: Rows) -> torch.device:
-    """Return the model's device, or that of the rows for a model without tensors. Raises DataError if it has two."""
-    found = {tensor.device for tensor in (*model.parameters(), *model.buffers())}
-    if len(found) > 1:
-        raise DataError(f"a model needs to be on one device, got it on {', '.join(sorted(map(str, found)))}")
-    if found:
-        return found.pop()
-    return rows.targets.device if isinstance(rows, Split) else torch.device("cpu")
 
 
 def _is_whole(number: object) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from tuner.data import Batch, Inputs, map_inputs
+from tuner.data import Batch, Inputs, Rows, map_inputs
 from tuner.errors import ObjectiveError, first_line
 from tuner.spec import Precision
 from tuner.training.graphs import CannotCaptureError, CapturedStep
@@ -32,6 +33,27 @@ def call(model: nn.Module, inputs: Inputs) -> Any:
     if isinstance(inputs, tuple):
         return model(*inputs)
     return model(inputs)
+
+
+def materialize(model: nn.Module, rows: Rows) -> None:
+    """Give the weights of lazy modules their shapes, by calling the model on two rows; other models stay as they are.
+
+    Until then they can neither be loaded nor counted nor laid out otherwise in memory.
+    """
+    if not any(nn.parameter.is_lazy(tensor) for tensor in (*model.parameters(), *model.buffers())):
+        return
+    device = next((tensor.device for tensor in (*model.parameters(), *model.buffers())), torch.device("cpu"))
+    was_training = model.training
+    model.eval()
+    with torch.no_grad():
+        call(model, rows.rows(slice(0, 2)).to(device).inputs)
+    model.train(was_training)
+
+
+def needs_closure(optimizer: Optimizer) -> bool:
+    """Whether the optimizer's step has to be given a function that computes the loss, as that of LBFGS has to."""
+    closure = inspect.signature(type(optimizer).step).parameters.get("closure")
+    return closure is not None and closure.default is inspect.Parameter.empty
 
 
 def fastest(kind: type[Optimizer], params: Iterable[Any], **settings: Any) -> Optimizer:
@@ -100,6 +122,9 @@ class Step:
         self._max_grad_norm = max_grad_norm
         self._channels_last = channels_last
         self._log = log
+        self._needs_closure = needs_closure(optimizer)
+        if self._needs_closure:
+            self._check_closure()
         self._is_compiled_first = compiled
         if compiled:
             self._eager_model = model
@@ -115,7 +140,10 @@ class Step:
 
     def _by_itself(self, batch: Batch) -> Tensor:
         loss = self._first_compiled(batch) if self._is_compiled_first else self._gradients(batch)
-        self._update()
+        if self._needs_closure:
+            self._update_by_closure(batch)
+        else:
+            self._update_first(batch)
         self._optimizer.zero_grad(set_to_none=True)
         return loss
 
@@ -134,6 +162,36 @@ class Step:
             nn.utils.clip_grad_norm_(self._params, self._max_grad_norm)
         self.scaler.step(self._optimizer)
         self.scaler.update()
+
+    def _update_first(self, batch: Batch) -> None:
+        """Update; where the optimizer says that it needs a closure which its signature leaves open, with one."""
+        try:
+            self._update()
+        except (TypeError, ValueError, RuntimeError, AssertionError) as error:
+            if "closure" not in str(error) or self.scaler.is_enabled():
+                raise
+            self._needs_closure = True
+            self._check_closure()
+            self._update_by_closure(batch)
+
+    def _update_by_closure(self, batch: Batch) -> None:
+        """Update by an optimizer that asks for the loss and its gradients as often as it wants, of this batch."""
+
+        def closure() -> Tensor:
+            self._optimizer.zero_grad(set_to_none=True)
+            with torch.enable_grad():
+                return self._gradients(batch)
+
+        self._optimizer.step(closure)  # type: ignore[arg-type]  # torch's loss may be a tensor
+
+    def _check_closure(self) -> None:
+        """Raise ObjectiveError for what such an optimizer cannot be combined with."""
+        kind = type(self._optimizer).__name__
+        why = f"as {kind} computes the loss several times a step"
+        if self.scaler.is_enabled():
+            raise ObjectiveError(f"--precision fp16 cannot scale gradients here, {why}: use bf16, tf32 or fp32")
+        if self._max_grad_norm is not None:
+            raise ObjectiveError(f"max_grad_norm cannot clip gradients here, {why}: let max_grad_norm return None")
 
     def _first_compiled(self, batch: Batch) -> Tensor:
         """Return the gradients by the compiled model, or, if it cannot be compiled, by the model as it is."""
@@ -164,6 +222,8 @@ class Step:
         if self.scaler.is_enabled():
             return "as fp16's scaling decides on the host whether to update; bf16 needs none"
         kind = type(self._optimizer)
+        if self._needs_closure:
+            return f"as {kind.__name__} computes the loss several times a step, as often as it decides on the host"
         if kind not in _WITHOUT_COUNT and any("capturable" not in group for group in self._optimizer.param_groups):
             return f"as {kind.__name__} cannot keep its count of steps on the device; SGD and AdamW can"
         return None

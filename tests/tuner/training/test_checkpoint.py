@@ -17,7 +17,7 @@ from tuner.training.steps import fastest
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 
 
-@pytest.mark.parametrize("kind", ["sgd", "adam", "fused"])
+@pytest.mark.parametrize("kind", ["sgd", "adam", "fused", "lazy", "lbfgs"])
 @pytest.mark.parametrize("batch", [0, 1, 7, 10, 29])
 def test_a_resumed_training_ends_as_one_that_was_never_interrupted(tmp_path, kind, batch):
     wanted = train(kind=kind)

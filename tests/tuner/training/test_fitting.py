@@ -8,9 +8,9 @@ from torch import nn
 from torchmetrics import ClasswiseWrapper, MeanMetric, MeanSquaredError
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score, MulticlassRecall
 
-from tuner.data import Split
+from tuner.data import Samples, Split
 from tuner.errors import UsageError
-from tuner.training import DivergedError, Options, Run, choose_device, evaluate, fit, fitting, predict
+from tuner.training import DivergedError, Options, Run, choose_device, evaluate, evaluation, fit, predict
 from tuner.training.steps import call
 
 
@@ -168,7 +168,7 @@ def test_a_loss_that_is_no_number_ends_the_training_with_its_epoch(value):
 
 @pytest.mark.parametrize("rows_at_once", [7, 100, 4096])
 def test_metrics_are_those_of_scikit_learn_over_the_whole_split(monkeypatch, rows_at_once):
-    monkeypatch.setattr(fitting, "EVALUATION_ROWS", rows_at_once)
+    monkeypatch.setattr(evaluation, "EVALUATION_ROWS", rows_at_once)
     model, split = a_model(), rows_of(250, seed=2)
     ours = evaluate(
         model,
@@ -191,7 +191,7 @@ def test_metrics_are_those_of_scikit_learn_over_the_whole_split(monkeypatch, row
 
 
 def test_a_regression_metric_is_not_a_mean_over_batches(monkeypatch):
-    monkeypatch.setattr(fitting, "EVALUATION_ROWS", 64)
+    monkeypatch.setattr(evaluation, "EVALUATION_ROWS", 64)
     split = Split(torch.arange(65.0).reshape(65, 1), torch.zeros(65, 1))
     found = evaluate(nn.Identity(), split, {"rmse": MeanSquaredError(squared=False)})
     assert found["rmse"] == pytest.approx(sk.root_mean_squared_error(split.targets, split.inputs))
@@ -222,7 +222,7 @@ class _Sum(nn.Module):
 @pytest.mark.parametrize("rows_at_once", [2, 4096])
 @pytest.mark.parametrize("kind", [tuple, dict])
 def test_a_model_of_several_inputs_gets_a_tuple_in_order_and_a_dict_by_name(monkeypatch, kind, rows_at_once):
-    monkeypatch.setattr(fitting, "EVALUATION_ROWS", rows_at_once)
+    monkeypatch.setattr(evaluation, "EVALUATION_ROWS", rows_at_once)
     x, y = torch.rand(5, 2), torch.rand(5, 2)
     inputs = (x, y) if kind is tuple else {"y": y, "x": x}
     assert torch.equal(call(_Sum(), inputs), x - 2 * y)
@@ -328,14 +328,98 @@ def test_a_loss_gets_all_that_a_model_returns_and_metrics_get_the_prediction():
     assert history[-1].metrics["accuracy"] == pytest.approx(float((guessed == rows.targets).float().mean()))
 
 
+def rows_of_calls(model):
+    """The numbers of rows that the model is called on, as they come."""
+    seen = []
+    model.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
+    return seen
+
+
 @pytest.mark.parametrize(("n_bytes", "rows_at_once"), [(16, 1), (160, 10), (2**30, 50)])
 def test_evaluation_takes_as_many_rows_as_fit(monkeypatch, n_bytes, rows_at_once):
-    monkeypatch.setitem(fitting.EVALUATION_BYTES, "cpu", n_bytes)
-    seen = []
+    monkeypatch.setitem(evaluation.EVALUATION_BYTES, "cpu", n_bytes)
     model = nn.Linear(4, 3)
-    model.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
+    seen = rows_of_calls(model)
     evaluate(model, rows_of(50), accuracy())
-    assert seen == [rows_at_once] * (50 // rows_at_once)
+    assert seen == [min(rows_at_once, 8)] + [rows_at_once] * (50 // rows_at_once)
+
+
+class _Words(nn.Module):
+    """Scores of many words at each of four places, in one of the shapes that models give them in."""
+
+    def __init__(self, give):
+        super().__init__()
+        self.layer = nn.Linear(1, 500)
+        self.give = give
+
+    def forward(self, x):
+        return self.give(self.layer(x.unsqueeze(2)))
+
+
+GIVEN = {
+    "tensor": (lambda scores: scores, lambda outputs: outputs),
+    "dict": (lambda scores: {"more": [scores]}, lambda outputs: outputs["more"][0]),
+    "tuple": (lambda scores: (scores, None), lambda outputs: outputs[0]),
+    "inside": (lambda scores: scores.amax((1, 2)), lambda outputs: outputs),
+}
+
+
+@pytest.mark.parametrize("kind", [lambda rows: rows, Samples], ids=["resident", "streamed"])
+@pytest.mark.parametrize("given", GIVEN)
+def test_evaluation_takes_no_more_rows_than_the_largest_outputs_allow(monkeypatch, given, kind):
+    monkeypatch.setitem(evaluation.EVALUATION_BYTES, "cpu", 10 * 4 * 500 * 4 // evaluation.OUTPUT_SHARE)
+    give, predictions = GIVEN[given]
+    model, rows = _Words(give), rows_of(50)
+    seen = rows_of_calls(model)
+    found = evaluate(model, kind(rows), {"mean": MeanMetricOf()}, predictions)
+    assert seen == [8] + [10] * 5
+    assert found["mean"] == pytest.approx(float(predictions(model(rows.inputs)).mean().detach()))
+
+
+class MeanMetricOf(MeanMetric):
+    """The mean of all predictions."""
+
+    def update(self, outputs, _):
+        super().update(outputs)
+
+
+@pytest.mark.parametrize("kind", [lambda rows: rows, Samples], ids=["resident", "streamed"])
+@pytest.mark.parametrize("where", ["model", "metric"])
+def test_where_memory_runs_out_evaluation_goes_on_with_half_as_many_rows(where, kind):
+    def use(n):
+        if n > 15:
+            torch.empty(2**62, dtype=torch.uint8)  # more than there is
+
+    class Hungry(nn.Linear):
+        def forward(self, x):
+            if where == "model" and not self.training:
+                use(len(x))
+            return super().forward(x)
+
+    class HungryMetric(MulticlassAccuracy):
+        def update(self, outputs, targets):
+            super().update(outputs, targets)
+            if where == "metric":
+                use(len(outputs))
+
+    model, rows, lines = Hungry(4, 3), kind(rows_of(50)), []
+    seen = rows_of_calls(model)
+    metrics = {"accuracy": HungryMetric(3, average="micro")}
+    history = train(model, rows, rows, metrics=metrics, epochs=2, batch_size=8, run=Run(log=lines.append))
+    assert seen[-5:] == [12] * 4 + [2]
+    assert lines == [
+        "evaluating 25 rows at once, as there is no memory for 50",
+        "evaluating 12 rows at once, as there is no memory for 25",
+    ]
+    guessed = predict(model, rows_of(50).inputs).argmax(1)
+    assert history[-1].metrics["accuracy"] == pytest.approx(float((guessed == rows_of(50).targets).float().mean()))
+
+
+def test_what_does_not_fit_by_single_rows_is_out_of_memory():
+    model = nn.Linear(4, 3)
+    model.register_forward_hook(lambda *_: torch.empty(2**62, dtype=torch.uint8))
+    with pytest.raises(RuntimeError, match="memory"):
+        evaluate(model, rows_of(50), accuracy())
 
 
 def test_an_epoch_tells_how_many_rows_it_took_and_how_long():

@@ -9,6 +9,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tuner.data import Batch, Split
+from tuner.errors import ObjectiveError
 from tuner.training import Options, Run, RunningLoss, fit
 from tuner.training.batches import Resident
 from tuner.training.graphs import CapturedStep
@@ -269,6 +270,69 @@ def test_a_model_is_freed_as_soon_as_it_is_trained(monkeypatch, compiled):
         assert left() is None
     finally:
         gc.enable()
+
+
+def test_lbfgs_takes_the_steps_that_it_takes_by_hand():
+    rows = some_rows()
+    ours, plain = (nn.Linear(4, 2) for _ in range(2))
+    plain.load_state_dict(ours.state_dict())
+    kind = functools.partial(torch.optim.LBFGS, lr=0.5, max_iter=5, line_search_fn="strong_wolfe")
+    history = train(ours, rows, optimizer=kind(ours.parameters()), epochs=3, batch_size=64)
+    optimizer, losses = kind(plain.parameters()), []
+
+    def closure():
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(plain(inputs), targets)
+        loss.backward()
+        return loss
+
+    order = torch.Generator().manual_seed(1)
+    for _ in range(3):
+        inputs, targets = rows.rows(torch.randperm(64, generator=order)).batch
+        losses.append(optimizer.step(closure).item())
+    assert [epoch.train_loss for epoch in history] == pytest.approx(losses)
+    assert all(torch.equal(ours.state_dict()[name], value) for name, value in plain.state_dict().items())
+
+
+class Sharpness(torch.optim.SGD):
+    """Steps by the gradient at the worst place nearby, for which it asks (Foret and others 2021)."""
+
+    def step(self, closure=None):
+        assert closure is not None, "this optimizer requires a closure"
+        params = [param for group in self.param_groups for param in group["params"]]
+        norm = torch.stack([param.grad.norm() for param in params]).norm() + 1e-12
+        moves = [0.05 * param.grad / norm for param in params]
+        with torch.no_grad():
+            torch._foreach_add_(params, moves)
+        closure()
+        with torch.no_grad():
+            torch._foreach_sub_(params, moves)
+        super().step()
+
+
+def test_an_optimizer_that_only_says_at_its_first_step_that_it_needs_a_closure_gets_one():
+    model = nn.Linear(4, 2)
+    history = train(model, optimizer=Sharpness(model.parameters(), lr=0.5), epochs=20)
+    assert history[-1].train_loss < 0.7 * history[0].train_loss
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"precision": "fp16"}, "--precision fp16 cannot scale gradients here, as LBFGS computes the loss several"),
+        ({"max_grad_norm": 1.0}, "max_grad_norm cannot clip gradients here, as LBFGS computes the loss several times"),
+    ],
+)
+def test_what_a_closure_cannot_be_combined_with_is_refused(changes, told):
+    model = nn.Linear(4, 2)
+    with pytest.raises(ObjectiveError, match=told):
+        train(model, optimizer=torch.optim.LBFGS(model.parameters()), **changes)
+
+
+def test_lazy_layers_have_their_shapes_before_anything_is_done_with_them():
+    model = nn.Sequential(nn.LazyConv2d(4, 3), nn.ReLU(), nn.Flatten(), nn.LazyLinear(2))
+    train(model, some_rows(images=True), optimizer=torch.optim.SGD(model.parameters(), lr=0.1), channels_last=True)
+    assert model[0].weight.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_gradients_are_clipped_to_the_norm():
