@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated
@@ -101,11 +102,15 @@ def _global(
 
 def main() -> None:
     """Run the command that the command line names and exit with its code."""
+    arguments = sys.argv[1:]  # an objective that is imported gets others
+    if "--debug" in arguments:
+        os.environ["TUNER_DEBUG"] = "1"  # for slots, too
+    fail = partial(_fail, as_json=_wants_json(arguments))
     try:
         code = app(standalone_mode=False)
         sys.stdout.flush()
     except _UsageError as error:
-        code = _fail(_usage_text(error), EXIT_USAGE)
+        code = fail(_usage_text(error), EXIT_USAGE)
     except (KeyboardInterrupt, WorkerInterrupted, typer.Abort):
         code = EXIT_INTERRUPTED
     except BrokenPipeError:
@@ -115,16 +120,16 @@ def main() -> None:
     except (TunerError, StorageError, ValidationError, OSError) as error:
         if _is_debugging():
             raise
-        code = _fail(first_problem(error) if isinstance(error, ValidationError) else str(error), _code_of(error))
+        code = fail(first_problem(error) if isinstance(error, ValidationError) else str(error), _code_of(error))
     except Exception as error:
         if _is_debugging():
             raise
-        code = _fail(f"this is a bug in tuner: {type(error).__name__}: {error}; --debug shows where", EXIT_FAILED)
+        code = fail(f"this is a bug in tuner: {type(error).__name__}: {error}; --debug shows where", EXIT_FAILED)
     sys.exit(code or 0)
 
 
 def _is_debugging() -> bool:
-    return "--debug" in sys.argv or os.environ.get("TUNER_DEBUG", "").lower() in {"1", "true", "yes"}
+    return os.environ.get("TUNER_DEBUG", "").lower() in {"1", "true", "yes"}
 
 
 def _path(text: str | None) -> Path | None:
@@ -146,11 +151,15 @@ def _usage_text(error: Exception) -> str:
     return f"{text.rstrip('.')}; '{command} --help' shows how" if text else ""
 
 
-def _fail(message: str, code: int) -> int:
+def _wants_json(arguments: Sequence[str]) -> bool:
+    given = [text for flag, text in pairwise(arguments) if flag == "--log-format"]
+    given += [text.partition("=")[2] for text in arguments if text.startswith("--log-format=")]
+    return (given or [os.environ.get("TUNER_LOG_FORMAT", "text")])[-1] == "json"
+
+
+def _fail(message: str, code: int, *, as_json: bool) -> int:
     """Say why the command failed, in one line; `tuner` alone has shown its help instead."""
-    wants_json = "--log-format=json" in sys.argv or os.environ.get("TUNER_LOG_FORMAT") == "json"
-    wants_json |= ("--log-format", "json") in pairwise(sys.argv)
-    if message and wants_json:
+    if message and as_json:
         Log("json").event("failed", " ".join(message.split()), exit_code=code)
     elif message:
         print(f"tuner: {' '.join(message.split())}", file=sys.stderr)

@@ -38,7 +38,8 @@ class SlotProcess:
         self.plan = plan
         self._inbox = inbox
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "tuner.slot.start", objective],
+            # -P: no file of the current directory is taken for a module of ours, or of torch.
+            [sys.executable, "-P", "-m", "tuner.slot.start", objective],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
