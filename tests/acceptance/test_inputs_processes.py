@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from storage import parse_url
+
 if TYPE_CHECKING:
     from command import Tuner
 
@@ -60,3 +62,26 @@ def test_what_cannot_be_is_told_in_one_line(tuner: Tuner, folder: str, objective
     done = placed(tuner, folder)("create", objective)
     assert (done.code, done.stdout) == (1, "")
     assert told in done.error()
+
+
+def test_paths_are_those_of_the_directory_in_which_the_command_was_started(tuner: Tuner, database: str) -> None:
+    """Inputs 17 and 18: the data directory is made, and is one and the same wherever the objective goes."""
+    here = replace(placed(tuner, "17-data-directory-missing"), environment={})
+    secret = parse_url(database).password
+    (here.directory / "password").write_text(secret or "none")
+    (here.directory / "password").chmod(0o600)
+    url = parse_url(database)._replace(password=None).render_as_string()
+    given = ["--storage", url, "--data-dir", "new/data", "--storage-password-file", "password"]
+    search = ["run", "downloads.py:Signs", "--trials", "1", "--workers", "1"]
+    done = here(*given, *search, "--output", "model")
+    assert done.code == 0, done.stderr
+    assert {path.name for path in here.directory.iterdir()} >= {"new", "model"}
+    assert (here.directory / "new" / "data" / "mirror.txt").exists()
+    assert (here.directory / "model" / "manifest.json").exists()
+    # The model goes below the data directory, which a machine that only exports has to make as well.
+    given[3] = "another"
+    done = here("export", "downloads", "--objective", "downloads.py:Signs", *given)
+    assert done.code == 0, done.stderr
+    (model,) = (here.directory / "another" / "models").iterdir()
+    assert f"{model}\n" in done.stdout
+    assert done.stdout.rstrip().endswith(f"--data-dir {here.directory / 'another'}")
