@@ -5,12 +5,16 @@ The inputs lie in tests/inputs, a folder for each.
 
 from __future__ import annotations
 
+import os
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from command import Finished
 
 from storage import parse_url
 
@@ -85,3 +89,45 @@ def test_paths_are_those_of_the_directory_in_which_the_command_was_started(tuner
     (model,) = (here.directory / "another" / "models").iterdir()
     assert f"{model}\n" in done.stdout
     assert done.stdout.rstrip().endswith(f"--data-dir {here.directory / 'another'}")
+
+
+def shell(tuner: Tuner, line: str, **environment: str) -> Finished:
+    """Run a line of the shell, in which `tuner` is the command."""
+    command = str(Path(sys.executable).with_name("tuner"))
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("TUNER_", "PG"))}
+    done = subprocess.run(
+        ["bash", "-c", line.replace("tuner ", f"{command} ")],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**clean, **tuner.environment, **environment},
+        cwd=tuner.directory,
+    )
+    return Finished(done.returncode, done.stdout, done.stderr)
+
+
+def test_streams_that_are_closed_full_or_in_ascii(tuner: Tuner) -> None:
+    """Input 28: all that is lost is what cannot be written, and the exit code is the command's."""
+    here = placed(tuner, "28-streams-and-terminals")
+    search = "tuner run colours.py:objective --trials 1 --workers 1 --max-failures 0"
+    done = shell(here, f"{search} <&- >&-", PYTHONIOENCODING="ascii")
+    assert (done.code, done.stdout) == (0, ""), done.stderr
+    assert "pr\\xfcft 0" in done.stderr
+    done = shell(here, "tuner best colours; tuner best colours --json", PYTHONIOENCODING="ascii")
+    assert (done.code, done.stderr) == (0, "")
+    assert "stra\\xdfe = wei\\xdf" in done.stdout
+    for closed in ("2>&-", "<&- >&- 2>&-"):
+        done = shell(here, f"tuner best colours {closed}")
+        assert (done.code, done.stderr) == (0, "")
+        assert ("stra" in done.stdout) == (closed == "2>&-")
+        assert shell(here, f"tuner nothing {closed}").code == 2
+    assert shell(here, "tuner worker colours --objective colours.py:objective >&-").code == 0
+    for full in (">/dev/full", "2>&1 | true; exit ${PIPESTATUS[0]}"):
+        done = shell(here, f"tuner trials colours {full}")
+        assert done.code == 1
+        assert "Traceback" not in done.stderr
+        assert "Exception ignored" not in done.stderr
+    done = shell(here, "timeout --preserve-status -s INT 8 tuner dashboard --port 0 <&- >&-")
+    assert done.code == 0, done.stderr
+    assert "dashboard on http" in done.stderr
+    assert shell(here, "tuner status $'\\xff'").error().endswith("give text in UTF-8")

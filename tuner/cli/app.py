@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -16,6 +17,7 @@ from pydantic import ValidationError
 from storage.database.errors import InvalidURLError, StorageError, UnreachableError
 from tuner.cli import control, db, importing, model, reading, search, service, status
 from tuner.cli.settings import DataDir, Debug, Format, PasswordFile, Settings, Storage
+from tuner.cli.streams import flush_streams, open_streams
 from tuner.errors import (
     EXIT_FAILED,
     EXIT_INTERRUPTED,
@@ -102,6 +104,7 @@ def _global(
 
 def main() -> None:
     """Run the command that the command line names and exit with its code."""
+    open_streams()
     arguments = sys.argv[1:]  # an objective that is imported gets others
     if "--debug" in arguments:
         os.environ["TUNER_DEBUG"] = "1"  # for slots, too
@@ -114,9 +117,9 @@ def main() -> None:
     except (KeyboardInterrupt, WorkerInterrupted, typer.Abort):
         code = EXIT_INTERRUPTED
     except BrokenPipeError:
-        # The reader of our output went away, as in `tuner trials digits | head`.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = EXIT_FAILED
+        code = EXIT_FAILED  # the reader of our output went away, as in `tuner trials digits | head`
+    except UnicodeEncodeError as error:  # of an argument that is no text, or a database without Unicode
+        code = fail(f"{error.object!r} cannot be written as {error.encoding}; give text in UTF-8", EXIT_USAGE)
     except (TunerError, StorageError, ValidationError, OSError) as error:
         if _is_debugging():
             raise
@@ -125,6 +128,7 @@ def main() -> None:
         if _is_debugging():
             raise
         code = fail(f"this is a bug in tuner: {type(error).__name__}: {error}; --debug shows where", EXIT_FAILED)
+    flush_streams()
     sys.exit(code or 0)
 
 
@@ -162,5 +166,6 @@ def _fail(message: str, code: int, *, as_json: bool) -> int:
     if message and as_json:
         Log("json").event("failed", " ".join(message.split()), exit_code=code)
     elif message:
-        print(f"tuner: {' '.join(message.split())}", file=sys.stderr)
+        with suppress(OSError):  # nobody reads it
+            print(f"tuner: {' '.join(message.split())}", file=sys.stderr)
     return code
