@@ -70,7 +70,7 @@ def _torch() -> str:
     )
     try:
         done = subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, timeout=TORCH_TIMEOUT_S, check=False
+            [sys.executable, "-P", "-c", code], capture_output=True, text=True, timeout=TORCH_TIMEOUT_S, check=False
         )
     except subprocess.TimeoutExpired as error:
         raise CheckFailedError(f"torch did not import within {TORCH_TIMEOUT_S} s") from error

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated
@@ -15,6 +17,7 @@ from pydantic import ValidationError
 from storage.database.errors import InvalidURLError, StorageError, UnreachableError
 from tuner.cli import control, db, importing, model, reading, search, service, status
 from tuner.cli.settings import DataDir, Debug, Format, PasswordFile, Settings, Storage
+from tuner.cli.streams import flush_streams, open_streams
 from tuner.errors import (
     EXIT_FAILED,
     EXIT_INTERRUPTED,
@@ -101,30 +104,36 @@ def _global(
 
 def main() -> None:
     """Run the command that the command line names and exit with its code."""
+    open_streams()
+    arguments = sys.argv[1:]  # an objective that is imported gets others
+    if "--debug" in arguments:
+        os.environ["TUNER_DEBUG"] = "1"  # for slots, too
+    fail = partial(_fail, as_json=_wants_json(arguments))
     try:
         code = app(standalone_mode=False)
         sys.stdout.flush()
     except _UsageError as error:
-        code = _fail(_usage_text(error), EXIT_USAGE)
+        code = fail(_usage_text(error), EXIT_USAGE)
     except (KeyboardInterrupt, WorkerInterrupted, typer.Abort):
         code = EXIT_INTERRUPTED
     except BrokenPipeError:
-        # The reader of our output went away, as in `tuner trials digits | head`.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = EXIT_FAILED
+        code = EXIT_FAILED  # the reader of our output went away, as in `tuner trials digits | head`
+    except UnicodeEncodeError as error:  # of an argument that is no text, or a database without Unicode
+        code = fail(f"{error.object!r} cannot be written as {error.encoding}; give text in UTF-8", EXIT_USAGE)
     except (TunerError, StorageError, ValidationError, OSError) as error:
         if _is_debugging():
             raise
-        code = _fail(first_problem(error) if isinstance(error, ValidationError) else str(error), _code_of(error))
+        code = fail(first_problem(error) if isinstance(error, ValidationError) else str(error), _code_of(error))
     except Exception as error:
         if _is_debugging():
             raise
-        code = _fail(f"this is a bug in tuner: {type(error).__name__}: {error}; --debug shows where", EXIT_FAILED)
+        code = fail(f"this is a bug in tuner: {type(error).__name__}: {error}; --debug shows where", EXIT_FAILED)
+    flush_streams()
     sys.exit(code or 0)
 
 
 def _is_debugging() -> bool:
-    return "--debug" in sys.argv or os.environ.get("TUNER_DEBUG", "").lower() in {"1", "true", "yes"}
+    return os.environ.get("TUNER_DEBUG", "").lower() in {"1", "true", "yes"}
 
 
 def _path(text: str | None) -> Path | None:
@@ -146,12 +155,17 @@ def _usage_text(error: Exception) -> str:
     return f"{text.rstrip('.')}; '{command} --help' shows how" if text else ""
 
 
-def _fail(message: str, code: int) -> int:
+def _wants_json(arguments: Sequence[str]) -> bool:
+    given = [text for flag, text in pairwise(arguments) if flag == "--log-format"]
+    given += [text.partition("=")[2] for text in arguments if text.startswith("--log-format=")]
+    return (given or [os.environ.get("TUNER_LOG_FORMAT", "text")])[-1] == "json"
+
+
+def _fail(message: str, code: int, *, as_json: bool) -> int:
     """Say why the command failed, in one line; `tuner` alone has shown its help instead."""
-    wants_json = "--log-format=json" in sys.argv or os.environ.get("TUNER_LOG_FORMAT") == "json"
-    wants_json |= ("--log-format", "json") in pairwise(sys.argv)
-    if message and wants_json:
+    if message and as_json:
         Log("json").event("failed", " ".join(message.split()), exit_code=code)
     elif message:
-        print(f"tuner: {' '.join(message.split())}", file=sys.stderr)
+        with suppress(OSError):  # nobody reads it
+            print(f"tuner: {' '.join(message.split())}", file=sys.stderr)
     return code

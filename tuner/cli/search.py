@@ -20,7 +20,10 @@ if TYPE_CHECKING:
     from tuner.study.registry import ObjectiveSource
 
 ObjectiveName = Annotated[
-    str, typer.Argument(metavar="OBJECTIVE", help="Name of an installed objective, or path/to/file.py:NAME.")
+    str,
+    typer.Argument(
+        metavar="OBJECTIVE", help="Name of an installed objective, path/to/file.py:NAME or package.module:NAME."
+    ),
 ]
 Workers = Annotated[
     int | None, typer.Option(help="Local worker processes (default: half the cores, 2 to 8).", rich_help_panel=WORKERS)

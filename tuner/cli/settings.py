@@ -10,7 +10,7 @@ import shlex
 from collections.abc import Callable
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints, overload
 
 import typer
 from typer.models import OptionInfo
@@ -89,14 +89,14 @@ class Settings:
         data_dir: Path | None,
         log_format: str | None,
     ) -> Settings:
-        """Check what was given. Raises UsageError."""
+        """Check what was given; paths are absolute from now on. Raises UsageError."""
         formats: dict[str | None, LogFormat | None] = {None: None, "text": "text", "json": "json"}
         if log_format not in formats:
             raise UsageError(f"--log-format needs text or json, got {log_format!r}")
         return cls(
             storage=storage or None,
-            storage_password_file=storage_password_file,
-            given_data_dir=data_dir,
+            storage_password_file=absolute(storage_password_file),
+            given_data_dir=absolute(data_dir),
             given_log_format=formats[log_format],
         )
 
@@ -110,9 +110,14 @@ class Settings:
     def data_dir(self) -> Path:
         """The data directory, absolute."""
         if self.given_data_dir is not None:
-            return self.given_data_dir.absolute()
-        home = os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share"
-        return Path(home).absolute() / "tuner"
+            return self.given_data_dir
+        given = Path(os.environ.get("XDG_DATA_HOME", ""))
+        if given.is_absolute():  # another is to be ignored, by the XDG Base Directory Specification
+            return given / "tuner"
+        try:
+            return Path.home().absolute() / ".local" / "share" / "tuner"
+        except RuntimeError as error:
+            raise UsageError("--data-dir is needed where HOME is not set and the user has no home directory") from error
 
     def log(self, **fields: Any) -> Log:
         """Return a log in the chosen format with these fields in every line."""
@@ -162,6 +167,20 @@ class Settings:
         return "".join(parts)
 
 
+@overload
+def absolute(value: Path | None) -> Path | None: ...
+@overload
+def absolute(value: Any) -> Any: ...
+def absolute(value: Any) -> Any:
+    """Return a path as it is now, before an objective changes the directory; what is no path as it is."""
+    try:
+        return value.absolute() if isinstance(value, Path) else value
+    except FileNotFoundError as error:
+        raise UsageError(
+            f"cannot tell where {value} is: the current directory was deleted; give a full path"
+        ) from error
+
+
 def command(function: Callable[..., None], group: str = "") -> Callable[..., None]:
     """Give a command the options of every command: its first parameter becomes the `Settings` they make.
 
@@ -190,6 +209,7 @@ def command(function: Callable[..., None], group: str = "") -> Callable[..., Non
         outer: Settings = given.pop("context").obj
         given.pop("debug")  # `main` has looked for it, as it has to before there are any settings
         settings = Settings.of(**{name: given.pop(name) for name in _OPTIONS if name in given}).over(outer)
+        given = {name: absolute(value) for name, value in given.items()}
         for name, kind in groups.items():
             given[name] = kind(**{field.name: given.pop(field.name) for field in fields(kind)})
         function(settings, **given)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import math
+import os
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -220,8 +221,13 @@ def warm_up(device: torch.device) -> None:
 
 
 def load_data(objective: Objective, data_dir: Path) -> Data:
-    """Return the objective's data. Raises TunerError that says what went wrong in its `load_data`."""
+    """Return the objective's data, after making the directory that it may write to.
+
+    Raises TunerError that says what went wrong in its `load_data`.
+    """
     name = type(objective).__name__
+    with suppress(OSError):  # not all need it
+        os.makedirs(data_dir, 0o700, exist_ok=True)
     try:
         data = objective.load_data(data_dir)
     except (Exception, SystemExit) as error:

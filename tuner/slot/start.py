@@ -6,6 +6,7 @@ makes sure of the study: the slot can begin as soon as it is configured.
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import sys
@@ -21,6 +22,9 @@ def main() -> None:
     # what the objective starts would inherit.
     signal.signal(signal.SIGTERM, lambda *_: None)
     os.register_at_fork(after_in_child=lambda: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # the worker reads UTF-8, a line at a time, whatever the locale
+            stream.reconfigure(encoding="utf-8", errors="backslashreplace", line_buffering=True)
     with uncollected():
         from tuner.slot import slot
 

@@ -1,4 +1,4 @@
-"""Finding an objective: an installed entry point by its name, or a file given on the command line.
+"""Finding an objective: an installed entry point by its name, or a file or module given on the command line.
 
 Code is imported from these two places only, never from a path that a database holds.
 """
@@ -11,7 +11,6 @@ import importlib.metadata
 import importlib.util
 import inspect
 import sys
-import traceback
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -25,6 +24,9 @@ from typing_extensions import TypeIs
 from tuner.errors import TunerError, UsageError
 from tuner.imports import uncollected
 from tuner.spec import first_problem
+from tuner.study.by_path import import_file, module_place
+from tuner.study.neighbours import refuse_hidden_neighbours
+from tuner.study.places import last_place, own_place
 
 if TYPE_CHECKING:
     import optuna
@@ -82,17 +84,22 @@ class ObjectiveSource:
         )
 
     def _import(self) -> ModuleType:
+        """Import the objective's module, which finds what it would as a script that was started without arguments."""
+        if self.module is None and str(module_place(self.file)[0]) not in sys.path:
+            refuse_hidden_neighbours(self.file)
+        sys.argv = [str(self.file)]  # from now on: processes that are started import it as well
         try:
             with uncollected():
                 if self.module is not None:
                     return importlib.import_module(self.module)
-                return _import_file(self.file)
+                return import_file(self.file)
         except SyntaxError as error:
             raise TunerError(f"cannot read {error.filename}, line {error.lineno}: {error.msg}") from error
         except (Exception, SystemExit) as error:
-            place = traceback.extract_tb(error.__traceback__)[-1]
+            file, line = own_place(error, str(self.file)) or last_place(error)
+            hint = "; on import it gets no arguments, and must not exit" if isinstance(error, SystemExit) else ""
             raise TunerError(
-                f"cannot import {self.file}: {type(error).__name__}: {error} ({place.filename}, line {place.lineno})"
+                f"cannot import {self.file}: {type(error).__name__}: {error} ({file}, line {line}){hint}"
             ) from error
 
 
@@ -102,20 +109,25 @@ def is_objective_class(kind: ObjectiveKind) -> TypeIs[type[Objective]]:
 
 
 def find_objective(reference: str) -> ObjectiveSource:
-    """Return where the objective `reference` lies: an entry point's name, or `path/to/file.py:attribute`.
+    """Return where an objective lies, by an entry point's name, `path/to/file.py:NAME` or `package.module:NAME`.
 
-    Raises TunerError if there is none.
+    A module is one of this directory, or an installed one. Raises TunerError if there is none.
     """
     path, colon, attribute = reference.rpartition(":")
     if colon and path.endswith(".py"):
         return _from_file(Path(path), attribute)
     if reference.endswith(".py"):
         raise UsageError(f"an objective in a file needs its name, got {reference!r}; say {reference}:NAME")
+    if colon and all(part.isidentifier() for part in path.split(".")):
+        return _from_file(_file_of_module(path), attribute)
     for source in installed_objectives():
         if source.name == reference:
             return source
     names = ", ".join(source.name for source in installed_objectives()) or "none"
-    raise TunerError(f"no objective named {reference!r} is installed; there are: {names}; or give path/to/file.py:NAME")
+    raise TunerError(
+        f"no objective named {reference!r} is installed; there are: {names};"
+        " or give path/to/file.py:NAME or package.module:NAME"
+    )
 
 
 def installed_objectives() -> list[ObjectiveSource]:
@@ -177,31 +189,29 @@ def _from_file(path: Path, attribute: str) -> ObjectiveSource:
         raise TunerError(f"no file {path}: give the path of the file that defines the objective {attribute!r}")
     if not attribute.isidentifier():
         raise UsageError(f"an objective's name needs to be a Python name, got {attribute!r} for {path}")
+    file = path.resolve()
     return ObjectiveSource(
         name=f"{path.name}:{attribute}",
-        study_name=path.stem,
-        file=path.resolve(),
+        study_name=file.parent.name if path.stem == "__init__" else path.stem,
+        file=file,
         module=None,
         attribute=attribute,
     )
 
 
-def _import_file(path: Path) -> ModuleType:
-    name = f"tuner_objective_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
-    if name in sys.modules:
-        return sys.modules[name]
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # pydantic looks a class's annotations up in its module
-    sys.path.insert(0, str(path.parent))  # as Python does for a script: its neighbours can be imported
+def _file_of_module(name: str) -> Path:
+    """Return the file of a module. Raises TunerError if there is none."""
+    here = Path(*name.split("."))
+    for path in (here.with_suffix(".py"), here / "__init__.py"):
+        if path.is_file():
+            return path
     try:
-        spec.loader.exec_module(module)
-    except BaseException:
-        del sys.modules[name]
-        raise
-    return module
+        found = importlib.util.find_spec(name)
+    except (ImportError, ValueError):
+        found = None
+    if found is None or not found.has_location or not str(found.origin).endswith(".py"):
+        raise TunerError(f"no module {name!r} in this directory or installed: give path/to/file.py:NAME")
+    return Path(str(found.origin))
 
 
 def _is_objective(value: Any, module: str) -> bool:

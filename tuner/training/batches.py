@@ -382,10 +382,8 @@ def _read(samples: Samples, rows: list[int], *, shared: bool = False) -> Batch |
 def _loader(samples: Samples, plan: list[_Planned], device: torch.device, readers: int) -> Any:
     in_processes: dict[str, Any] = {}
     if readers:
-        # By fork where there is one: an objective that was loaded from a file cannot be imported by its name.
+        # By fork where there is one: readers are there at once, and share what the data set holds.
         context = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
-        readers = _possible_readers(samples.dataset, readers, context.get_start_method())
-    if readers:
         in_processes = {
             "worker_init_fn": _outlive_sigterm,
             "persistent_workers": True,
@@ -401,13 +399,6 @@ def _loader(samples: Samples, plan: list[_Planned], device: torch.device, reader
         generator=torch.Generator(),  # or it would draw from the global one
         **in_processes,
     )
-
-
-def _possible_readers(dataset: Any, readers: int, start_method: str) -> int:
-    """Return 0 where a process that is not forked could not import the data set's class: one of an objective's file."""
-    parts = [dataset, *getattr(dataset, "datasets", ()), getattr(dataset, "dataset", None)]  # joined, or a subset
-    of_file = any(type(part).__module__.startswith("tuner_objective_") for part in parts)
-    return 0 if of_file and start_method != "fork" else readers
 
 
 def _started(loader: Any) -> Iterator[Any]:

@@ -34,15 +34,17 @@ Inbox = queue.SimpleQueue[Message]
 class SlotProcess:
     """The process of one slot. It imports torch and the objective as it starts, and runs once it is configured."""
 
-    def __init__(self, plan: SlotPlan, objective: str, inbox: Inbox) -> None:
+    def __init__(self, plan: SlotPlan, objective: str, inbox: Inbox, directory: str | None = None) -> None:
         self.plan = plan
         self._inbox = inbox
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "tuner.slot.start", objective],
+            # -P: no file of the current directory is taken for a module of ours, or of torch.
+            [sys.executable, "-P", "-m", "tuner.slot.start", objective],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             env=plan.environment,
+            cwd=directory,
             start_new_session=True,  # a Ctrl-C at the terminal reaches the worker alone, which drains its slots
             encoding="utf-8",
             errors="replace",  # an objective may print what it likes

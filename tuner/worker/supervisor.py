@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import queue
 import threading
 import time
@@ -48,12 +49,13 @@ class Slots:
 
     def __init__(self, plans: Sequence[SlotPlan], objective: str) -> None:
         self._objective = objective
+        self._directory = _current_directory()
         self.inbox: Inbox = queue.SimpleQueue()
         self.all = [_Slot(plan=plan, process=self.start(plan), device=plan.shown) for plan in plans]
 
     def start(self, plan: SlotPlan) -> SlotProcess:
-        """Start the process of a slot."""
-        return SlotProcess(plan, self._objective, self.inbox)
+        """Start the process of a slot, in the directory of the first ones: an objective may have changed this one's."""
+        return SlotProcess(plan, self._objective, self.inbox, self._directory)
 
     def close(self) -> None:
         """Kill what still runs; for the way out of an error."""
@@ -461,6 +463,13 @@ class Worker:
                 f"study {self._study.name!r} ended: {failed} trials failed, more than the {allowed} allowed;"
                 f" the last: {last}; 'tuner trials {self._study.name}' lists them"
             )
+
+
+def _current_directory() -> str | None:
+    try:
+        return os.getcwd()
+    except FileNotFoundError:  # it was deleted
+        return None
 
 
 def _describe(name: str, slot: _Slot, event: dict[str, Any], metric: str) -> str | None:

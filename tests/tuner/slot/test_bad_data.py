@@ -74,7 +74,7 @@ def test_bad_data_are_told_before_training_with_objective_split_and_cause(study,
     with pytest.raises(TunerError) as caught:
         attempt(study, Broken(what=what))
     message = str(caught.value)
-    assert message.startswith(f"Broken.load_data('data') failed: DataError: {told} ({__file__}, line ")
+    assert message.startswith(f"Broken.load_data('') failed: DataError: {told} ({__file__}, line ")
     assert "\n" not in message
     assert study.trials == []
 
@@ -162,7 +162,7 @@ def test_streamed_samples_are_checked_all_over_each_split(study):
             data = super().load_data(root)
             return Data(data.train, Samples(Rows()), Samples(Rows()), data.class_names)
 
-    TrialObjective.load(a_spec(data="stream"), Watched(), "data", torch.device("cpu"))
+    TrialObjective.load(a_spec(data="stream"), Watched(), "", torch.device("cpu"))
     assert len(set(reads)) == CHECKED_ROWS
     assert max(later - earlier for earlier, later in itertools.pairwise(sorted(set(reads)))) == 16
     assert len(reads) < 2 * CHECKED_ROWS  # of valid alone: the search does not see test
@@ -287,7 +287,7 @@ def test_a_data_directory_that_cannot_be_read_is_told_in_one_line(tmp_path, make
 @pytest.mark.skipif(torch.cuda.is_available(), reason="has the device that is to be missing")
 def test_data_that_cannot_be_put_on_the_device_are_told_in_one_line():
     with pytest.raises(TunerError) as caught:
-        TrialObjective.load(a_spec(), Signs(), "data", torch.device("cuda"))
+        TrialObjective.load(a_spec(), Signs(), "", torch.device("cuda"))
     message = str(caught.value)
     assert message.startswith("Signs: the data cannot be put on cuda: ")
     assert message.endswith("where memory is short, try --data stream or fewer slots")

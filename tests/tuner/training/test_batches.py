@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import ConcatDataset
 
 from tuner import training
 from tuner.data import Data, DataError, Samples, Split, tensors
@@ -413,15 +412,6 @@ def test_a_whole_number_of_numpy_is_a_batch_size():
     split = Samples(Pairs(30)).rows(slice(None))
     (one, _), (other, _) = fitted(split, batch_size=np.int64(8)), fitted(split)
     assert_equal(one, other)
-
-
-@pytest.mark.parametrize(("start_method", "readers"), [("fork", 2), ("spawn", 0), ("forkserver", 0)])
-@pytest.mark.parametrize("joined", [False, True])
-def test_samples_of_an_objectives_file_are_read_by_processes_only_where_they_are_forked(start_method, readers, joined):
-    dataset = type("Mine", (Pairs,), {"__module__": "tuner_objective_mine_01234567"})()
-    whole = ConcatDataset([Pairs(), dataset]) if joined else dataset
-    assert batches._possible_readers(whole, 2, start_method) == readers
-    assert batches._possible_readers(Pairs(), 2, start_method) == 2
 
 
 @pytest.mark.parametrize(("device", "waits"), [("cuda", False), ("mps", True), ("cpu", True)])

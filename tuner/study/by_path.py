@@ -1,0 +1,90 @@
+"""Objectives' files as modules, which processes that an objective starts can import as well.
+
+What is sent to a process that is not forked is found there by its module's name. A file has its own name as far as
+that is free; `tuner.study.by_path.NAME` is the one whose name is not: to import it imports this module first, and the
+environment says which file it is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.util
+import json
+import os
+import re
+import sys
+from collections.abc import Sequence
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+from types import ModuleType
+
+VARIABLE = "TUNER_OBJECTIVE_FILES"
+__path__: list[str] = []  # so that the modules which the finder finds may be in here
+
+
+def import_file(file: Path) -> ModuleType:
+    """Import a file as part of the package that it lies in, if it lies in one.
+
+    The directory that its name starts in, and so its neighbours, can be imported from then on; what is installed
+    comes first.
+    """
+    root, parts = module_place(file)
+    if str(root) not in sys.path:
+        sys.path.append(str(root))
+    importlib.invalidate_caches()  # it may have been written just now
+    if not parts[0].isidentifier() or elsewhere(parts[0], root) is not None:
+        parts[0] = _named(root / parts[0] / "__init__.py" if file.parent != root else file)
+    return importlib.import_module(".".join(parts))
+
+
+def module_place(file: Path) -> tuple[Path, list[str]]:
+    """Return the directory that a file's module is imported from, and the parts of its name."""
+    parts = [] if file.stem == "__init__" else [file.stem]
+    root = file.parent
+    while (root / "__init__.py").is_file() and root.name.isidentifier():
+        parts.insert(0, root.name)
+        root = root.parent
+    return root, parts or [file.stem]
+
+
+def elsewhere(name: str, root: Path) -> Path | None:
+    """Return what `import name` finds that is not in the directory `root`; None if it finds nothing else."""
+    try:
+        found = importlib.util.find_spec(name)
+    except (ImportError, ValueError):  # of a module that was made and not found, such as __main__
+        return Path(name)
+    if found is None:
+        return None
+    places = [Path(place).resolve() for place in (found.origin, *(found.submodule_search_locations or ())) if place]
+    ours = {root / f"{name}.py", root / name, root / name / "__init__.py"}
+    return None if ours & set(places) else places[0]
+
+
+def _named(file: Path) -> str:
+    """Give a file a name that no other has, here and in the processes that are started from here."""
+    stem = file.parent.name if file.stem == "__init__" else file.stem
+    digest = hashlib.sha256(os.fsencode(file)).hexdigest()[:8]
+    name = f"{__name__}.{re.sub(r'[^0-9A-Za-z]', '_', stem)}_{digest}"
+    os.environ[VARIABLE] = json.dumps({**_files(), name: str(file)})
+    return name
+
+
+def _files() -> dict[str, str]:
+    files: dict[str, str] = json.loads(os.environ.get(VARIABLE, "{}"))
+    return files
+
+
+class _Finder:
+    """Finds the modules that `_named` has named."""
+
+    @staticmethod
+    def find_spec(
+        name: str, _path: Sequence[str] | None = None, _target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if not name.startswith(f"{__name__}.") or (file := _files().get(name)) is None:
+            return None
+        return importlib.util.spec_from_file_location(name, file)
+
+
+sys.meta_path.append(_Finder)
