@@ -27,6 +27,10 @@ class UsageError(TunerError):
     exit_code = EXIT_USAGE
 
 
+class FormatError(TunerError):
+    """A format cannot hold the model; the message says why, and where in the user's code."""
+
+
 class BrokenDeviceError(TunerError):
     """The device does not do what it should, whatever the trial."""
 

@@ -288,9 +288,9 @@ def count_failures(engine: Engine, study_id: int) -> dict[str, tuple[int, str]]:
 
 
 def record_export(
-    engine: Engine, study_id: int, trial_number: int, weights_sha256: str, test_metrics: Mapping[str, float]
+    engine: Engine, study_id: int, trial_number: int, weights_sha256: str, test_metrics: Mapping[str, float | None]
 ) -> None:
-    """Record that the test split was evaluated once with these weights."""
+    """Record that the test split was evaluated once with these weights; None stands for NaN, which JSON has not."""
     with engine.begin() as conn:
         conn.execute(
             insert(tuner_exports).values(
@@ -302,7 +302,7 @@ def record_export(
         )
 
 
-def list_exports(engine: Engine, study_id: int) -> list[tuple[int, str, dict[str, float]]]:
+def list_exports(engine: Engine, study_id: int) -> list[tuple[int, str, dict[str, float | None]]]:
     """Return (trial number, weights' sha256, test metrics) of each evaluation on test, oldest first."""
     query = select(tuner_exports.c.trial_number, tuner_exports.c.weights_sha256, tuner_exports.c.test_metrics)
     with engine.connect() as conn:

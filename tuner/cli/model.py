@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -80,14 +79,15 @@ def print_exported(
     settings: Settings, engine: Engine, study: Study, exported: Exported | None, *, as_json: bool
 ) -> None:
     """Print the best trial, its figures, and where the model lies if there is one."""
-    from tuner.cli.reading import best_fields
+    from tuner.cli.reading import best_fields, print_json
     from tuner.text import number_text, params_text
 
     best = best_fields(engine, study)
     test = None if exported is None else exported.manifest.test
     if as_json:
         model = None if exported is None else str(exported.directory)
-        print(json.dumps({**best, "test": test, "model": model}))
+        missing = None if exported is None else exported.manifest.missing
+        print_json({**best, "test": test, "model": model, "missing": missing})
         return
     lines: list[tuple[str, Any]] = [
         ("best trial", f"{best['number']} of study {study.name}"),
@@ -97,6 +97,7 @@ def print_exported(
     if exported is not None:
         lines += [(f"test {name}", number_text(value)) for name, value in exported.manifest.test.items()]
         lines.append(("model", exported.directory))
+        lines += [(f"without {name}", reason) for name, reason in exported.manifest.missing.items()]
     lines.append(("dashboard", f"tuner dashboard{settings.options()}"))
     width = max(len(name) for name, _ in lines) + 2
     for name, value in lines:

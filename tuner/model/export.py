@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import datetime as dt
-import io
+import json
+import math
 import os
 import tempfile
 from collections.abc import Iterator
@@ -13,19 +14,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save
 from sqlalchemy import Engine
+from sqlalchemy.exc import SQLAlchemyError
 from torch import nn
 from torchmetrics import Metric
 
 from storage.coordination import studies
 from storage.coordination.studies import TrialRecord
+from storage.database.errors import StorageError
 from tuner import training
 from tuner.data import Data, Inputs, Rows, Split, join, tensors
-from tuner.errors import TunerError
+from tuner.errors import FormatError, TunerError
 from tuner.files import sync_directory
+from tuner.formats.program import PROGRAM, Predictor, program_file
+from tuner.formats.weights import WEIGHTS, differing, weights_file
 from tuner.log import Log
-from tuner.model.loading import MANIFEST, PROGRAM, WEIGHTS, InputDescription, Manifest, load_program, sha256_of
+from tuner.model.loading import MANIFEST, InputDescription, Manifest, sha256_of
 from tuner.model.output import check_output
 from tuner.objective import Objective
 from tuner.seeds import derive_seed, seed_everything, set_deterministic
@@ -33,11 +37,8 @@ from tuner.slot.attempt import load_data, with_line
 from tuner.study.joining import Study, best_of
 from tuner.study.registry import ObjectiveSource, build_objective, is_objective_class
 from tuner.training.batches import place_rows
-from tuner.training.steps import call
+from tuner.training.compiled import uncompiled
 from tuner.versions import versions
-
-CHECKED_ROWS = 256
-"""How many validation rows a file that was loaded back is compared with the model on."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,15 +62,16 @@ def export_study(
     """Retrain the study's best trial on train + valid, evaluate it once on test, and write it to `output`.
 
     Everything is written aside, loaded back, compared with the model and only then moved to `output`, the
-    manifest last; an export that was there before stays until then. Raises TunerError if the study has no
-    complete trial, its objective cannot be exported or `output` cannot be written.
+    manifest last; an export that was there before stays until then. What this model cannot have - a program, a figure
+    of the test split - is left out, and the manifest says why. Raises TunerError if the study has no complete trial,
+    its best cannot be trained again or `output` cannot be written.
     """
     best = best_of(engine, study)
     objective = _objective(study, source)
     check_output(output)
     set_deterministic(study.spec.training.deterministic)  # before anything is computed
     data = load_data(objective, data_dir)
-    epochs = int(best.user_attrs.get("epoch", study.spec.epochs))  # a notebook's trial does not say
+    epochs = _epochs(study, best)
     seed = derive_seed(study.spec.seed, "export", best.number)
     log.event(
         "retraining",
@@ -78,13 +80,20 @@ def export_study(
     )
     device_ = training.choose_device(device)
     model = _retrain(objective, study, best, data, epochs, seed, device_, log).cpu()  # where files are compared with it
-    metrics = objective.build_metrics(data)
     log.event("exporting", f"writing the model to {output}", output=str(output))
     with _aside(output) as directory:
-        _write(model, data.valid, directory)
-        _verify(model, data.valid, directory)
-        weights_sha256 = sha256_of(directory / WEIGHTS)
-        test = _test_once(engine, study, best, model.to(device_), data, metrics, weights_sha256, device_, log)
+        missing: dict[str, str] = {}
+        _write_weights(model, directory, missing)
+        shown = _with_prediction(model, objective)
+        _write_program(shown, data.valid, directory, missing)
+        sha256 = sha256_of(directory / WEIGHTS)
+        test: dict[str, float | None] = {}
+        try:
+            test = _measured(engine, study, best, shown.to(device_), data, objective, sha256, device_, log)
+        except FormatError as error:
+            missing["test"] = str(error)
+        for name, reason in missing.items():
+            log.event("missing", f"the export has no {name}: {reason}", name=name)
         manifest = Manifest(
             study=study.name,
             study_id=study.study_id,
@@ -92,10 +101,10 @@ def export_study(
             objective=study.spec.objective.name,
             code_hash=source.code_hash(),
             options=study.spec.objective.options,
-            params=best.params,
+            params=_as_json(best.params),
             metric=study.spec.metric,
             direction=study.spec.direction,
-            validation=_value(best),
+            validation=_finite(best.value),
             test=test,
             epochs=epochs,
             seed=seed,
@@ -108,7 +117,8 @@ def export_study(
             class_names=data.class_names,
             versions=versions(),
             created_at=dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
-            files={name: sha256_of(directory / name) for name in (WEIGHTS, PROGRAM)},
+            files={name: sha256_of(directory / name) for name in (WEIGHTS, PROGRAM) if (directory / name).exists()},
+            missing=missing,
         )
         (directory / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n")
         _publish(directory, output)
@@ -122,18 +132,6 @@ def _objective(study: Study, source: ObjectiveSource) -> Objective:
             f"{source.name} is a plain function and has no model to export; write it as a subclass of tuner.Objective"
         )
     return build_objective(kind, study.spec.objective.options, study.spec.seed)
-
-
-class _Predictor(nn.Module):
-    """A model of several outputs as the one that is exported: it gives the objective's prediction."""
-
-    def __init__(self, model: nn.Module, objective: Objective) -> None:
-        super().__init__()
-        self.model = model
-        self._prediction = objective.prediction
-
-    def forward(self, *args: Any, **named: Any) -> torch.Tensor:
-        return self._prediction(self.model(*args, **named))
 
 
 def _retrain(
@@ -158,8 +156,35 @@ def _retrain(
         objective.fit(model, train, None, best.params, metrics=metrics, epochs=epochs, seed=seed, run=run)
     except Exception as error:
         raise TunerError(f"retraining trial {best.number} failed: {with_line(error, objective)}") from error
+    return uncompiled(model).eval()
+
+
+def _with_prediction(model: nn.Module, objective: Objective) -> nn.Module:
+    """Return the model as the one that is exported."""
     gives_prediction = type(objective).prediction is Objective.prediction
-    return (model if gives_prediction else _Predictor(model, objective)).eval()
+    return (model if gives_prediction else Predictor(model, objective.prediction)).eval()
+
+
+def _measured(
+    engine: Engine,
+    study: Study,
+    best: TrialRecord,
+    model: nn.Module,
+    data: Data,
+    objective: Objective,
+    weights_sha256: str,
+    device: torch.device,
+    log: Log,
+) -> dict[str, float | None]:
+    """Return the test metrics as `_test_once` does. Raises FormatError if the split cannot be evaluated."""
+    try:
+        metrics = objective.build_metrics(data)
+        test_metrics = _test_once(engine, study, best, model, data, metrics, weights_sha256, device, log)
+    except (StorageError, SQLAlchemyError):
+        raise
+    except Exception as error:
+        raise FormatError(f"the test split could not be evaluated: {with_line(error, objective)}") from error
+    return test_metrics
 
 
 def _test_once(
@@ -172,10 +197,11 @@ def _test_once(
     weights_sha256: str,
     device: torch.device,
     log: Log,
-) -> dict[str, float]:
+) -> dict[str, float | None]:
     """Return the test metrics: the recorded ones of these very weights, or else measured now and recorded.
 
-    They are measured on the model's `device`, and in fp32, as the exported model is used.
+    They are measured on the model's `device`, and in fp32, as the exported model is used. None stands for one that is
+    NaN or infinite.
     """
     earlier = studies.list_exports(engine, study.study_id)
     for _, sha256, test_metrics in earlier:
@@ -191,50 +217,26 @@ def _test_once(
     if isinstance(test, Split):  # samples are streamed
         (test,) = place_rows([test], device, "auto", lambda _: None)
     on_device = {name: metric.to(device) for name, metric in metrics.items()}
-    test_metrics = training.evaluate(model, test, on_device)
+    test_metrics = {name: _finite(value) for name, value in training.evaluate(model, test, on_device).items()}
     studies.record_export(engine, study.study_id, best.number, weights_sha256, test_metrics)
     return test_metrics
 
 
-def _write(model: nn.Module, example: Rows, directory: Path) -> None:
-    # Both are made in memory: on a full disk torch's own writer ends the process (torch 2.15, 2026-11).
-    weights = {name: tensor.detach().clone().contiguous() for name, tensor in _weights(model).items()}
-    (directory / WEIGHTS).write_bytes(save(weights))
-    rows = example.rows(torch.arange(4) % len(example)).inputs  # one row alone would be taken for a fixed size
-    args, kwargs = _arguments(rows)
-    batch = torch.export.Dim("batch", min=1)
-    shapes: Any = _like(rows, {0: batch})
-    if isinstance(model, _Predictor) and not isinstance(rows, dict):
-        shapes = (shapes,)  # its arguments are one, named args
-    try:
-        program = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
-    except Exception as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise TunerError(f"torch.export cannot export this model: {type(error).__name__}: {reason}") from error
-    program.example_inputs = None  # they would be pickled
-    buffer = io.BytesIO()
-    torch.export.save(program, buffer)
-    (directory / PROGRAM).write_bytes(buffer.getbuffer())
+def _write_weights(model: nn.Module, directory: Path, missing: dict[str, str]) -> None:
+    """Write the weights and read them back. Raises TunerError if the disk does not give them back."""
+    weights, left_out = weights_file(model)
+    missing |= {f"{WEIGHTS}: {name}": reason for name, reason in left_out.items()}
+    (directory / WEIGHTS).write_bytes(weights)
+    if (name := differing((directory / WEIGHTS).read_bytes(), model)) is not None:
+        raise TunerError(f"{WEIGHTS} does not give back the tensor {name!r}: the disk or its driver is at fault")
 
 
-def _verify(model: nn.Module, rows: Rows, directory: Path) -> None:
-    """Load each file back and compare it with the model. Raises TunerError on the first difference."""
-    weights = load_file(directory / WEIGHTS)
-    for name, tensor in _weights(model).items():
-        if not torch.equal(weights[name], tensor):
-            raise TunerError(f"{WEIGHTS} does not give back the tensor {name!r}: the disk or its driver is at fault")
-    inputs = rows.rows(slice(0, CHECKED_ROWS)).inputs
-    wanted = training.predict(model, inputs)
-    with torch.inference_mode():
-        found = call(load_program(directory / PROGRAM), inputs)
+def _write_program(model: nn.Module, example: Rows, directory: Path, missing: dict[str, str]) -> None:
+    """Write the program, if the model has one."""
     try:
-        torch.testing.assert_close(found, wanted)
-    except AssertionError as error:
-        difference = float((found - wanted).abs().max())
-        raise TunerError(
-            f"{PROGRAM} needs to give the model's outputs, got a difference of {difference:.3g}:"
-            " its forward() does something that torch.export cannot carry"
-        ) from error
+        (directory / PROGRAM).write_bytes(program_file(model, example))
+    except FormatError as error:
+        missing[PROGRAM] = str(error)
 
 
 @contextmanager
@@ -260,25 +262,15 @@ def _aside(output: Path) -> Iterator[Path]:
 
 
 def _publish(directory: Path, output: Path) -> None:
-    for name in (WEIGHTS, PROGRAM, MANIFEST):
+    names = [name for name in (WEIGHTS, PROGRAM, MANIFEST) if (directory / name).exists()]
+    for name in names:
         with (directory / name).open("rb") as file:
             os.fsync(file.fileno())
-    for name in (WEIGHTS, PROGRAM, MANIFEST):
+    for name in names:
         os.replace(directory / name, output / name)
+    if PROGRAM not in names:  # of an earlier export, and not this model's
+        (output / PROGRAM).unlink(missing_ok=True)
     sync_directory(output)
-
-
-def _weights(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Return the weights by the names that they have in the objective's own model."""
-    return (model.model if isinstance(model, _Predictor) else model).state_dict()
-
-
-def _arguments(inputs: Inputs) -> tuple[tuple[torch.Tensor, ...], dict[str, torch.Tensor]]:
-    return ((), inputs) if isinstance(inputs, dict) else (tensors(inputs), {})
-
-
-def _like(inputs: Inputs, shape: Any) -> Any:
-    return dict.fromkeys(inputs, shape) if isinstance(inputs, dict) else tuple(shape for _ in tensors(inputs))
 
 
 def _describe(inputs: Inputs) -> list[InputDescription]:
@@ -289,6 +281,17 @@ def _describe(inputs: Inputs) -> list[InputDescription]:
     ]
 
 
-def _value(trial: TrialRecord) -> float:
-    assert trial.value is not None
-    return trial.value
+def _epochs(study: Study, best: TrialRecord) -> int:
+    """Return the epochs that the trial's best value took; all of them where it does not say, as a notebook's."""
+    found = best.user_attrs.get("epoch")
+    return found if isinstance(found, int) and 0 < found <= study.spec.epochs else study.spec.epochs
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
+
+
+def _as_json(params: dict[str, Any]) -> dict[str, Any]:
+    """Return params as JSON holds them: choices may be of any kind."""
+    found: dict[str, Any] = json.loads(json.dumps(params, default=str))
+    return found

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
-import re
-import warnings
-import zipfile
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,17 +11,10 @@ from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
 from torch import nn
 
 from tuner.errors import TunerError
+from tuner.formats.program import PROGRAM, load_program
+from tuner.formats.weights import WEIGHTS
 
-WEIGHTS = "model.safetensors"
-PROGRAM = "model.pt2"
 MANIFEST = "manifest.json"
-# What torch 2.15 reads without unpickling; of its other kinds, some are pickles and some compiled code.
-_PLAIN_CONTENT = re.compile(
-    r"[^/]+/(models/model\.json|data/weights/(weight_\d+|model_weights_config\.json)"
-    r"|data/constants/(tensor_\d+|model_constants_config\.json)"
-    r"|archive_format|archive_version|byteorder|\.data/(version|serialization_id))"
-)
-_SAMPLE_INPUTS = re.compile(r"[^/]+/data/sample_inputs/model\.pt")
 
 
 class InputDescription(BaseModel):
@@ -51,8 +40,9 @@ class Manifest(BaseModel):
     params: dict[str, JsonValue]
     metric: str
     direction: Literal["maximize", "minimize"]
-    validation: float
-    test: dict[str, float]
+    validation: float | None
+    test: dict[str, float | None]
+    """None for a metric that is NaN or infinite, which JSON has not."""
     epochs: int
     seed: int
     trained_on: str
@@ -63,6 +53,8 @@ class Manifest(BaseModel):
     created_at: str
     files: dict[str, str]
     """The sha256 of each file beside the manifest, in hexadecimal."""
+    missing: dict[str, str] = {}
+    """What this export lacks, and why: a file, `test` where it could not be evaluated, or a tensor of the weights."""
 
 
 class LoadedModel(nn.Module):
@@ -89,7 +81,7 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> LoadedMo
     """Return the exported model in directory `path`, in eval mode, without unpickling anything.
 
     Each file is checked against the manifest's sha256 first. Raises TunerError if the directory holds no
-    export, or one that is damaged or incomplete.
+    export, one that is damaged or incomplete, or one without a program, as its model has none.
     """
     directory = Path(path)
     manifest = read_manifest(directory)
@@ -100,23 +92,12 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> LoadedMo
                 f"{directory / name} needs the sha256 {expected[:12]} of its manifest, got {found[:12]}:"
                 " the export is damaged or incomplete; run 'tuner export' again"
             )
+    if PROGRAM not in manifest.files:
+        raise TunerError(
+            f"{directory} has no {PROGRAM} that could be called ({manifest.missing.get(PROGRAM, 'it was left out')});"
+            f" its weights are in {WEIGHTS}, for a model that {manifest.objective} builds from the manifest's params"
+        )
     return LoadedModel(load_program(directory / PROGRAM), manifest).to(device).requires_grad_(False)
-
-
-def load_program(path: Path) -> nn.Module:
-    """Return the exported program in a file. Raises TunerError if torch would have to unpickle a part of it."""
-    with zipfile.ZipFile(path) as archive:
-        for entry in archive.infolist():
-            plain = _PLAIN_CONTENT.fullmatch(entry.filename)
-            empty = _SAMPLE_INPUTS.fullmatch(entry.filename) and entry.file_size == 0
-            if not (plain or empty) or (entry.filename.endswith("_config.json") and _has_pickles(archive.read(entry))):
-                raise TunerError(
-                    f"{path} needs to hold plain tensors and a program, got {entry.filename}:"
-                    " loading it would unpickle, or run code that came with it"
-                )
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="The given buffer is not writable")  # torch's own, up to 2.11
-        return torch.export.load(path).module()
 
 
 def read_manifest(directory: Path) -> Manifest:
@@ -141,7 +122,3 @@ def sha256_of(path: Path) -> str:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise TunerError(f"cannot read {path}: {error.strerror}; run 'tuner export' again") from error
-
-
-def _has_pickles(payload_config: bytes) -> bool:
-    return any(meta["use_pickle"] for meta in json.loads(payload_config)["config"].values())

@@ -23,6 +23,7 @@ from tuner.seeds import derive_seed
 from tuner.spec import DataPlace, Direction, Precision
 from tuner.training.batches import Batches, batches_of
 from tuner.training.checkpoint import Checkpoint, State, generator_states, set_generator_states
+from tuner.training.compiled import load_state, state_of
 from tuner.training.evaluation import Evaluation, Predictions, device_of
 from tuner.training.steps import Loss, Step, materialize, matrix_products
 
@@ -278,7 +279,7 @@ class _Training:
             return
         self._run.checkpoint.save(
             {
-                "model": self._model.state_dict(),
+                "model": state_of(self._model),
                 "optimizer": self._optimizer.state_dict(),
                 "scheduler": None if self._scheduler is None else self._scheduler.state_dict(),
                 "scaler": self._step.scaler.state_dict(),
@@ -302,7 +303,7 @@ class _Training:
         if not _fits(self._model, state):
             self._run.log("the checkpoint is of another model, starting again")
             return
-        self._model.load_state_dict(state["model"])
+        load_state(self._model, state["model"])
         _load_optimizer(self._optimizer, state["optimizer"])
         if self._scheduler is not None:
             self._scheduler.load_state_dict(state["scheduler"])
@@ -395,7 +396,7 @@ def _wants_channels_last(model: nn.Module, device: torch.device) -> bool:
 
 
 def _fits(model: nn.Module, state: State) -> bool:
-    wanted = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    wanted = {name: tensor.shape for name, tensor in state_of(model).items()}
     return wanted == {name: tensor.shape for name, tensor in state["model"].items()}
 
 

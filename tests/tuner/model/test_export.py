@@ -1,6 +1,7 @@
 """From a study to a model: what is exported, how it is tested, and what is refused."""
 
 import json
+import re
 import textwrap
 from importlib.metadata import version
 
@@ -171,7 +172,7 @@ def test_an_objective_that_fails_leaves_no_output_and_no_record(exporting, metho
         "return self.layers(x) if x.sum() > 0 else self.layers(-x)",
     ],
 )
-def test_a_model_that_cannot_be_carried_by_torch_export_is_told(exporting, forward, capfd):
+def test_a_model_that_cannot_be_carried_by_torch_export_keeps_its_weights(exporting, forward, capfd):
     exporting.start(
         code(
             more=f"""
@@ -185,14 +186,43 @@ def test_a_model_that_cannot_be_carried_by_torch_export_is_told(exporting, forwa
             """
         )
     )
-    with pytest.raises(TunerError, match=r"torch.export cannot export this model: \w+: ") as caught:
-        exporting()
-    assert "\n" not in str(caught.value)
-    assert not exporting.output.exists()
-    assert exporting.recorded() == []
+    manifest = exporting().manifest
+    reason = manifest.missing[PROGRAM]
+    assert re.fullmatch(rf"\w+: .+ \({re.escape(str(exporting.path))}, line \d+\)", reason), reason
+    assert f"the export has no {PROGRAM}: {reason}" in capfd.readouterr().err
+    _assert_without_program(exporting, manifest)
+    with pytest.raises(TunerError) as caught:
+        tuner.load_model(exporting.output)
+    assert str(caught.value) == (
+        f"{exporting.output} has no model.pt2 that could be called ({reason});"
+        " its weights are in model.safetensors, for a model that signs.py:Signs builds from the manifest's params"
+    )
 
 
-def test_a_program_that_gives_other_outputs_is_refused(exporting):
+def _assert_without_program(exporting, manifest):
+    """What an export without a program still has: weights, figures and the manifest."""
+    assert sorted(path.name for path in exporting.output.iterdir()) == sorted([WEIGHTS, MANIFEST])
+    assert manifest.files == {WEIGHTS: sha256_of(exporting.output / WEIGHTS)}
+    assert read_manifest(exporting.output) == manifest
+    exporting.objective.build_model(manifest.params).load_state_dict(load_file(exporting.output / WEIGHTS))
+    assert exporting.recorded() == [(1, manifest.files[WEIGHTS], manifest.test)]
+
+
+def test_an_earlier_program_does_not_stay_beside_weights_that_are_not_its(exporting, monkeypatch):
+    exporting.start(code())
+    exporting()
+    (exporting.output / "notes.txt").touch()
+
+    class Odd(torch.nn.Linear):
+        def forward(self, x):
+            return super().forward(x) + torch.zeros(len(x), 2)
+
+    monkeypatch.setattr(exporting.source.load(), "build_model", lambda self, params: Odd(3, 2))
+    assert PROGRAM in exporting().manifest.missing
+    assert sorted(path.name for path in exporting.output.iterdir()) == sorted([WEIGHTS, MANIFEST, "notes.txt"])
+
+
+def test_a_program_that_gives_other_outputs_is_left_out(exporting):
     exporting.start(
         code(
             more="""
@@ -204,10 +234,93 @@ def test_a_program_that_gives_other_outputs_is_refused(exporting):
             """
         )
     )
-    with pytest.raises(TunerError, match=r"model.pt2 needs to give the model's outputs, got a difference of 0\.\d"):
-        exporting()
-    assert not exporting.output.exists()
+    manifest = exporting().manifest
+    assert "gives other outputs for the same rows each time" in manifest.missing[PROGRAM]
+    _assert_without_program(exporting, manifest)
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+def test_a_figure_that_is_no_number_is_null_and_can_be_exported_again(exporting, value, tmp_path):
+    exporting.start(
+        code(
+            more=f"""
+            from torchmetrics import Metric
+
+            class Odd(Metric):
+                def update(self, outputs, targets):
+                    pass
+
+                def compute(self):
+                    return torch.tensor(float("{value}"))
+
+            build = Signs.build_metrics
+            Signs.build_metrics = lambda self, data: build(self, data) | {{"odd": Odd()}}
+            """
+        )
+    )
+    first = exporting().manifest
+    assert first.test["odd"] is None
+    assert 0 < first.test["accuracy"] <= 1
+    assert json.loads((exporting.output / MANIFEST).read_text())["test"] == first.test
+    assert exporting(tmp_path / "again").manifest.test == first.test
+    assert exporting.recorded() == [(1, first.files[WEIGHTS], first.test)]
+    assert tuner.load_model(exporting.output).manifest == first
+
+
+def test_a_test_split_that_cannot_be_evaluated_costs_its_figures_alone(exporting):
+    text = code(
+        more="""
+        from torchmetrics import Metric
+
+        class Picky(Metric):
+            def update(self, outputs, targets):
+                raise ValueError("no rows of the class")  # here
+
+            def compute(self):
+                return torch.tensor(0.0)
+
+        Signs.build_metrics = lambda self, data: {"accuracy": Picky()}
+        """
+    )
+    exporting.start(text)
+    manifest = exporting().manifest
+    line = next(number for number, line in enumerate(text.splitlines(), 1) if line.endswith("# here"))
+    assert manifest.test == {}
+    assert manifest.missing == {
+        "test": "the test split could not be evaluated: ValueError: no rows of the class"
+        f" ({exporting.path}, line {line})"
+    }
+    assert tuner.load_model(exporting.output)(torch.zeros(3, 3)).shape == (3, 2)
     assert exporting.recorded() == []
+
+
+def test_what_safetensors_cannot_hold_is_told_and_the_rest_is_there(exporting):
+    exporting.start(
+        code(
+            more="""
+            class Odd(Model):
+                def __init__(self, width):
+                    super().__init__(width)
+                    self.register_buffer("limits", torch.tensor([float("nan"), 1.0]))
+                    self.register_buffer("fine", torch.ones(2, dtype=torch.complex128))
+
+                def get_extra_state(self):
+                    return {"words": ["a"]}
+
+                def set_extra_state(self, state):
+                    pass
+
+            Signs.build_model = lambda self, params: Odd(4)
+            """
+        )
+    )
+    manifest = exporting().manifest
+    assert manifest.missing == {
+        "model.safetensors: fine": "safetensors holds no complex128",
+        "model.safetensors: _extra_state": "it is dict and no tensor",
+    }
+    assert load_file(exporting.output / WEIGHTS)["limits"].isnan().tolist() == [True, False]
+    assert tuner.load_model(exporting.output)(torch.zeros(3, 3)).shape == (3, 2)
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3])

@@ -1,0 +1,64 @@
+"""What people hit between a search and its model: tests/inputs holds an input of each kind, run here as a user would."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from command import Finished, Tuner
+from safetensors.torch import load_file
+
+import tuner as package
+
+INPUTS = Path(__file__).parents[1] / "inputs"
+
+
+def _searched(tuner: Tuner, folder: str, name: str, *options: str) -> tuple[Finished, dict[str, Any]]:
+    """Search a folder's objective and export its best; return how that ended, and the manifest."""
+    reference = f"{INPUTS / folder / 'search.py'}:{name}"
+    arguments = ("--trials", "1", "--workers", "1", "--seed", "3", "--device", "cpu", "--output", "model")
+    found = tuner("run", reference, "--study", "it", *arguments, *options)
+    assert found.code == 0, found.stderr
+    manifest: dict[str, Any] = json.loads((tuner.directory / "model" / "manifest.json").read_text())
+    return found, manifest
+
+
+def test_a_model_that_its_objective_compiles_is_exported(tuner: Tuner) -> None:
+    _, manifest = _searched(tuner, "04-compiled-in-build-model", "Compiled")
+    assert manifest["missing"] == {}
+    assert set(load_file(tuner.directory / "model" / "model.safetensors")) == {
+        "0.weight",
+        "0.bias",
+        "2.weight",
+        "2.bias",
+    }
+    assert package.load_model(tuner.directory / "model")(torch.rand(5, 6)).shape == (5, 2)
+
+
+def test_a_metric_that_is_no_number_on_test_is_null(tuner: Tuner) -> None:
+    found, manifest = _searched(tuner, "05-nan-test-metric", "Rare")
+    assert (manifest["test"]["share"], manifest["test"]["inverse"]) == (None, None)
+    assert 0 <= manifest["test"]["accuracy"] <= 1
+    shown = dict(line.rsplit(maxsplit=1) for line in found.stdout.splitlines() if line.startswith("test "))
+    assert (shown["test share"], shown["test inverse"]) == ("-", "-")
+    file = INPUTS / "05-nan-test-metric" / "search.py"
+    again = tuner("export", "it", "--objective", f"{file}:Rare", "--output", "again", "--device", "cpu", "--json")
+    assert (again.code, again.json()["test"]) == (0, manifest["test"])
+    assert package.load_model(tuner.directory / "again").manifest.test == manifest["test"]
+
+
+def test_a_model_without_a_program_is_exported_without_it(tuner: Tuner) -> None:
+    found, manifest = _searched(tuner, "20-batch-size-by-len", "Sequences")
+    file = INPUTS / "20-batch-size-by-len" / "search.py"
+    reason = manifest["missing"]["model.pt2"]
+    assert "your code specialized it to be a constant (4)" in reason
+    assert reason.endswith(f"({file}, line 17)")
+    assert reason in found.stderr
+    assert reason in found.stdout
+    assert set(manifest["files"]) == {"model.safetensors"}
+    assert manifest["params"]["lr"] > 0
+    with pytest.raises(package.TunerError, match=r"has no model\.pt2 that could be called"):
+        package.load_model(tuner.directory / "model")

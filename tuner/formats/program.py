@@ -1,0 +1,179 @@
+"""A model as a program of `torch.export`: called on batches of any size, and read back without unpickling."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import logging
+import re
+import traceback
+import warnings
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tuner import training
+from tuner.data import Inputs, Rows, tensors
+from tuner.errors import FormatError, TunerError
+from tuner.places import own_place, place_of
+from tuner.training.steps import call
+
+PROGRAM = "model.pt2"
+CHECKED_ROWS = 256
+"""How many rows a program that was read back is compared with the model on."""
+MAX_REASON_CHARS = 600
+
+# What torch 2.15 reads without unpickling; of its other kinds, some are pickles and some compiled code.
+_PLAIN_CONTENT = re.compile(
+    r"[^/]+/(models/model\.json|data/weights/(weight_\d+|model_weights_config\.json)"
+    r"|data/constants/(tensor_\d+|model_constants_config\.json)"
+    r"|archive_format|archive_version|byteorder|\.data/(version|serialization_id))"
+)
+_SAMPLE_INPUTS = re.compile(r"[^/]+/data/sample_inputs/model\.pt")
+
+_SHAPES = "torch.fx.experimental.symbolic_shapes"
+"""The logger by which torch tells of each condition on a size at the moment that the code makes it (2.10 to 2.15)."""
+# Where torch's reason ends and its advice to those who debug torch begins.
+_ADVICE = re.compile(
+    r"^(Suggested fixes|The error above|The following call|Caused by|To fix the error|(For|If) .*|consider using .*)$"
+    r"|For more information.*$",
+    re.MULTILINE,
+)
+
+
+class Predictor(nn.Module):
+    """A model of several outputs as the one that is exported: it gives the objective's prediction."""
+
+    def __init__(self, model: nn.Module, prediction: Callable[[Any], Tensor]) -> None:
+        super().__init__()
+        self.model = model
+        self._prediction = prediction
+
+    def forward(self, *args: Any, **named: Any) -> Tensor:
+        return self._prediction(self.model(*args, **named))
+
+
+def program_file(model: nn.Module, rows: Rows) -> bytes:
+    """Return the file of the model's program, which was read back and gives the model's outputs on these rows.
+
+    The model is in eval mode, and on the CPU as the rows are. Raises FormatError with torch's reason and the line of
+    the user's that it is about, where torch tells or shows it.
+    """
+    data = _traced(model, rows.rows(torch.arange(4) % len(rows)).inputs)  # one row would be taken for a fixed size
+    _compare(load_program(io.BytesIO(data), PROGRAM), model, rows.rows(slice(0, CHECKED_ROWS)).inputs)
+    return data
+
+
+def load_program(file: Path | io.BytesIO, name: str | None = None) -> nn.Module:
+    """Return the exported program in a file. Raises FormatError if torch would have to unpickle a part of it."""
+    with zipfile.ZipFile(file) as archive:
+        for entry in archive.infolist():
+            plain = _PLAIN_CONTENT.fullmatch(entry.filename)
+            empty = _SAMPLE_INPUTS.fullmatch(entry.filename) and entry.file_size == 0
+            if not (plain or empty) or (entry.filename.endswith("_config.json") and _has_pickles(archive.read(entry))):
+                raise FormatError(
+                    f"{name or file} needs to hold plain tensors and a program, got {entry.filename}:"
+                    " loading it would unpickle, or run code that came with it"
+                )
+    if not isinstance(file, Path):
+        file.seek(0)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The given buffer is not writable")  # torch's own, up to 2.11
+        return torch.export.load(file).module()
+
+
+def _traced(model: nn.Module, inputs: Inputs) -> bytes:
+    args, kwargs = ((), inputs) if isinstance(inputs, dict) else (tensors(inputs), {})
+    sizes = {0: torch.export.Dim("batch", min=1)}
+    shapes: Any = dict.fromkeys(inputs, sizes) if isinstance(inputs, dict) else tuple(sizes for _ in tensors(inputs))
+    if isinstance(model, Predictor) and not isinstance(inputs, dict):
+        shapes = (shapes,)  # its arguments are one, named args
+    buffer = io.BytesIO()  # torch's own writer ends the process on a full disk (torch 2.15, 2026-11)
+    with _watching_sizes() as conditions:
+        try:
+            program = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
+            program.example_inputs = None  # they would be pickled
+            torch.export.save(program, buffer)
+        except Exception as error:
+            raise FormatError(_why_not(error, conditions)) from error
+    return buffer.getvalue()
+
+
+def _compare(program: nn.Module, model: nn.Module, inputs: Inputs) -> None:
+    try:
+        wanted, again = training.predict(model, inputs), training.predict(model, inputs)
+        with torch.no_grad():
+            found = call(program, inputs)
+    except Exception as error:
+        raise FormatError(_why_not(error, [])) from error
+    if not _is_close(again, wanted):
+        raise FormatError(
+            "the model gives other outputs for the same rows each time, in eval mode too, so that no program can be"
+            " compared with it: let it be random only while self.training"
+        )
+    if found.shape != wanted.shape:
+        raise FormatError(f"{PROGRAM} gives outputs of shape {list(found.shape)}, the model of {list(wanted.shape)}")
+    if not _is_close(found, wanted):
+        difference = float((found.double() - wanted.double()).abs().max())
+        raise FormatError(
+            f"{PROGRAM} needs to give the model's outputs, got a difference of {difference:.3g}:"
+            " its forward() does something that torch.export cannot carry"
+        )
+
+
+def _is_close(found: Tensor, wanted: Tensor) -> bool:
+    try:
+        torch.testing.assert_close(found, wanted, equal_nan=True)
+    except AssertionError:
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def _watching_sizes() -> Iterator[list[str]]:
+    """Let the block trace a model in silence; yield where in the user's files sizes of the batch were decided on."""
+    places: list[str] = []
+
+    def watch(record: logging.LogRecord) -> bool:
+        text = record.getMessage()
+        if "[guard added]" in text and "[guard suppressed]" not in text:
+            place = own_place(traceback.extract_stack())
+            if place is not None:
+                places.append(place)
+        return False
+
+    logger = logging.getLogger(_SHAPES)
+    level = logger.level
+    logger.addFilter(watch)
+    logger.setLevel(logging.INFO)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):  # it prints what it traced so far
+            warnings.simplefilter("ignore")
+            yield places
+    finally:
+        logger.setLevel(level)
+        logger.removeFilter(watch)
+
+
+def _why_not(error: Exception, conditions: list[str]) -> str:
+    """Return torch's first reason in one line, with the line of the user's that it is about."""
+    if isinstance(error, TunerError):
+        return str(error)
+    text = str(error).strip()
+    reason, _, rest = text.partition("\n  - ")  # the others follow from the first
+    first = rest.partition("\n  - ")[0].partition("\nSuggested fixes")[0]
+    reason = " ".join(_ADVICE.split(reason)[0].split())
+    told = " ".join(f"{reason} {' '.join(first.split())}".split())
+    if len(told) > MAX_REASON_CHARS:
+        told = told[: MAX_REASON_CHARS - 3] + "..."
+    place = place_of(error) or (conditions[0] if conditions else None)
+    return f"{type(error).__name__}: {told}{'' if place is None else f' ({place})'}"
+
+
+def _has_pickles(payload_config: bytes) -> bool:
+    return any(meta["use_pickle"] for meta in json.loads(payload_config)["config"].values())
