@@ -6,6 +6,8 @@ import os
 import re
 import select
 import time
+from contextlib import nullcontext
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from sqlalchemy import URL, CreateEnginePlugin, Engine, create_engine, event
@@ -17,14 +19,16 @@ from storage.database.errors import (
     AuthenticationError,
     InvalidURLError,
     NoDatabaseError,
+    NotLetInError,
     NotReadyError,
     StorageError,
     UnreachableError,
 )
-from storage.database.url import mask_url, parse_url
+from storage.database.url import FILE_PARAMETER, mask_url, parse_url, read_password
+from storage.database.variables import hidden, in_the_way, is_embedded
 
 if TYPE_CHECKING:
-    from sqlalchemy.engine import ExceptionContext
+    from sqlalchemy.engine import Dialect, ExceptionContext
     from sqlalchemy.engine.interfaces import DBAPIConnection
     from sqlalchemy.pool import ConnectionPoolEntry
 
@@ -32,6 +36,7 @@ CONNECTIONS_PER_PROCESS: Final = 2
 
 # A dead network is noticed after 10 + 3 * 5 seconds when idle, after 30 with data under way.
 _CONNECT_ARGS: Final[dict[str, str | int]] = {
+    "client_encoding": "utf8",  # the database's own, or PGCLIENTENCODING, may lack what names are written in
     "connect_timeout": 5,  # seconds, for each address that the host's name has
     "keepalives": 1,
     "keepalives_idle": 10,  # seconds
@@ -82,7 +87,7 @@ def engine_options(url: URL, read_only: bool, application_name: str) -> dict[str
 
 def _server_options(url: URL, read_only: bool) -> str:
     ours = [f"-c {name}={value}" for name, value in _SESSION_SETTINGS.items()]
-    given = url.query.get("options") or os.environ.get("PGOPTIONS", "")
+    given = url.query.get("options") or ("" if is_embedded(url.query.get("host")) else os.environ.get("PGOPTIONS", ""))
     theirs = [given] if isinstance(given, str) else list(given)
     # The last setting of a name wins in PostgreSQL: theirs over ours, read_only over all.
     last = ["-c default_transaction_read_only=on"] if read_only else []
@@ -92,8 +97,12 @@ def _server_options(url: URL, read_only: bool) -> str:
 def is_outage(error: BaseException) -> bool:
     """Whether the same call may succeed later: the server was away, or a conflict made it roll back.
 
-    Looks through errors that wrap another, as Optuna's do.
+    So is being let in no more: passwords change under those who were, who read theirs again at each connection.
+    Whoever opens a database for the first time asks nothing of this, and fails. Looks through errors that wrap
+    another, as Optuna's do.
     """
+    if isinstance(error, NotLetInError):
+        return True
     if isinstance(error, AuthenticationError | NoDatabaseError):
         return False
     if isinstance(error, UnreachableError | OperationalError | PoolTimeoutError):
@@ -120,8 +129,23 @@ class _ConnectionErrors(CreateEnginePlugin):
                 return UnreachableError(f"lost the connection to {mask_url(url)}: {reason}; check that the server runs")
             return None
 
+        event.listen(engine, "do_connect", _connect)
         event.listen(engine, "handle_error", explain)
         _listen_to_pool(engine)
+
+
+def _connect(
+    dialect: Dialect, _: ConnectionPoolEntry, args: tuple[str, ...], parameters: dict[str, Any]
+) -> DBAPIConnection:
+    """Connect with the password that its file holds now, and to an embedded server without libpq's variables."""
+    given = {name: value for name, value in parameters.items() if name != FILE_PARAMETER}
+    if FILE_PARAMETER in parameters:
+        try:
+            given["password"] = read_password(Path(parameters[FILE_PARAMETER]))
+        except StorageError as error:  # it was good when the command started: somebody is writing it, as a rule
+            raise NotLetInError(str(error)) from error
+    with hidden() if is_embedded(given.get("host")) else nullcontext():
+        return dialect.connect(*args, **given)
 
 
 def _listen_to_pool(engine: Engine) -> None:
@@ -180,7 +204,8 @@ _EXPLANATIONS: Final[tuple[tuple[str, type[StorageError], str, str], ...]] = (
         "processes, or start fewer",
     ),
     (
-        r"invalid (connection option|integer value|port number|\w+ value:)",
+        r"invalid (connection option|integer value|port number|require_auth method|\"?\w+\"? value:)"
+        r'|value ".*" (is )?invalid|definition of service|service file',
         InvalidURLError,
         "cannot use",
         "correct the URL's parameters",
@@ -212,6 +237,12 @@ _EXPLANATIONS: Final[tuple[tuple[str, type[StorageError], str, str], ...]] = (
         "give the server a certificate (ssl = on), or take sslmode=disable to one that only this machine reaches",
     ),
     (
+        r"channel binding|authentication method requirement",
+        AuthenticationError,
+        "not trusted:",
+        "channel_binding and require_auth in the URL have to allow what the server does",
+    ),
+    (
         r"no pg_hba\.conf entry.*no encryption",
         AuthenticationError,
         "not let in at",
@@ -220,7 +251,7 @@ _EXPLANATIONS: Final[tuple[tuple[str, type[StorageError], str, str], ...]] = (
     (
         r"authentication failed|no password supplied|no pg_hba\.conf entry|pg_hba\.conf rejects"
         r'|role ".*" (does not exist|is not permitted to log in)|permission denied for database',
-        AuthenticationError,
+        NotLetInError,
         "not let in at",
         "check the user name and the password (PGPASSWORD, PGPASSFILE or a password file), and the server's "
         "pg_hba.conf",
@@ -237,12 +268,20 @@ _HINT: Final = re.compile(r"\s*(Is the server running[^?]*\?|Either provide the 
 
 def _connection_error(error: BaseException, url: URL) -> StorageError:
     shown, reason = mask_url(url), _one_line(error)
+    variables = "" if is_embedded(url.query.get("host")) else in_the_way(_parameters(url))
     for pattern, kind, what, remedy in _EXPLANATIONS:
         if re.search(pattern, reason):
-            return kind(f"{what} {shown}: {reason}; {remedy}")
+            return kind(f"{what} {shown}: {reason}; {remedy}{variables}")
     return UnreachableError(
-        f"cannot reach PostgreSQL at {shown}: {reason}; check that the server runs, and its host and port"
+        f"cannot reach PostgreSQL at {shown}: {reason}; check that the server runs, and its host and port{variables}"
     )
+
+
+def _parameters(url: URL) -> set[str]:
+    """Return the names of libpq's parameters that we give it for this URL."""
+    of_url = {"user": url.username, "password": url.password, "host": url.host, "port": url.port}
+    given = {"application_name", "dbname", *_CONNECT_ARGS, *url.query, *(name for name in of_url if of_url[name])}
+    return given | {"password"} if FILE_PARAMETER in url.query else given
 
 
 def _one_line(error: BaseException) -> str:

@@ -19,6 +19,10 @@ class AuthenticationError(UnreachableError):
     """The server answers, but does not let this role in, or does not prove that it is the one we want."""
 
 
+class NotLetInError(AuthenticationError):
+    """The server does not take the role or its password, or the password cannot be read: soon they may be right."""
+
+
 class NoDatabaseError(UnreachableError):
     """The server answers but has no database of that name."""
 

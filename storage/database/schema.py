@@ -13,11 +13,12 @@ from storage.database.engine import engine_options
 from storage.database.errors import SchemaVersionError, StorageError
 from storage.database.tables import tuner_schema
 from storage.database.url import mask_url
+from storage.database.variables import in_the_way
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from sqlalchemy import Engine
+    from sqlalchemy import Connection, Engine
 
 # A published migration never changes, which is why it is SQL and not the tables of storage/database/tables.py;
 # a test holds that all of them together make those.
@@ -127,8 +128,8 @@ def ensure_schema(engine: Engine) -> None:
     Any number of processes may call this at once: one does the work under an advisory lock, the others
     wait for it. A database that stock Optuna made is adopted, studies and all. While creating, the calling
     process holds up to two connections besides the engine's.
-    Raises SchemaVersionError for a database of another version, StorageError if this role may not create
-    tables or the session is read-only.
+    Raises SchemaVersionError for a database of another version, StorageError for one that cannot hold Unicode, and
+    if this role may not create tables or the session is read-only.
     """
     if _version(engine) == SCHEMA_VERSION:
         return
@@ -157,6 +158,7 @@ def _version(engine: Engine) -> int:
     """Return the last migration applied, 0 if there is none."""
     try:
         with engine.connect() as conn:
+            _require_unicode(conn, engine)
             version: int = conn.scalar(select(func.coalesce(func.max(tuner_schema.c.version), 0))) or 0
     except ProgrammingError as error:
         if isinstance(error.orig, psycopg2.errors.UndefinedTable):
@@ -168,6 +170,18 @@ def _version(engine: Engine) -> int:
             f"{SCHEMA_VERSION}; upgrade it: pip install --upgrade tuner"
         )
     return version
+
+
+def _require_unicode(conn: Connection, engine: Engine) -> None:
+    """Refuse a database in which most names cannot be written, before some trial has one."""
+    driver = conn.connection.driver_connection
+    assert driver is not None
+    encoding = driver.info.parameter_status("server_encoding")
+    if encoding not in ("UTF8", None):  # None: not told by what stands before the server
+        raise StorageError(
+            f"{mask_url(engine.url)} has encoding {encoding}, and studies need a database with UTF8; make one: "
+            "createdb --template=template0 --encoding=UTF8 --locale=C NAME ('tuner import' copies studies into it)"
+        )
 
 
 def _create_optuna_tables(engine: Engine) -> None:
@@ -198,6 +212,12 @@ def _explained(engine: Engine) -> Iterator[None]:
                 f"{role} may not create the tables of {shown}: {error.orig.diag.message_primary}; "
                 "connect once as the owner of the tables already there, or let the database's owner run: "
                 f"GRANT CREATE ON SCHEMA public TO {role}"
+            ) from error
+        if isinstance(error.orig, psycopg2.errors.InvalidSchemaName):
+            variable = in_the_way(engine.url.query, ["PGOPTIONS"])
+            raise StorageError(
+                f"no schema of the search_path is in {shown}: {error.orig.diag.message_primary}; correct the "
+                f"search_path of the role, of the database or of the URL's options{variable}"
             ) from error
         if isinstance(error.orig, psycopg2.errors.UniqueViolation):
             raise StorageError(

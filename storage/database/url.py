@@ -22,6 +22,8 @@ _WANTED = "tuner stores studies in PostgreSQL only: postgresql://user@host/datab
 _SECRET_PARAMETERS = frozenset({"password", "sslpassword", "oauth_client_secret"})
 _MASK = "***"
 _PASSWORD_MAX_BYTES = 4096
+FILE_PARAMETER = "tuner_password_file"
+"""The parameter of our own that `with_password_file` adds; libpq never sees it."""
 
 
 def parse_url(url: str | URL) -> URL:
@@ -57,14 +59,18 @@ def mask_url(url: str | URL) -> str:
     except InvalidURLError:
         scheme = url.drivername if isinstance(url, URL) else url.partition("://")[0]
         return f"{scheme if scheme in _ACCEPTED_SCHEMES else ''}://{_MASK}"
-    query = {name: _MASK if name in _SECRET_PARAMETERS else value for name, value in parsed.query.items()}
+    query = {
+        name: _MASK if name in _SECRET_PARAMETERS else value
+        for name, value in parsed.query.items()
+        if name != FILE_PARAMETER
+    }
     shown = parsed.set(drivername="postgresql", query=query)
     # Slashes and asterisks need no escape in a query, and paths of sockets read better with them.
     return shown.render_as_string(hide_password=True).replace("%2F", "/").replace("%2A", "*")
 
 
-def with_password(url: str | URL, password_file: Path) -> URL:
-    """Add the password that a private file holds; one trailing newline is not part of it.
+def with_password_file(url: str | URL, password_file: Path) -> URL:
+    """Have each connection take its password from a private file, as that is then, without one trailing newline.
 
     The file must be regular, owned by us or by root, and closed to group and others (mode 0600 or 0400).
     Raises InvalidURLError if the URL has a password already, StorageError for the file.
@@ -74,7 +80,8 @@ def with_password(url: str | URL, password_file: Path) -> URL:
         raise InvalidURLError(
             f"{mask_url(parsed)} has a password already; drop it or the password file {password_file}"
         )
-    return parsed.set(password=read_password(password_file))
+    read_password(password_file)
+    return parsed.update_query_dict({FILE_PARAMETER: str(password_file.absolute())})
 
 
 def _checked(url: URL) -> URL:
@@ -109,7 +116,7 @@ def _encodable(text: str) -> bool:
 
 
 def read_password(path: Path) -> str:
-    """Return the password that a private file holds, as `with_password` wants it. Raises StorageError."""
+    """Return the password that a private file holds, as `with_password_file` wants it. Raises StorageError."""
     try:
         # O_NONBLOCK: opening a FIFO would otherwise wait for its writer.
         with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Final
 from urllib.parse import quote
 
 from storage.database.errors import EmbeddedServerError
+from storage.database.variables import MARK, hidden
 from storage.embedded.cluster import (
     ADMIN_ROLE,
     DATABASE,
@@ -232,6 +233,7 @@ class EmbeddedServer:
     def _start_postmaster(self, account: Account, programs: Programs, address: tuple[str, int] | None) -> Postmaster:
         self._remove_leftovers()
         sockets = private_directory(self._socket_directory(), account)
+        (sockets / MARK).touch()
         host, port = address or ("", _DEFAULT_PORT)
         options = {
             "hba_file": self._readable_file("postgresql.hba", _ACCESS),
@@ -340,7 +342,8 @@ class EmbeddedServer:
             with open(os.open(self.password_file, flags, 0o600), "w") as file:
                 file.write(secrets.token_urlsafe(32))
         password = self.password_file.read_text()
-        connection = psycopg2.connect(_url(server, ADMIN_ROLE))
+        with hidden():
+            connection = psycopg2.connect(_url(server, ADMIN_ROLE))
         try:
             with connection, connection.cursor() as cursor:
                 # Its verifier, not the password, so that no log of statements can show it.

@@ -56,7 +56,8 @@ def url(settings: Settings) -> None:
     """Print the URL of the embedded server, for any Optuna client of this user; starts it if need be."""
     from storage import EmbeddedServer
 
-    print(EmbeddedServer(settings.data_dir).start())
+    # SQLAlchemy 2.1 takes a URL without a driver's name for one of psycopg 3, which need not be installed.
+    print(EmbeddedServer(settings.data_dir).start().replace("postgresql:", "postgresql+psycopg2:", 1))
 
 
 for name, function in {"start": start, "stop": stop, "status": status, "url": url}.items():

@@ -126,12 +126,12 @@ class Settings:
     def storage_url(self) -> URL:
         """Return the database's URL, the embedded server's after starting or joining it."""
         from storage import EmbeddedServer, parse_url
-        from storage.database.url import with_password
+        from storage.database.url import with_password_file
 
         if self.storage is None:
             return parse_url(EmbeddedServer(self.data_dir).start())
         if self.storage_password_file is not None:
-            return with_password(self.storage, self.storage_password_file)
+            return with_password_file(self.storage, self.storage_password_file)
         return parse_url(self.storage)
 
     def open(self) -> Engine:

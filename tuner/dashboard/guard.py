@@ -13,6 +13,7 @@ import hmac
 import io
 import json
 import re
+import sys
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qsl, quote, urlencode, urlsplit
 from wsgiref.headers import Headers
@@ -215,6 +216,7 @@ def _csv_without_formulas(
     status, headers = started[-1]
     if status.startswith("200 "):
         output = io.StringIO(newline="")
+        csv.field_size_limit(sys.maxsize)  # a cell is as large as an attribute, and those may have megabytes
         rows = csv.reader(io.StringIO(body.decode(), newline=""))
         csv.writer(output).writerows([_defused(cell) for cell in row] for row in rows)
         body = output.getvalue().encode()

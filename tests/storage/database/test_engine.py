@@ -1,4 +1,5 @@
 import socket
+import subprocess
 import threading
 import time
 import traceback
@@ -8,7 +9,7 @@ from proxy import Proxy
 from sqlalchemy import text
 from sqlalchemy.exc import DataError, IntegrityError, InternalError
 
-from storage import AuthenticationError, InvalidURLError, UnreachableError, open_engine, parse_url
+from storage import AuthenticationError, InvalidURLError, StorageError, UnreachableError, open_engine, parse_url
 from storage.database.engine import CONNECTIONS_PER_PROCESS, is_outage
 
 SECRET = "s3cr3tWord"
@@ -77,10 +78,61 @@ def test_what_the_url_says_wins(server_url, engine_of):
         assert conn.scalar(text("SHOW default_transaction_read_only")) == "on"
 
 
-def test_pgoptions_of_the_environment_still_counts(server_url, engine_of, monkeypatch):
+@pytest.fixture
+def another_server(server, tmp_path):
+    """The URL of the same server as one that we did not start is seen: by its socket alone."""
+    found = server.status()
+    for file in (name := f".s.PGSQL.{found.port}", f"{name}.lock"):
+        (tmp_path / file).symlink_to(found.socket_directory / file)
+    return f"postgresql://tuner@/tuner?host={tmp_path}"
+
+
+def test_pgoptions_of_the_environment_still_counts_for_another_server(another_server, engine_of, monkeypatch):
     monkeypatch.setenv("PGOPTIONS", "-c statement_timeout=9s")
-    with engine_of(server_url).connect() as conn:
+    with engine_of(another_server).connect() as conn:
         assert conn.scalar(text("SHOW statement_timeout")) == "9s"
+
+
+# Each would keep us out, or change what the session does.
+MEANT_FOR_ANOTHER = {
+    "PGCHANNELBINDING": "require",
+    "PGDATESTYLE": "of another",
+    "PGGEQO": "of another",
+    "PGGSSENCMODE": "require",
+    "PGHOSTADDR": "127.0.0.9",
+    "PGOPTIONS": "-c search_path=other",
+    "PGREQUIREAUTH": "scram-sha-256",
+    "PGREQUIREPEER": "somebody",
+    "PGSERVICE": "other",
+    "PGSERVICEFILE": "/nonexistent",
+    "PGSSLMODE": "of another",
+    "PGTARGETSESSIONATTRS": "standby",
+    "PGTZ": "of another",
+}
+
+
+@pytest.mark.parametrize("name", MEANT_FOR_ANOTHER)
+def test_no_variable_of_libpq_counts_for_an_embedded_server(server, engine_of, monkeypatch, name):
+    monkeypatch.setenv(name, MEANT_FOR_ANOTHER[name])
+    with engine_of(server.url()).connect() as conn:
+        assert conn.scalar(text("SELECT current_setting('search_path')")) == '"$user", public'
+    # What the process starts itself is to find them: by the environment that the C library has.
+    assert subprocess.check_output(["printenv", name], text=True).strip() == MEANT_FOR_ANOTHER[name]
+
+
+@pytest.mark.parametrize("name", sorted(MEANT_FOR_ANOTHER.keys() - {"PGOPTIONS", "PGSERVICEFILE"}))
+def test_an_error_names_the_variable_that_is_in_the_way_of_another_server(another_server, engine_of, monkeypatch, name):
+    monkeypatch.setenv(name, MEANT_FOR_ANOTHER[name])
+    monkeypatch.setenv("PGDATABASE", "the URL has one")
+    with pytest.raises(StorageError, match=rf"; variables of the environment took part: {name}$") as caught:
+        _connect(engine_of(another_server))
+    assert MEANT_FOR_ANOTHER[name] not in str(caught.value).rpartition(";")[2]
+
+
+def test_names_in_any_script_are_sent_whatever_the_variables_say(another_server, engine_of, monkeypatch):
+    monkeypatch.setenv("PGCLIENTENCODING", "LATIN1")
+    with engine_of(another_server).connect() as conn:
+        assert conn.scalar(text("SELECT length(:name)"), {"name": "模型"}) == 2
 
 
 def test_a_read_only_engine_reads_and_refuses_to_write(server_url, engine_of):

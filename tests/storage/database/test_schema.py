@@ -102,6 +102,34 @@ def _columns_declared(table, dialect):
     }
 
 
+@pytest.mark.parametrize("encoding", ["SQL_ASCII", "LATIN1"])
+def test_a_database_without_unicode_is_refused_with_the_command_that_makes_another(server, encoding):
+    admin = sqlalchemy.create_engine(parse_url(server.admin_url()), isolation_level="AUTOCOMMIT")
+    name = f"tuner_test_{encoding.lower()}"
+    with admin.connect() as conn:
+        conn.execute(text(f"CREATE DATABASE {name} OWNER tuner TEMPLATE template0 ENCODING '{encoding}' LOCALE 'C'"))
+    engine = open_engine(parse_url(server.url()).set(database=name))
+    try:
+        with pytest.raises(StorageError, match=rf"has encoding {encoding}, .* make one: createdb .*--encoding=UTF8"):
+            ensure_schema(engine)
+        assert inspect(engine).get_table_names() == []
+    finally:
+        engine.dispose()
+        with admin.connect() as conn:
+            conn.execute(text(f"DROP DATABASE {name}"))
+        admin.dispose()
+
+
+def test_a_search_path_without_a_schema_is_told_and_so_is_the_variable(server, empty_database, tmp_path, monkeypatch):
+    found = server.status()
+    (tmp_path / f".s.PGSQL.{found.port}").symlink_to(found.socket_directory / f".s.PGSQL.{found.port}")
+    monkeypatch.setenv("PGOPTIONS", "-c search_path=other")
+    engine = open_engine(f"postgresql://tuner@/{parse_url(empty_database).database}?host={tmp_path}")
+    with pytest.raises(StorageError, match=r"no schema of the search_path .*took part: PGOPTIONS$"):
+        ensure_schema(engine)
+    engine.dispose()
+
+
 def test_six_processes_at_once_on_an_empty_database_all_succeed(empty_database, empty_engine, start_python):
     processes = [start_python(ENSURE, empty_database) for _ in range(6)]
     for process in processes:

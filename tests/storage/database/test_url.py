@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from storage import InvalidURLError, StorageError, mask_url, parse_url
-from storage.database.url import with_password
+from storage.database.url import read_password, with_password_file
 
 SECRET = "s3cr3tWord"
 
@@ -113,42 +113,45 @@ def password_file(tmp_path):
 @pytest.mark.parametrize("mode", [0o600, 0o400])
 def test_a_password_comes_from_a_private_file(password_file, mode):
     password_file.chmod(mode)
-    assert with_password("postgresql://ann@db/tuner", password_file).password == SECRET
+    assert read_password(password_file) == SECRET
+    url = with_password_file("postgresql://ann@db/tuner?sslmode=require", password_file)
+    assert SECRET not in url.render_as_string(hide_password=False)
+    assert mask_url(url) == "postgresql://ann@db/tuner?sslmode=require"
 
 
 @pytest.mark.parametrize("mode", [0o640, 0o604, 0o660, 0o644])
 def test_a_password_file_that_others_may_read_is_refused(password_file, mode):
     password_file.chmod(mode)
     with pytest.raises(StorageError, match=rf"has mode {mode:04o}; run: chmod 600"):
-        with_password("postgresql://ann@db/tuner", password_file)
+        with_password_file("postgresql://ann@db/tuner", password_file)
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="gives a file away")
 def test_a_password_file_of_someone_else_is_refused(password_file):
     os.chown(password_file, 65534, 65534)
     with pytest.raises(StorageError, match=r"must belong to you or root, not to uid 65534"):
-        with_password("postgresql://ann@db/tuner", password_file)
+        with_password_file("postgresql://ann@db/tuner", password_file)
 
 
 @pytest.mark.parametrize("content", ["", "\n", f"{SECRET}\n{SECRET}\n", "\udcff" + SECRET, SECRET * 500])
 def test_a_file_that_holds_no_password_is_refused_unshown(password_file, content):
     password_file.write_bytes(content.encode(errors="surrogateescape"))
     with pytest.raises(StorageError, match=r"must (hold|be UTF-8)") as caught:
-        with_password("postgresql://ann@db/tuner", password_file)
+        with_password_file("postgresql://ann@db/tuner", password_file)
     assert SECRET not in "".join(traceback.format_exception(caught.value))
 
 
 def test_a_password_file_must_exist(tmp_path):
     with pytest.raises(StorageError, match=r"No such file"):
-        with_password("postgresql://ann@db/tuner", tmp_path / "absent")
+        with_password_file("postgresql://ann@db/tuner", tmp_path / "absent")
 
 
 def test_a_fifo_is_refused_without_waiting_for_its_writer(tmp_path):
     os.mkfifo(tmp_path / "fifo", 0o600)
     with pytest.raises(StorageError, match=r"must be a regular file"):
-        with_password("postgresql://ann@db/tuner", tmp_path / "fifo")
+        with_password_file("postgresql://ann@db/tuner", tmp_path / "fifo")
 
 
 def test_two_passwords_are_refused(password_file):
     with pytest.raises(InvalidURLError, match=r"ann:\*\*\*@db/tuner has a password already"):
-        with_password("postgresql://ann:other@db/tuner", password_file)
+        with_password_file("postgresql://ann:other@db/tuner", password_file)

@@ -5,7 +5,8 @@ import pytest
 from sqlalchemy import text
 
 from storage import AuthenticationError, EmbeddedServer, EmbeddedServerError, open_engine, parse_url
-from storage.database.url import with_password
+from storage.database.engine import is_outage
+from storage.database.url import with_password_file
 
 
 @pytest.fixture(scope="module")
@@ -37,10 +38,10 @@ def connect():
 
 
 def test_the_generated_password_opens_the_port(listening, port, connect):
-    url = with_password(f"postgresql://tuner@127.0.0.1:{port}/tuner", listening.password_file)
+    url = with_password_file(f"postgresql://tuner@127.0.0.1:{port}/tuner", listening.password_file)
     assert connect(url) == "tuner at 127.0.0.1"
     assert stat.S_IMODE(listening.password_file.stat().st_mode) == 0o600
-    assert len(url.password) >= 32
+    assert len(listening.password_file.read_text()) >= 32
     assert listening.status().listen == f"127.0.0.1:{port}"
 
 
@@ -57,6 +58,20 @@ def test_a_wrong_password_or_another_role_is_an_authentication_error(port, liste
     with pytest.raises(AuthenticationError, match=rf"not let in at postgresql://{role}:.*{told}") as caught:
         connect(url)
     assert "wr0ng" not in str(caught.value)
+
+
+def test_a_password_is_read_at_each_connection_and_one_that_is_wrong_is_an_outage(listening, port, connect, tmp_path):
+    file = tmp_path / "password"
+    file.touch(0o600)
+    file.write_text("wr0ng")
+    url = with_password_file(f"postgresql://tuner@127.0.0.1:{port}/tuner", file)
+    for content, told in (("wr0ng", "password authentication failed"), ("", "must hold the password alone")):
+        file.write_text(content)
+        with pytest.raises(AuthenticationError, match=told) as caught:
+            connect(url)
+        assert is_outage(caught.value)
+    file.write_text(listening.password_file.read_text())
+    assert connect(url) == "tuner at 127.0.0.1"
 
 
 def test_no_password_is_an_authentication_error(port, listening, connect, monkeypatch):

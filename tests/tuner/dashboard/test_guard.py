@@ -140,6 +140,15 @@ def test_nan_and_infinite_reports_leave_the_study_readable(database: str) -> Non
     assert trials[3]["values"] == ["inf"]
 
 
+def test_the_export_has_attributes_of_any_size(database: str) -> None:
+    history = "=" + "x" * (csv.field_size_limit() + 1)
+    study_id = a_study(database, history=history)
+    with guarded(dashboard_of(database)) as client:
+        answer = client.ask(f"/csv/{study_id}")
+    assert answer.status == 200
+    assert answer.body.decode().count(f"'{history}") == 4
+
+
 def test_the_export_has_no_cell_that_a_spreadsheet_would_run(database: str) -> None:
     formulas = {
         "dde": "=cmd|'/c calc'!A0",
