@@ -61,7 +61,7 @@ def seen(sessions: Sessions, worker: WorkerSeen) -> None:
 
 def ended(sessions: Sessions, worker_id: uuid.UUID) -> None:
     """Write that the worker has ended, now by the database's clock."""
-    now = func.clock_timestamp()
+    now = func.statement_timestamp()  # the same in both columns
     statement = update(tuner_workers).where(tuner_workers.c.worker_id == worker_id)
     sessions.statement(lambda conn: conn.execute(statement.values(last_seen=now, ended_at=now)))
 

@@ -1,4 +1,4 @@
-"""What people hit between a search and its model: tests/inputs holds an input of each kind, run here as a user would."""
+"""What people hit between a search and its model: an input of each kind in tests/inputs, run as a user would."""
 
 from __future__ import annotations
 
