@@ -34,7 +34,7 @@ from tuner.study.registry import FunctionObjective
 from tuner.training import Interrupted
 from tuner.training.batches import DeadReaderError, place
 from tuner.training.checkpoint import Checkpoint, Shared
-from tuner.training.record import Record
+from tuner.training.record import OWN_NAMES, Record
 
 if TYPE_CHECKING:
     from torchmetrics import Metric
@@ -323,6 +323,7 @@ def _built_metrics(objective: Objective, data: Data, metric: str) -> dict[str, M
     metrics = dict(built.items()) if isinstance(built, Mapping | nn.ModuleDict) else {"": built}
     if wrong := [type(its).__name__ for its in metrics.values() if not isinstance(its, nn.Module)]:
         raise ObjectiveError(f"build_metrics needs to return torchmetrics objects by name, got {wrong[0]}")
+    _check_names(metrics)
     if metric not in metrics:
         raise ObjectiveError(
             f"build_metrics needs to return {metric!r}, the study's metric, got: {', '.join(metrics) or 'none'}"
@@ -337,7 +338,15 @@ def _value_of(epoch: object, metric: str) -> float:
         raise ObjectiveError(
             f"the metrics of an epoch need {metric!r}, the study's metric, got: {', '.join(epoch.metrics) or 'none'}"
         )
+    _check_names(epoch.metrics)
     return epoch.metrics[metric]
+
+
+def _check_names(metrics: Mapping[str, object]) -> None:
+    if taken := sorted(OWN_NAMES & metrics.keys()):
+        raise ObjectiveError(
+            f"a metric cannot be named {taken[0]!r}, which is recorded of each trial anyway: give it another name"
+        )
 
 
 def _checked_value(value: object) -> float:

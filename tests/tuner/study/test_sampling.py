@@ -335,7 +335,7 @@ def test_any_text_is_a_value_that_the_database_can_hold(text):
     json.loads(json.dumps(parse_value(text)), parse_constant=pytest.fail)
 
 
-@pytest.mark.parametrize("text", ["", "NaN", "-Infinity", "relu", "01", "1_000", "9" * 5000, "1e999", "+1e999", ""])
+@pytest.mark.parametrize("text", ["", "NaN", "-Infinity", "relu", "01", "1_000", "9" * 5000, "1e999", "+1e999"])
 def test_what_is_no_json_is_text(text):
     assert parse_value(text) == text
 
