@@ -29,6 +29,7 @@ from tuner.errors import BrokenDeviceError, ObjectiveError, TunerError, first_li
 from tuner.objective import Objective
 from tuner.seeds import derive_seed, seed_everything, set_deterministic
 from tuner.slot.checked_trial import CheckedTrial, InvalidReportError
+from tuner.slot.read_params import ReadParams
 from tuner.spec import Spec, first_problem
 from tuner.study.registry import FunctionObjective
 from tuner.training import Interrupted
@@ -263,7 +264,7 @@ def _train(
     assert what.data is not None
     metric = what.spec.metric
     objective.suggest(trial)
-    params = trial.params
+    params = ReadParams(trial.params)
     model = objective.build_model(params)
     if not isinstance(model, nn.Module):
         raise ObjectiveError(f"build_model needs to return a torch.nn.Module, got {type(model).__name__}")
@@ -298,13 +299,15 @@ def _train(
             options=training.Options(**what.spec.training.model_dump()),
             metric=metric,
             direction=what.spec.direction,
-            checkpoint=what.checkpoint(trial.number, params),
+            checkpoint=what.checkpoint(trial.number, trial.params),
             resumable=(Interrupted, StudyHaltedError, UnreachableError),
             check=trial.check,
             on_resume=on_resume,
             log=lambda line: what.log(f"trial {trial.number}: {line}"),
         ),
     )
+    if trial.number == 0 and (unread := ", ".join(params.unread)):
+        what.log(f"trial 0: no method has read {unread}: a param that is read by another name, or not at all?")
     if not history:
         raise ObjectiveError("fit needs to return the epochs that ended, got none")
     for epoch in history:
