@@ -88,7 +88,10 @@ def test_best_params_paste_into_scripts(job: Finished, tuner: Tuner) -> None:
     params = tuner("best", "digits", "--json").json()["params"]
     environment = tuner("best", "digits", "--format", "env").stdout
     printed = subprocess.run(
-        ["/bin/sh", "-c", f"{environment}\necho $LR $BATCH_SIZE"], capture_output=True, text=True, check=True
+        ["/bin/sh", "-c", f"{environment}\necho $TUNER_PARAM_LR $TUNER_PARAM_BATCH_SIZE"],
+        capture_output=True,
+        text=True,
+        check=True,
     ).stdout.split()
     assert [float(printed[0]), int(printed[1])] == [params["lr"], params["batch_size"]]
     flags = shlex.split(tuner("best", "digits", "--format", "flags").stdout)

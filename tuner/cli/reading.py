@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 StudyName = Annotated[str, typer.Argument(metavar="STUDY", help="Name of the study.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
+# Prefixes of variables by which shells, linkers and interpreters can be told to run something.
+_OF_SHELLS = ("BASH_", "DYLD_", "GIT_", "LD_", "PROMPT_")
+
 
 @command
 def studies(settings: Settings, as_json: AsJson = False) -> None:
@@ -107,20 +110,25 @@ def best(
         str,
         typer.Option("--format", metavar="text|json|env|flags", help="env: NAME=value lines; flags: --name value ..."),
     ] = "text",
+    prefix: Annotated[
+        str, typer.Option(help="What names begin with in --format env, apart from those that a shell uses.")
+    ] = "TUNER_PARAM_",
 ) -> None:
     """Print the best params of STUDY."""
     from tuner.study.joining import find_study
 
     if format_ not in ("text", "json", "env", "flags"):
         raise UsageError(f"--format needs text, json, env or flags, got {format_!r}")
+    if re.fullmatch(r"[A-Za-z]\w*_", prefix, re.ASCII) is None or prefix.upper() in _OF_SHELLS:
+        raise UsageError(f"--prefix needs letters, digits and _, with a _ at its end, such as SEARCH_, got {prefix!r}")
     engine = settings.open()
     fields = best_fields(engine, find_study(engine, study))
     params: dict[str, Any] = fields["params"]
     if as_json or format_ == "json":
         print_json(fields)
     elif format_ == "env":
-        for name, value in params.items():
-            print(f"{_variable(name)}={shlex.quote(_plain(value))}")
+        for variable, value in _variables(params, prefix).items():
+            print(f"{variable}={shlex.quote(_plain(value))}")
     elif format_ == "flags":
         print(" ".join(f"{shlex.quote('--' + name)} {shlex.quote(_plain(value))}" for name, value in params.items()))
     else:
@@ -196,10 +204,18 @@ def _trial_fields(trial: TrialRecord) -> dict[str, Any]:
     }
 
 
-def _variable(name: str) -> str:
-    """Return the param's name as one of a shell variable."""
-    variable = re.sub(r"\W", "_", name, flags=re.ASCII).upper()
-    return f"_{variable}" if variable[:1].isdigit() else variable
+def _variables(params: dict[str, Any], prefix: str) -> dict[str, Any]:
+    """Return the values by the names of shell variables. Raises UsageError if two params would have the same."""
+    names: dict[str, str] = {}
+    for name in params:
+        variable = prefix + re.sub(r"\W", "_", name, flags=re.ASCII).upper()
+        if variable in names:
+            raise UsageError(
+                f"--format env: the params {names[variable]!r} and {name!r} would both be {variable}:"
+                " take --format json or flags"
+            )
+        names[variable] = name
+    return {variable: params[name] for variable, name in names.items()}
 
 
 def _plain(value: Any) -> str:

@@ -29,13 +29,14 @@ from tuner.errors import BrokenDeviceError, ObjectiveError, TunerError, first_li
 from tuner.objective import Objective
 from tuner.seeds import derive_seed, seed_everything, set_deterministic
 from tuner.slot.checked_trial import CheckedTrial, InvalidReportError
+from tuner.slot.read_params import ReadParams
 from tuner.spec import Spec, first_problem
 from tuner.study.registry import FunctionObjective
 from tuner.training import Interrupted
 from tuner.training.batches import DeadReaderError, place
 from tuner.training.checkpoint import Checkpoint, Shared
 from tuner.training.memory import free_memory, is_out_of_memory
-from tuner.training.record import Record
+from tuner.training.record import OWN_NAMES, Record
 
 if TYPE_CHECKING:
     from torchmetrics import Metric
@@ -268,7 +269,7 @@ def _train(
     assert what.data is not None
     metric = what.spec.metric
     objective.suggest(trial)
-    params = trial.params
+    params = ReadParams(trial.params)
     model = objective.build_model(params)
     if not isinstance(model, nn.Module):
         raise ObjectiveError(f"build_model needs to return a torch.nn.Module, got {type(model).__name__}")
@@ -303,13 +304,15 @@ def _train(
             options=training.Options(**what.spec.training.model_dump()),
             metric=metric,
             direction=what.spec.direction,
-            checkpoint=what.checkpoint(trial.number, params),
+            checkpoint=what.checkpoint(trial.number, trial.params),
             resumable=(Interrupted, StudyHaltedError, UnreachableError),
             check=trial.check,
             on_resume=on_resume,
             log=lambda line: what.log(f"trial {trial.number}: {line}"),
         ),
     )
+    if trial.number == 0 and (unread := ", ".join(params.unread)):
+        what.log(f"trial 0: no method has read {unread}: a param that is read by another name, or not at all?")
     if not history:
         raise ObjectiveError("fit needs to return the epochs that ended, got none")
     for epoch in history:
@@ -328,6 +331,7 @@ def _built_metrics(objective: Objective, data: Data, metric: str) -> dict[str, M
     metrics = dict(built.items()) if isinstance(built, Mapping | nn.ModuleDict) else {"": built}
     if wrong := [type(its).__name__ for its in metrics.values() if not isinstance(its, nn.Module)]:
         raise ObjectiveError(f"build_metrics needs to return torchmetrics objects by name, got {wrong[0]}")
+    _check_names(metrics)
     if metric not in metrics:
         raise ObjectiveError(
             f"build_metrics needs to return {metric!r}, the study's metric, got: {', '.join(metrics) or 'none'}"
@@ -342,7 +346,15 @@ def _value_of(epoch: object, metric: str) -> float:
         raise ObjectiveError(
             f"the metrics of an epoch need {metric!r}, the study's metric, got: {', '.join(epoch.metrics) or 'none'}"
         )
+    _check_names(epoch.metrics)
     return epoch.metrics[metric]
+
+
+def _check_names(metrics: Mapping[str, object]) -> None:
+    if taken := sorted(OWN_NAMES & metrics.keys()):
+        raise ObjectiveError(
+            f"a metric cannot be named {taken[0]!r}, which is recorded of each trial anyway: give it another name"
+        )
 
 
 def _checked_value(value: object) -> float:

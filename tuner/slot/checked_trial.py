@@ -22,6 +22,16 @@ class InvalidReportError(ValueError):
     """An objective reported or returned what a study cannot hold."""
 
 
+class StoppableStudy(optuna.Study):
+    """The study as an objective sees it by `trial.study`."""
+
+    stop_asked = False
+
+    def stop(self) -> None:
+        """Stop the study, for all of its workers, once the trial at hand has ended."""
+        self.stop_asked = True
+
+
 class CheckedTrial(optuna.Trial):
     """A trial that refuses what the database cannot hold, and that `check` can interrupt at each report."""
 

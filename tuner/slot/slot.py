@@ -29,7 +29,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from sqlalchemy import Engine
 from sqlalchemy.exc import SQLAlchemyError
 
-from storage.coordination import claims
+from storage.coordination import claims, control
 from storage.coordination.delivery import Result
 from storage.database.engine import is_outage
 from storage.database.errors import InvalidWriteError, LeaseLostError, StorageError, StudyHaltedError, UnreachableError
@@ -46,7 +46,7 @@ from tuner.slot.attempt import (
     run_attempt,
     warm_up,
 )
-from tuner.slot.checked_trial import CheckedTrial
+from tuner.slot.checked_trial import CheckedTrial, StoppableStudy
 from tuner.slot.lease import Lease
 from tuner.slot.orders import Orders
 from tuner.slot.reports import Reports
@@ -151,9 +151,9 @@ class Slot:
             worker=self._config.worker, slot=self._config.slot, device=shown, share=self._config.share
         )
         sweep(study, self._config.data_dir, self._storage.sessions, what.log)
-        optuna_study = optuna.load_study(
-            study_name=study.name,
-            storage=self._storage,
+        optuna_study = StoppableStudy(
+            study.name,
+            self._storage,
             sampler=build_sampler(study.spec.sampler, study.spec.seed, 0),
             pruner=pruner_on(self._storage, study.study_id, study.spec.pruner),
         )
@@ -208,7 +208,9 @@ class Slot:
             log=lambda line: self._emit(Event(event="note", message=line)),
         )
 
-    def _run_claimed(self, study: Study, optuna_study: optuna.Study, what: TrialObjective, held: claims.Claim) -> None:
+    def _run_claimed(
+        self, study: Study, optuna_study: StoppableStudy, what: TrialObjective, held: claims.Claim
+    ) -> None:
         """Run one claimed trial to its end, or until it is given back or lost. Raises BrokenDeviceError."""
         self._storage.hold(held)
         told: dict[str, Any] = {"trial": held.number, "attempt": held.attempt}
@@ -235,9 +237,10 @@ class Slot:
             free_memory()  # of a trial that was given back, too
 
     def _run_held(
-        self, study: Study, optuna_study: optuna.Study, what: TrialObjective, held: claims.Claim, lease: Lease
+        self, study: Study, optuna_study: StoppableStudy, what: TrialObjective, held: claims.Claim, lease: Lease
     ) -> None:
         what = replace(what, shared=shared_checkpoint(study, self._storage, held))
+        optuna_study.stop_asked = False
         optuna_study.sampler = build_sampler(study.spec.sampler, study.spec.seed, held.number)
         trial, outcome, is_written = self._attempt(optuna_study, what, held, lease)
         if outcome.failure == "oom" and self._config.share < 1:
@@ -260,7 +263,7 @@ class Slot:
             self._keep(optuna_study, held, trial, outcome)
 
     def _attempt(
-        self, optuna_study: optuna.Study, what: TrialObjective, held: claims.Claim, lease: Lease
+        self, optuna_study: StoppableStudy, what: TrialObjective, held: claims.Claim, lease: Lease
     ) -> tuple[CheckedTrial, Outcome, bool]:
         """Run the trial from its start or its checkpoint; also returns whether all that it reported is written."""
 
@@ -289,7 +292,7 @@ class Slot:
 
     def _end(
         self,
-        optuna_study: optuna.Study,
+        optuna_study: StoppableStudy,
         what: TrialObjective,
         held: claims.Claim,
         trial: CheckedTrial,
@@ -297,6 +300,9 @@ class Slot:
     ) -> None:
         """Write the trial's result, or keep it on disk if the database does not take it."""
         try:
+            if optuna_study.stop_asked:
+                control.set_state(self._storage.sessions, held.study_id, "stopped")
+                self._emit(Event(event="note", message=f"trial {held.number} stopped the study"))
             self._storage.set_trial_user_attrs(held.trial_id, outcome.attrs)
             optuna_study.tell(trial, outcome.value, outcome.state, skip_if_finished=True)
         except (StorageError, SQLAlchemyError) as error:
@@ -322,7 +328,7 @@ class Slot:
             )
         )
 
-    def _keep(self, optuna_study: optuna.Study, held: claims.Claim, trial: CheckedTrial, outcome: Outcome) -> None:
+    def _keep(self, optuna_study: StoppableStudy, held: claims.Claim, trial: CheckedTrial, outcome: Outcome) -> None:
         reports = sorted(trial.reported.items())
         value = reports[-1][1] if outcome.state == TrialState.PRUNED and reports else outcome.value
         result = Result(token=held.token, state=outcome.state, value=value, attrs=outcome.attrs, reports=reports)

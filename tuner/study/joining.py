@@ -189,6 +189,7 @@ def plan(
     if is_objective_class(kind):
         objective = build_objective(kind, options, seed, option_texts)
         discover(objective)
+        _check_metric(kind)
         if direction not in (None, kind.direction):
             raise UsageError(f"--direction: {kind.__name__} says {kind.direction}, got {direction}")
         metric, direction, epochs = kind.metric, kind.direction, epochs or kind.epochs
@@ -223,6 +224,15 @@ def plan(
         checkpoint_every_s=checkpoint_every_s,
     )
     return spec, objective
+
+
+def _check_metric(kind: type[Objective]) -> None:
+    from tuner.training.record import OWN_NAMES
+
+    if kind.metric in OWN_NAMES:
+        raise UsageError(
+            f"{kind.__name__}.metric: {kind.metric!r} is recorded of each trial anyway, give the metric another name"
+        )
 
 
 def _first_change(training: TrainingSpec) -> str:

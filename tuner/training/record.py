@@ -16,9 +16,8 @@ if TYPE_CHECKING:
 
 OWN_NAMES = frozenset(
     {
-        *("train_loss", "lr", "epoch", "epochs", "step", "seconds", "train_s", "evaluate_s", "wait_s", "samples_per_s"),
-        *("seed", "device", "versions", "peak_memory_mb", "peak_reserved_mb", "failure", "failure_message"),
-        *("value", "values", "params", "number", "state"),
+        *("train_loss", "lr", "epoch", "epochs", "seconds", "train_s", "evaluate_s", "wait_s", "samples_per_s"),
+        *("seed", "device", "versions", "peak_memory_mb", "peak_reserved_mb"),
     }
 )
 """What is recorded of a trial and of its epochs beside the metrics, which cannot have these names."""

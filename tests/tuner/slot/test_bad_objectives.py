@@ -11,6 +11,7 @@ from torchmetrics import ClasswiseWrapper
 from torchmetrics.classification import MulticlassAccuracy
 
 from tuner.training import Epoch, evaluate
+from tuner.training.record import OWN_NAMES
 
 NO_NUMBER = "the loss needs to return a tensor that is one number, got "
 NO_GRADIENT = "the loss needs to follow from weights that are trained, got one without a gradient"
@@ -105,6 +106,31 @@ def test_what_an_own_loop_gives_is_recorded_as_numbers(study):
     losses = [outcome.attrs.get("train_loss") for outcome in found]
     assert set(losses) == {0.5, None}  # there is no NaN in JSON
     assert {type(its) for its in losses} == {float, type(None)}
+
+
+class Wrapped(Constant):
+    """Gives its value under a name that it tells when it computes."""
+
+    def __init__(self, name):
+        super().__init__(0.25)
+        self.name = name
+
+    def compute(self):
+        return {self.name: super().compute()}
+
+
+def test_a_metric_cannot_have_the_name_of_what_is_recorded_anyway(study):
+    recorded = attempt(study, Signs())[0].attrs.keys()
+    assert recorded <= OWN_NAMES
+    for name in ("train_loss", "seconds", "lr"):
+        for given in ({name: Constant(0.25)}, {"parts": Wrapped(name)}):
+
+            class Named(Signs):
+                def build_metrics(self, data, given=given):
+                    return {**super().build_metrics(data), **given}
+
+            outcome, _ = attempt(study, Named())
+            assert outcome.message.startswith(f"Named: a metric cannot be named {name!r}, which is recorded")
 
 
 @pytest.mark.filterwarnings("ignore:The ``compute`` method of metric:UserWarning")
