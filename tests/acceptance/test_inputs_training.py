@@ -12,7 +12,15 @@ INPUTS = Path(__file__).parents[1] / "inputs"
 ONE_TRIAL = ("--trials", "1", "--workers", "1", "--max-failures", "0", "--json")
 
 
-@pytest.mark.parametrize(("folder", "name"), [("08-lbfgs", "ByLbfgs")])
+@pytest.mark.parametrize(
+    ("folder", "name"),
+    [
+        ("08-lbfgs", "ByLbfgs"),
+        ("22-ignored-label", "Places"),
+        ("23-several-labels", "Several"),
+        ("24-label-types", "Int16"),
+    ],
+)
 def test_a_search_with_it_ends_with_a_model(tuner: Tuner, folder: str, name: str) -> None:
     done = tuner("run", f"{INPUTS / folder / 'search.py'}:{name}", *ONE_TRIAL)
     assert done.code == 0, done.stderr
@@ -33,7 +41,7 @@ def test_a_trial_with_lazy_layers_goes_on_where_it_was_given_back(tuner: Tuner) 
     assert done.code == 0, done.stderr
     assert "resumed after epoch" in done.stderr
     [trial] = tuner("trials", "s", "--json").json()
-    assert trial["state"] == "complete"
+    assert trial["state"] == "COMPLETE"
 
 
 def test_an_evaluation_takes_no_more_memory_than_its_outputs_may(tuner: Tuner) -> None:

@@ -6,6 +6,7 @@ Knows nothing of Optuna or of a database.
 from __future__ import annotations
 
 import atexit
+import dataclasses
 import errno
 import multiprocessing
 import os
@@ -231,7 +232,7 @@ def place(
 ) -> Data:
     """Return the data with train and valid placed by `place_rows`; the test split stays as it is."""
     train, valid = place_rows((data.train, data.valid), device, how, log, share=share)
-    return Data(train, valid, data.test, data.class_names)
+    return dataclasses.replace(data, train=train, valid=valid)
 
 
 def place_rows(
@@ -276,11 +277,11 @@ def _make_resident(rows: Rows, device: torch.device) -> Split:
     if isinstance(rows.dataset, Split):
         return rows.dataset.to(device)
     with closing(Streamed(rows, READ_ROWS, torch.device("cpu"))) as read:
-        return concatenate([Split(*batch) for batch in read.in_order()]).to(device)
+        return concatenate([Split(*batch, rows.labels) for batch in read.in_order()]).to(device)
 
 
 def _make_streamed(rows: Rows) -> Samples:
-    return Samples(rows.to(torch.device("cpu"))) if isinstance(rows, Split) else rows
+    return Samples(rows.to(torch.device("cpu")), labels=rows.labels) if isinstance(rows, Split) else rows
 
 
 def _check_some(rows: Rows) -> None:
