@@ -118,13 +118,17 @@ class Samples:
     """Rows that are read one by one from a data set, for data that does not fit into memory.
 
     Where it does fit, it is read once and kept as a `Split` (`--data auto`), unless it is `random`: reading a
-    row twice gives different ones, as random augmentation does. `split` and `labels` are set by `Data`.
+    row twice gives different ones, as random augmentation does. `readers` is how many processes read it, 0 for none
+    but the slot's own, and `prefetch` how many batches each is ahead; None for what the study says (`--readers`,
+    `--prefetch`). `split` and `labels` are set by `Data`.
     """
 
     dataset: DataSet
     random: bool = False
     split: str = ""
     labels: Labels | None = None
+    readers: int | None = None
+    prefetch: int | None = None
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -209,6 +213,23 @@ class Data:
                 )
             if labels is not None:
                 object.__setattr__(self, name, _labelled(split, name, labels.of(first.targets)))
+
+    def read_by(self, readers: int | None, prefetch: int | None) -> Data:
+        """Return the data with so many processes to read its samples, where they do not say it themselves."""
+
+        def with_readers(rows: Rows) -> Rows:
+            if isinstance(rows, Split):
+                return rows
+            return replace(
+                rows,
+                readers=readers if rows.readers is None else rows.readers,
+                prefetch=prefetch if rows.prefetch is None else rows.prefetch,
+            )
+
+        if all(isinstance(rows, Split) for _, rows in self.splits()):
+            return self
+        train, valid, test = (with_readers(rows) for _, rows in self.splits())
+        return replace(self, train=train, valid=valid, test=test)
 
     def splits(self) -> Iterator[tuple[str, Rows]]:
         """Yield ("train", ...), ("valid", ...), ("test", ...)."""

@@ -43,6 +43,11 @@ class Objective(BaseModel, ABC):
     direction: ClassVar[Literal["maximize", "minimize"]] = "maximize"
     epochs: ClassVar[int] = 20
     """Epochs of a trial, unless `--epochs` says otherwise."""
+    readers: ClassVar[int | None] = None
+    """Processes that read `Samples` in each slot, unless `--readers` says otherwise: 0 for none, None for as many as
+    it has cores."""
+    prefetch: ClassVar[int | None] = None
+    """Batches that each of them is ahead, unless `--prefetch` says otherwise; None for 4."""
 
     seed: int = Field(default=0, exclude=True)
     """The study's seed (`--seed`), for splitting the data; each trial is seeded before it runs."""

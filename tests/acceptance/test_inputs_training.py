@@ -49,3 +49,13 @@ def test_an_evaluation_takes_no_more_memory_than_its_outputs_may(tuner: Tuner) -
     objective = f"{INPUTS / '12-evaluation-memory' / 'search.py'}:Wide"
     done = limited("run", objective, *ONE_TRIAL, "--no-export")
     assert done.code == 0, done.stderr
+
+
+@pytest.mark.parametrize("options", [("--readers", "2"), ("--data", "stream", "--readers", "0")])
+def test_processes_that_would_share_an_open_file_read_nothing(tuner: Tuner, options: tuple[str, ...]) -> None:
+    objective = f"{INPUTS / '11-shared-file-handle' / 'search.py'}:FromFile"
+    assert tuner("create", objective, "--study", "s", "--trials", "1", "--max-failures", "0", *options).code == 0
+    done = tuner("worker", "s", "--objective", objective, "--slots", "1")
+    assert done.code == 0, done.stderr
+    told = "processes would share the open file"
+    assert (told in done.stderr) == ("2" in options)

@@ -29,11 +29,12 @@ from tuner.errors import BrokenDeviceError, ObjectiveError, TunerError, first_li
 from tuner.objective import Objective
 from tuner.seeds import derive_seed, seed_everything, set_deterministic
 from tuner.slot.reports import Reports
-from tuner.spec import Spec, first_problem
+from tuner.spec import Spec, TrainingSpec, first_problem
 from tuner.study.registry import FunctionObjective
 from tuner.training import Interrupted
-from tuner.training.batches import DeadReaderError, place
+from tuner.training.batches import place
 from tuner.training.checkpoint import Checkpoint, Shared
+from tuner.training.loaders import DeadReaderError
 from tuner.training.memory import free_memory, is_out_of_memory
 from tuner.training.record import Record
 
@@ -131,7 +132,8 @@ class TrialObjective:
         set_deterministic(spec.training.deterministic)
         name = type(objective).__name__
         try:
-            data = place(load_data(objective, data_dir), device, spec.training.data, log, share=share)
+            data = load_data(objective, data_dir, spec.training)
+            data = place(data, device, spec.training.data, log, share=share)
         except DataError as error:
             raise TunerError(f"{name}: {error}") from error
         except (RuntimeError, TypeError, MemoryError, OSError, DeadReaderError) as error:
@@ -279,8 +281,15 @@ def warm_up(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def load_data(objective: Objective, data_dir: Path) -> Data:
-    """Return the objective's data. Raises TunerError that says what went wrong in its `load_data`."""
+def load_data(
+    objective: Objective,
+    data_dir: Path,
+    training_spec: TrainingSpec = TrainingSpec(),  # noqa: B008 - frozen
+) -> Data:
+    """Return the objective's data, its samples to be read as the spec says.
+
+    Raises TunerError that says what went wrong in its `load_data`.
+    """
     name = type(objective).__name__
     try:
         data = objective.load_data(data_dir)
@@ -288,7 +297,7 @@ def load_data(objective: Objective, data_dir: Path) -> Data:
         raise TunerError(f"{name}.load_data({str(data_dir)!r}) failed: {with_line(error, objective)}") from error
     if not isinstance(data, Data):
         raise TunerError(f"{name}.load_data needs to return tuner.data.Data, got {type(data).__name__}")
-    return data
+    return data.read_by(training_spec.readers, training_spec.prefetch)
 
 
 def with_line(error: BaseException, objective: Objective | FunctionObjective) -> str:
