@@ -42,7 +42,7 @@ class Objective(BaseModel, ABC):
     """The metric that the study optimizes: a key of what `build_metrics` returns."""
     direction: ClassVar[Literal["maximize", "minimize"]] = "maximize"
     epochs: ClassVar[int] = 20
-    """Epochs of a trial, unless `--epochs` says otherwise."""
+    """Epochs of a trial, unless `--epochs` says otherwise, or the param `epochs` where suggested."""
     readers: ClassVar[int | None] = None
     """Processes that read `Samples` in each slot, unless `--readers` says otherwise: 0 for none, None for as many as
     it has cores."""

@@ -36,6 +36,7 @@ from tuner.training.batches import place
 from tuner.training.checkpoint import Checkpoint, Shared
 from tuner.training.loaders import DeadReaderError
 from tuner.training.memory import free_memory, is_out_of_memory
+from tuner.training.overlap import overlaps
 from tuner.training.record import Record
 
 if TYPE_CHECKING:
@@ -133,6 +134,8 @@ class TrialObjective:
         name = type(objective).__name__
         try:
             data = load_data(objective, data_dir, spec.training)
+            for line in overlaps(data):
+                log(line)
             data = place(data, device, spec.training.data, log, share=share)
         except DataError as error:
             raise TunerError(f"{name}: {error}") from error
@@ -342,9 +345,10 @@ def _train(
 
     def on_epoch(epoch: training.Epoch) -> None:
         value = _value_of(epoch, metric)
+        record.count(model)  # lazy layers have no weights before
         record.add(epoch)
         trial.report(value, epoch.number)
-        if epoch.number < what.spec.epochs and trial.should_prune():
+        if epoch.number < epochs and trial.should_prune():
             raise optuna.TrialPruned
 
     def on_resume(history: Sequence[training.Epoch]) -> None:
@@ -353,13 +357,14 @@ def _train(
             trial.report(epoch.metrics[metric], epoch.number)
 
     metrics = _built_metrics(objective, what.data, metric)
+    epochs = _epochs(params, what.spec)
     history = objective.fit(
         model,
         what.data.train,
         what.data.valid,
         params,
         metrics={name: its.to(what.device) for name, its in metrics.items()},
-        epochs=what.spec.epochs,
+        epochs=epochs,
         seed=seed,
         on_epoch=on_epoch,
         run=training.Run(
@@ -383,6 +388,14 @@ def _train(
     # An own loop may give tensors. JSON has no NaN, and neither have the readers of these.
     numbers = {name: float(value) for name, value in others.items() if math.isfinite(value)}
     return _checked_value(best.metrics[metric]), {**numbers, "epoch": best.number, "epochs": len(history)}
+
+
+def _epochs(params: Mapping[str, Any], spec: Spec) -> int:
+    """Return how many epochs a trial has: the param of this name where suggested, else as the spec says."""
+    epochs = params.get("epochs", spec.epochs)
+    if not isinstance(epochs, int) or epochs < 1:
+        raise ObjectiveError(f"the param 'epochs' needs a whole number above 0, got {epochs!r}: use suggest_int")
+    return epochs
 
 
 def _built_metrics(objective: Objective, data: Data, metric: str) -> dict[str, Metric]:
