@@ -22,7 +22,9 @@ from urllib.error import URLError
 import torch
 from torch import Tensor
 
+from tuner.errors import DataError as DataError
 from tuner.errors import first_line
+from tuner.labels import Labels
 
 Inputs: TypeAlias = Tensor | tuple[Tensor, ...] | dict[str, Tensor]
 
@@ -33,10 +35,6 @@ BROKEN_ERRNOS = frozenset({errno.EIO, errno.ESTALE, errno.ENODEV, errno.ENXIO})
 """What the system says of a file where its disk or its server is broken, and not the file."""
 READ_ROWS = 1024
 """How many samples are read at once where all of them are needed."""
-
-
-class DataError(ValueError):
-    """The data of an objective cannot be trained on; the message says which split and why."""
 
 
 class Batch(NamedTuple):
@@ -51,11 +49,13 @@ class Split:
     """Rows to train or evaluate on.
 
     `inputs` is what the model is called with: one tensor (n, ...), a tuple of them (`model(*inputs)`) or a
-    dict of them (`model(**inputs)`). `targets` is a tensor (n, ...). Row i of each belongs together.
+    dict of them (`model(**inputs)`). `targets` is a tensor (n, ...). Row i of each belongs together. `labels` is
+    set by `Data`.
     """
 
     inputs: Inputs
     targets: Tensor
+    labels: Labels | None = None
 
     def __post_init__(self) -> None:
         inputs = tensors(self.inputs) if isinstance(self.inputs, tuple | dict) else (self.inputs,)
@@ -99,7 +99,7 @@ class Split:
         return self._map(lambda tensor: tensor.to(device, non_blocking=device.type == "cuda"))
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> Split:
-        return Split(map_inputs(function, self.inputs), function(self.targets))
+        return replace(self, inputs=map_inputs(function, self.inputs), targets=function(self.targets))
 
 
 class DataSet(Protocol):
@@ -118,13 +118,17 @@ class Samples:
     """Rows that are read one by one from a data set, for data that does not fit into memory.
 
     Where it does fit, it is read once and kept as a `Split` (`--data auto`), unless it is `random`: reading a
-    row twice gives different ones, as random augmentation does. `split` and `n_classes` are set by `Data`.
+    row twice gives different ones, as random augmentation does. `readers` is how many processes read it, 0 for none
+    but the slot's own, and `prefetch` how many batches each is ahead; None for what the study says (`--readers`,
+    `--prefetch`). `split` and `labels` are set by `Data`.
     """
 
     dataset: DataSet
     random: bool = False
     split: str = ""
-    n_classes: int = 0
+    labels: Labels | None = None
+    readers: int | None = None
+    prefetch: int | None = None
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -150,9 +154,7 @@ class Samples:
                 f"the {self.split} split cannot be read: {type(error).__name__}: {first_line(error)}"
                 f" ({place.filename}, line {place.lineno})"
             ) from error
-        read = _collate(samples, self.split)
-        _check_values(read, self.split, self.n_classes)
-        return read
+        return _checked(_collate(samples, self.split), self.split, self.labels)
 
     def to(self, device: torch.device) -> Samples:  # noqa: ARG002 - as a Split has it
         """Return the same samples: each batch goes to the device as it is read."""
@@ -170,6 +172,10 @@ Rows: TypeAlias = Split | Samples
 class Data:
     """The three splits of an objective, and the names of its classes if it has classes.
 
+    Targets of classes are numbers of one each, which may be of any integer type or bool; or numbers from 0 to 1, a
+    column for each class, where a row may have several; or one such number where there are two classes. `ignored` is
+    the label that stands for no class, such as 255 or -100.
+
     The search sees `train` and `valid`; `test` is for the exported model alone. Of `Samples` only the first row
     is checked here, and each row when it is read.
     """
@@ -178,8 +184,10 @@ class Data:
     valid: Rows
     test: Rows
     class_names: tuple[str, ...] = ()
+    ignored: int | None = None
 
     def __post_init__(self) -> None:
+        labels = Labels(len(self.class_names), self.ignored) if self.class_names else None
         for name, split in self.splits():
             dataset = split.dataset if isinstance(split, Samples) else split
             if not isinstance(split, Split | Samples) or not hasattr(dataset, "__len__"):
@@ -189,18 +197,39 @@ class Data:
                 )
             if len(split) == 0:
                 raise DataError(f"the {name} split needs at least one row, got none: check load_data")
-            if isinstance(split, Samples):
-                named = replace(split, split=name, n_classes=len(self.class_names))
-                object.__setattr__(self, name, named)
-            else:
-                _check_values(split, name, len(self.class_names))
-        wanted = _layout(self.train)
+            if isinstance(dataset, Split):
+                dataset = _checked(dataset, name, labels)
+            named = (
+                replace(split, dataset=dataset, split=name, labels=labels) if isinstance(split, Samples) else dataset
+            )
+            object.__setattr__(self, name, named)
+        first = self.train.rows(slice(0, 1))
+        wanted = _layout(first)
         for name, split in self.splits():
-            if (found := _layout(split)) != wanted:
+            if (found := wanted if split is self.train else _layout(split.rows(slice(0, 1)))) != wanted:
                 raise DataError(
                     "all splits need rows of the same shapes and types,"
                     f" got {wanted} in train and {found} in {name}: check load_data"
                 )
+            if labels is not None:
+                object.__setattr__(self, name, _labelled(split, name, labels.of(first.targets)))
+
+    def read_by(self, readers: int | None, prefetch: int | None) -> Data:
+        """Return the data with so many processes to read its samples, where they do not say it themselves."""
+
+        def with_readers(rows: Rows) -> Rows:
+            if isinstance(rows, Split):
+                return rows
+            return replace(
+                rows,
+                readers=readers if rows.readers is None else rows.readers,
+                prefetch=prefetch if rows.prefetch is None else rows.prefetch,
+            )
+
+        if all(isinstance(rows, Split) for _, rows in self.splits()):
+            return self
+        train, valid, test = (with_readers(rows) for _, rows in self.splits())
+        return replace(self, train=train, valid=valid, test=test)
 
     def splits(self) -> Iterator[tuple[str, Rows]]:
         """Yield ("train", ...), ("valid", ...), ("test", ...)."""
@@ -262,19 +291,26 @@ def concatenate(splits: Sequence[Split]) -> Split:
         inputs = tuple(torch.cat(column) for column in zip(*(tensors(split.inputs) for split in splits), strict=True))
     else:
         inputs = torch.cat([tensors(split.inputs)[0] for split in splits])
-    return Split(inputs, torch.cat([split.targets for split in splits]))
+    return replace(splits[0], inputs=inputs, targets=torch.cat([split.targets for split in splits]))
 
 
 def class_weights(train: Rows, n_classes: int) -> Tensor:
     """Return a weight for each class, n / (n_classes * its count), so that each counts the same in the loss.
 
-    A class without rows has weight 0. Raises DataError for samples whose targets are not known beforehand.
+    A class without rows has weight 0, and labels that are none do not count. Raises DataError for samples whose
+    targets are not known beforehand, and for rows of several classes.
     """
     rows = train.dataset if isinstance(train, Samples) else train  # a split that is streamed still has its targets
     if not isinstance(rows, Split):
         raise DataError("class weights need targets in memory, got samples: count them once in load_data")
-    counts = torch.bincount(rows.targets.flatten(), minlength=n_classes)
-    weights = len(train) / (n_classes * counts.clamp(min=1))
+    if rows.targets.is_floating_point():
+        raise DataError(
+            f"class weights need one class a row, got {rows.targets.dtype}:"
+            " nn.BCEWithLogitsLoss(pos_weight=...) weighs several"
+        )
+    targets = rows.targets if rows.labels is None else rows.targets[rows.labels.known(rows.targets)]
+    counts = torch.bincount(targets.flatten(), minlength=n_classes)
+    weights = targets.numel() / (n_classes * counts.clamp(min=1))
     return weights * (counts > 0)
 
 
@@ -286,16 +322,17 @@ def split_rows(
     valid: float = 0.2,
     test: float = 0.2,
     seed: int = 0,
+    ignored: int | None = None,
 ) -> Data:
     """Shuffle rows into train, valid and test, the same way for the same seed.
 
     `valid` and `test` are fractions of all rows. With `class_names` every split gets its share of each
-    class (stratified).
+    class (stratified), where a row has one.
     """
-    stratified = bool(class_names)
+    stratified = bool(class_names) and targets.dim() == 1
     rest, test_ = split_in_two(Split(inputs, targets), test, stratified=stratified, seed=seed)
     train, valid_ = split_in_two(rest, valid / (1 - test), stratified=stratified, seed=seed)
-    return Data(train, valid_, test_, class_names)
+    return Data(train, valid_, test_, class_names, ignored)
 
 
 def split_in_two(rows: Split, second: float, *, stratified: bool = False, seed: int = 0) -> tuple[Split, Split]:
@@ -393,26 +430,35 @@ def _of_machine(error: Exception) -> Exception | None:
     return MemoryError(first_line(error) or "out of memory") if no_memory else None
 
 
-def _check_values(split: Split, name: str, n_classes: int) -> None:
+def _labelled(rows: Rows, name: str, labels: Labels) -> Rows:
+    """Return the rows with what is known of their labels. Raises DataError if no loss takes those in memory."""
+    if isinstance(rows, Split):
+        labels.check_form(rows.targets, name)
+        return replace(rows, labels=labels)
+    if isinstance(rows.dataset, Split):
+        return replace(rows, dataset=_labelled(rows.dataset, name, labels), labels=labels)  # type: ignore[arg-type]
+    return replace(rows, labels=labels)
+
+
+def _checked(split: Split, name: str, labels: Labels | None) -> Split:
+    """Return the split with its labels as losses take them. Raises DataError if it cannot be trained on."""
     for tensor in (*tensors(split.inputs), split.targets):
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise DataError(f"the {name} split needs finite numbers, got NaN or infinity: clean the data")
-    if not n_classes:
-        return
-    if split.targets.is_floating_point():
+    if torch.get_default_dtype() != torch.float64 and any(
+        tensor.dtype == torch.float64 for tensor in tensors(split.inputs)
+    ):
         raise DataError(
-            f"class labels need an integer type, got {split.targets.dtype} in the {name} split: use .long()"
+            f"inputs need the type that models compute in, got torch.float64 in the {name} split: use .float(), or"
+            " torch.set_default_dtype(torch.float64) at the top of the file for models in it"
         )
-    low, high = int(split.targets.min()), int(split.targets.max())
-    if low < 0 or high >= n_classes:
-        raise DataError(
-            f"labels need to be in 0..{n_classes - 1}, got {low}..{high} in the {name} split: check class_names"
-        )
+    return replace(
+        split, labels=labels, targets=split.targets if labels is None else labels.checked(split.targets, name)
+    )
 
 
-def _layout(rows: Rows) -> dict[str, str]:
+def _layout(split: Split) -> dict[str, str]:
     """Describe one row of each of the split's tensors, by name, or by place where they have none."""
-    split = rows if isinstance(rows, Split) else rows.rows(slice(0, 1))
     inputs = split.inputs if isinstance(split.inputs, dict) else dict(enumerate(tensors(split.inputs)))
     named = {**{f"input {name}": tensor for name, tensor in inputs.items()}, "targets": split.targets}
     return {

@@ -35,6 +35,10 @@ class BrokenDeviceError(TunerError):
     """The device does not do what it should, whatever the trial."""
 
 
+class DataError(ValueError):
+    """The data of an objective cannot be trained on; the message says which split and why."""
+
+
 class ObjectiveError(Exception):
     """A method of an objective returned what cannot be used; the message says what was wanted and what was got."""
 

@@ -14,8 +14,9 @@ from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler
 
 from tuner import training
-from tuner.data import Data, DataError, Rows
+from tuner.data import Data, Rows
 from tuner.errors import ObjectiveError
+from tuner.training.classes import accuracy_of_classes, loss_of_classes
 from tuner.training.steps import Loss, fastest, materialize
 
 if TYPE_CHECKING:
@@ -41,7 +42,12 @@ class Objective(BaseModel, ABC):
     """The metric that the study optimizes: a key of what `build_metrics` returns."""
     direction: ClassVar[Literal["maximize", "minimize"]] = "maximize"
     epochs: ClassVar[int] = 20
-    """Epochs of a trial, unless `--epochs` says otherwise."""
+    """Epochs of a trial, unless `--epochs` says otherwise, or the param `epochs` where suggested."""
+    readers: ClassVar[int | None] = None
+    """Processes that read `Samples` in each slot, unless `--readers` says otherwise: 0 for none, None for as many as
+    it has cores."""
+    prefetch: ClassVar[int | None] = None
+    """Batches that each of them is ahead, unless `--prefetch` says otherwise; None for 4."""
 
     seed: int = Field(default=0, exclude=True)
     """The study's seed (`--seed`), for splitting the data; each trial is seeded before it runs."""
@@ -72,13 +78,14 @@ class Objective(BaseModel, ABC):
     def build_model(self, params: Params) -> nn.Module:
         """Return a new model. It is called with the inputs as the data has them, such as pixels in uint8."""
 
-    def build_loss(self, params: Params, train: Rows) -> Loss:  # noqa: ARG002 - for those that override it
+    def build_loss(self, params: Params, train: Rows) -> Loss:
         """Return the loss of (what the model returns, targets), a mean over the rows.
 
-        Default: cross entropy of class logits, with the param `label_smoothing` where suggested. `train` is for
-        those that weigh classes by their share of it (`tuner.data.class_weights`).
+        Default: cross entropy of class logits, with the param `label_smoothing` where suggested; binary where the
+        labels are floats, of several classes a row or of one of two. `train` is for those that weigh classes by their
+        share of it (`tuner.data.class_weights`).
         """
-        return nn.CrossEntropyLoss(label_smoothing=params.get("label_smoothing", 0.0))
+        return loss_of_classes(train, params.get("label_smoothing", 0.0))
 
     def prediction(self, outputs: Any) -> Tensor:
         """Return the prediction (n, ...), for metrics and for the exported model, from what the model returns.
@@ -121,11 +128,7 @@ class Objective(BaseModel, ABC):
 
         One that computes a dict gives a value for each of its names, as `ClasswiseWrapper` does for each class.
         """
-        if not data.class_names:
-            raise DataError("the default metric needs the names of the classes, got none: give Data class_names")
-        from torchmetrics.classification import MulticlassAccuracy  # 3 s, and plain functions need none of it
-
-        return {"accuracy": MulticlassAccuracy(num_classes=len(data.class_names), average="micro")}
+        return {"accuracy": accuracy_of_classes(data)}
 
     def batch_size(self, params: Params) -> int:
         """Return the rows of one training step. Default: the param `batch_size` where suggested, else 64."""

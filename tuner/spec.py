@@ -79,6 +79,8 @@ class TrainingSpec(_Frozen):
     cuda_graphs: bool = False
     patience: PositiveInt | None = None
     data: DataPlace = "auto"
+    readers: NonNegativeInt | None = None
+    prefetch: PositiveInt | None = None
 
 
 class Spec(_Frozen):

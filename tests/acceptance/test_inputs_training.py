@@ -12,7 +12,15 @@ INPUTS = Path(__file__).parents[1] / "inputs"
 ONE_TRIAL = ("--trials", "1", "--workers", "1", "--max-failures", "0", "--json")
 
 
-@pytest.mark.parametrize(("folder", "name"), [("08-lbfgs", "ByLbfgs")])
+@pytest.mark.parametrize(
+    ("folder", "name"),
+    [
+        ("08-lbfgs", "ByLbfgs"),
+        ("22-ignored-label", "Places"),
+        ("23-several-labels", "Several"),
+        ("24-label-types", "Int16"),
+    ],
+)
 def test_a_search_with_it_ends_with_a_model(tuner: Tuner, folder: str, name: str) -> None:
     done = tuner("run", f"{INPUTS / folder / 'search.py'}:{name}", *ONE_TRIAL)
     assert done.code == 0, done.stderr
@@ -33,7 +41,7 @@ def test_a_trial_with_lazy_layers_goes_on_where_it_was_given_back(tuner: Tuner) 
     assert done.code == 0, done.stderr
     assert "resumed after epoch" in done.stderr
     [trial] = tuner("trials", "s", "--json").json()
-    assert trial["state"] == "complete"
+    assert trial["state"] == "COMPLETE"
 
 
 def test_an_evaluation_takes_no_more_memory_than_its_outputs_may(tuner: Tuner) -> None:
@@ -41,3 +49,13 @@ def test_an_evaluation_takes_no_more_memory_than_its_outputs_may(tuner: Tuner) -
     objective = f"{INPUTS / '12-evaluation-memory' / 'search.py'}:Wide"
     done = limited("run", objective, *ONE_TRIAL, "--no-export")
     assert done.code == 0, done.stderr
+
+
+@pytest.mark.parametrize("options", [("--readers", "2"), ("--data", "stream", "--readers", "0")])
+def test_processes_that_would_share_an_open_file_read_nothing(tuner: Tuner, options: tuple[str, ...]) -> None:
+    objective = f"{INPUTS / '11-shared-file-handle' / 'search.py'}:FromFile"
+    assert tuner("create", objective, "--study", "s", "--trials", "1", "--max-failures", "0", *options).code == 0
+    done = tuner("worker", "s", "--objective", objective, "--slots", "1")
+    assert done.code == 0, done.stderr
+    told = "processes would share the open file"
+    assert (told in done.stderr) == ("2" in options)

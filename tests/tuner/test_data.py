@@ -108,15 +108,18 @@ def test_a_function_is_mapped_over_every_input(kind):
         (lambda: the_data(train=a_split(2, targets=torch.tensor([-1, 1]))), "got -1..1 in the train split"),
         (
             lambda: the_data(valid=a_split(2, targets=torch.tensor([0.0, 1.0]))),
-            "class labels need an integer type, got torch.float32 in the valid split: use .long()",
+            "'targets': 'int64 []'} in train and {'input 0': 'float32 [3]', 'targets': 'float32 []'} in valid",
         ),
         (
             lambda: the_data(valid=Split(torch.zeros(2, 4), torch.tensor([0, 1]))),
             "rows of the same shapes and types, got {'input 0': 'float32 [3]', 'targets': 'int64 []'} in train and"
             " {'input 0': 'float32 [4]', 'targets': 'int64 []'} in valid: check load_data",
         ),
-        (lambda: the_data(test=Split(torch.zeros(2, 3).double(), torch.tensor([0, 1]))), "'float64 [3]'"),
-        (lambda: the_data(test=Split(torch.zeros(2, 3), torch.tensor([[0], [1]]))), "'targets': 'int64 [1]'"),
+        (
+            lambda: the_data(test=Split(torch.zeros(2, 3).double(), torch.tensor([0, 1]))),
+            "inputs need the type that models compute in, got torch.float64 in the test split: use .float()",
+        ),
+        (lambda: the_data(test=Split(torch.zeros(2, 3), torch.tensor([[0, 0], [1, 1]]))), "'targets': 'int64 [2]'"),
         (lambda: the_data(valid=Split({"x": torch.zeros(2, 3)}, torch.tensor([0, 1]))), "'input x'"),
     ],
 )
@@ -127,12 +130,122 @@ def test_data_that_cannot_be_trained_on_is_refused_with_the_split_and_the_reason
     assert "\n" not in str(caught.value)
 
 
+def labelled(targets, n_classes=3, ignored=None, kind=lambda split: split):
+    split = kind(Split(torch.zeros(len(targets), 2), targets))
+    return Data(split, split, split, tuple("abcdefghij"[:n_classes]), ignored)
+
+
+@pytest.mark.parametrize("kind", [lambda split: split, Samples, lambda split: Samples(list(split))])
+@pytest.mark.parametrize(
+    ("targets", "n_classes", "form", "dtype"),
+    [
+        (torch.tensor([0, 2, 1], dtype=torch.int32), 3, "one", torch.int64),
+        (torch.tensor([0, 2, 1], dtype=torch.uint8), 3, "one", torch.int64),
+        (torch.tensor([True, False]), 2, "one", torch.int64),
+        (torch.tensor([[[0, 2], [1, 1]]], dtype=torch.int16), 3, "one", torch.int64),
+        (torch.tensor([[0.0, 1.0, 1.0], [0.0, 0.0, 0.0]], dtype=torch.float64), 3, "several", torch.float32),
+        (torch.tensor([[False, True, True], [True, False, False]]), 3, "several", torch.float32),
+        (torch.tensor([0.0, 1.0, 0.5]), 2, "binary", torch.float32),
+        (torch.tensor([[0.0], [1.0]]), 2, "binary", torch.float32),
+        (torch.tensor([[0.0], [1.0]]), 1, "several", torch.float32),
+    ],
+)
+def test_labels_get_the_type_that_losses_take(targets, n_classes, form, dtype, kind):
+    data = labelled(targets, n_classes, kind=kind)
+    for _, rows in data.splits():
+        assert rows.labels.form == form
+        read = rows.rows(slice(None))
+        assert read.targets.dtype == dtype
+        assert read.targets.tolist() == targets.tolist()
+        assert read.labels is not None
+
+
+@pytest.mark.parametrize(
+    ("targets", "n_classes", "ignored", "told"),
+    [
+        (torch.tensor([[0], [1]]), 3, None, "need the shape [n], got [n, 1] in the train split: use .squeeze(1), or"),
+        (
+            torch.tensor([[0, 0, 1], [1, 0, 0]]),
+            3,
+            None,
+            "got a column of 0 and 1 for each of 3 in the train split: use",
+        ),
+        (
+            torch.tensor([[0, 1, 1], [1, 0, 0]]),
+            3,
+            None,
+            ".argmax(1) for one class a row, .float() where a row may have",
+        ),
+        (torch.tensor([[0, 1], [1, 0]]), 2, None, "need the number of a class, got a column of 0 and 1 for each of 2"),
+        (torch.tensor([0.0, 1.0]), 3, None, "got torch.float32 in the train split: use .long(), or give a column for"),
+        (torch.tensor([[0.0, 1.5, 0.0]]), 3, None, "labels that are no integers need to be in 0..1, got 0..1.5 in the"),
+        (
+            torch.tensor([0, 1, 255]),
+            2,
+            None,
+            "got 0..255 in the train split: check class_names, or give Data ignored=255",
+        ),
+        (torch.tensor([0, 1, -100]), 2, None, "or give Data ignored=-100 if that stands for no class"),
+        (
+            torch.tensor([0, 1, 7, 255]),
+            2,
+            255,
+            "labels need to be in 0..1, got 0..7 in the train split: check class_names",
+        ),
+        (torch.tensor([1j]), 2, None, "class labels need an integer type, got torch.complex64 in the train split: use"),
+    ],
+)
+def test_labels_that_no_loss_takes_are_refused_with_advice(targets, n_classes, ignored, told):
+    with pytest.raises(DataError) as caught:
+        labelled(targets, n_classes, ignored)
+    assert told in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("targets", "n_classes", "ignored"),
+    [
+        (torch.tensor([0, 255, 1], dtype=torch.uint8), 2, 255),
+        (torch.tensor([-100, -100]), 2, -100),
+        (torch.tensor([[0.0, -1.0, 1.0]]), 3, -1),
+        (torch.tensor([[0, 1], [0, 0], [1, 1]]), 2, None),  # two places a row, not two columns
+    ],
+)
+def test_labels_that_are_none_may_be_named(targets, n_classes, ignored):
+    assert labelled(targets, n_classes, ignored).train.targets.tolist() == targets.tolist()
+
+
+def test_what_is_known_of_labels_stays_with_the_rows():
+    data = labelled(torch.tensor([0, 1, 255]), 2, 255)
+    wanted = data.train.labels
+    for rows in (
+        data.train.rows(slice(2)),
+        data.train.to(torch.device("cpu")),
+        join(data.train, data.valid),
+        join(Samples(data.train, labels=wanted), data.valid),
+    ):
+        assert rows.labels == wanted
+
+
+def test_classes_that_are_not_one_a_row_are_split_without_their_shares():
+    data = split_rows(torch.zeros(10, 1), torch.eye(10), class_names=tuple("abcdefghij"))
+    assert [len(split) for _, split in data.splits()] == [6, 2, 2]
+
+
+def test_models_in_double_precision_get_inputs_of_it():
+    torch.set_default_dtype(torch.float64)
+    try:
+        split = Split(torch.zeros(2, 3), torch.tensor([0, 1]))
+        assert Data(split, split, split, ("a", "b")).train.inputs.dtype == torch.float64
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_data_without_classes_takes_any_targets():
     regression = a_split(targets=torch.rand(4, 2))
     assert Data(regression, regression, regression).class_names == ()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.int64, torch.uint8, torch.bool])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.uint8, torch.bool])
 def test_a_fingerprint_follows_from_the_data_alone(dtype):
     def data(value=1, targets=(0, 1, 0)):
         split = Split(torch.ones(3, 2).mul(value).to(dtype), torch.tensor(targets))
@@ -267,6 +380,16 @@ def test_a_fingerprint_tells_samples_apart_too():
 def test_each_class_weighs_the_same_in_all():
     weights = class_weights(a_split(4, targets=torch.tensor([0, 0, 0, 2])), 4)
     assert weights.tolist() == pytest.approx([4 / 12, 0.0, 1.0, 0.0])
+
+
+def test_labels_that_are_none_weigh_nothing():
+    train = labelled(torch.tensor([0, 0, 0, 255, 255, 1]), 2, 255).train
+    assert class_weights(train, 2).tolist() == pytest.approx([4 / 6, 4 / 2])
+
+
+def test_several_classes_a_row_have_no_class_weights():
+    with pytest.raises(DataError, match=r"class weights need one class a row, got torch\.float32"):
+        class_weights(labelled(torch.eye(3)).train, 3)
 
 
 def test_a_split_that_is_streamed_has_its_class_weights():

@@ -114,6 +114,16 @@ class StudyOptions:
             rich_help_panel=DATA,
         ),
     ] = "auto"
+    readers: Annotated[
+        int | None,
+        typer.Option(
+            help="Processes that read samples in each slot, 0 for none (default: as many as it has cores, up to 8).",
+            rich_help_panel=DATA,
+        ),
+    ] = None
+    prefetch: Annotated[
+        int | None, typer.Option(help="Batches that each of them reads ahead (default: 4).", rich_help_panel=DATA)
+    ] = None
     checkpoints: Annotated[
         str,
         typer.Option(
@@ -167,6 +177,10 @@ class StudyOptions:
     def _training(self) -> TrainingSpec:
         if self.patience is not None:
             check_positive("--patience", self.patience)
+        if self.prefetch is not None:
+            check_positive("--prefetch", self.prefetch)
+        if self.readers is not None and self.readers < 0:
+            raise UsageError(f"--readers needs a whole number from 0, got {self.readers}")
         for option, given, allowed in (
             ("--precision", self.precision, get_args(Precision)),
             ("--data", self.data, get_args(DataPlace)),
@@ -181,6 +195,8 @@ class StudyOptions:
                 "cuda_graphs": self.cuda_graphs,
                 "patience": self.patience,
                 "data": self.data,
+                "readers": self.readers,
+                "prefetch": self.prefetch,
             }
         )
 

@@ -70,7 +70,7 @@ def export_study(
     objective = _objective(study, source)
     check_output(output)
     set_deterministic(study.spec.training.deterministic)  # before anything is computed
-    data = load_data(objective, data_dir)
+    data = load_data(objective, data_dir, study.spec.training)
     epochs = _epochs(study, best)
     seed = derive_seed(study.spec.seed, "export", best.number)
     log.event(

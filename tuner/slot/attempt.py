@@ -30,12 +30,14 @@ from tuner.objective import Objective
 from tuner.seeds import derive_seed, seed_everything, set_deterministic
 from tuner.slot.checked_trial import CheckedTrial, InvalidReportError
 from tuner.slot.read_params import ReadParams
-from tuner.spec import Spec, first_problem
+from tuner.spec import Spec, TrainingSpec, first_problem
 from tuner.study.registry import FunctionObjective
 from tuner.training import Interrupted
-from tuner.training.batches import DeadReaderError, place
+from tuner.training.batches import place
 from tuner.training.checkpoint import Checkpoint, Shared
+from tuner.training.loaders import DeadReaderError
 from tuner.training.memory import free_memory, is_out_of_memory
+from tuner.training.overlap import overlaps
 from tuner.training.record import OWN_NAMES, Record
 
 if TYPE_CHECKING:
@@ -127,7 +129,10 @@ class TrialObjective:
         set_deterministic(spec.training.deterministic)
         name = type(objective).__name__
         try:
-            data = place(load_data(objective, data_dir), device, spec.training.data, log, share=share)
+            data = load_data(objective, data_dir, spec.training)
+            for line in overlaps(data):
+                log(line)
+            data = place(data, device, spec.training.data, log, share=share)
         except DataError as error:
             raise TunerError(f"{name}: {error}") from error
         except (RuntimeError, TypeError, MemoryError, OSError, DeadReaderError) as error:
@@ -221,8 +226,12 @@ def warm_up(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def load_data(objective: Objective, data_dir: Path) -> Data:
-    """Return the objective's data, after making the directory that it may write to.
+def load_data(
+    objective: Objective,
+    data_dir: Path,
+    training_spec: TrainingSpec = TrainingSpec(),  # noqa: B008 - frozen
+) -> Data:
+    """Return the objective's data, its samples to be read as the spec says, after making the directory it may write to.
 
     Raises TunerError that says what went wrong in its `load_data`.
     """
@@ -235,7 +244,7 @@ def load_data(objective: Objective, data_dir: Path) -> Data:
         raise TunerError(f"{name}.load_data({str(data_dir)!r}) failed: {with_line(error, objective)}") from error
     if not isinstance(data, Data):
         raise TunerError(f"{name}.load_data needs to return tuner.data.Data, got {type(data).__name__}")
-    return data
+    return data.read_by(training_spec.readers, training_spec.prefetch)
 
 
 def with_line(error: BaseException, objective: Objective | FunctionObjective) -> str:
@@ -280,9 +289,10 @@ def _train(
 
     def on_epoch(epoch: training.Epoch) -> None:
         value = _value_of(epoch, metric)
+        record.count(model)  # lazy layers have no weights before
         record.add(epoch)
         trial.report(value, epoch.number)
-        if epoch.number < what.spec.epochs and trial.should_prune():
+        if epoch.number < epochs and trial.should_prune():
             raise optuna.TrialPruned
 
     def on_resume(history: Sequence[training.Epoch]) -> None:
@@ -291,13 +301,14 @@ def _train(
             trial.report(epoch.metrics[metric], epoch.number)
 
     metrics = _built_metrics(objective, what.data, metric)
+    epochs = _epochs(params, what.spec)
     history = objective.fit(
         model,
         what.data.train,
         what.data.valid,
         params,
         metrics={name: its.to(what.device) for name, its in metrics.items()},
-        epochs=what.spec.epochs,
+        epochs=epochs,
         seed=seed,
         on_epoch=on_epoch,
         run=training.Run(
@@ -323,6 +334,14 @@ def _train(
     # An own loop may give tensors. JSON has no NaN, and neither have the readers of these.
     numbers = {name: float(value) for name, value in others.items() if math.isfinite(value)}
     return _checked_value(best.metrics[metric]), {**numbers, "epoch": best.number, "epochs": len(history)}
+
+
+def _epochs(params: Mapping[str, Any], spec: Spec) -> int:
+    """Return how many epochs a trial has: the param of this name where suggested, else as the spec says."""
+    epochs = params.get("epochs", spec.epochs)
+    if not isinstance(epochs, int) or epochs < 1:
+        raise ObjectiveError(f"the param 'epochs' needs a whole number above 0, got {epochs!r}: use suggest_int")
+    return epochs
 
 
 def _built_metrics(objective: Objective, data: Data, metric: str) -> dict[str, Metric]:

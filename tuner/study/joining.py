@@ -9,13 +9,14 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
+from pydantic import ValidationError
 from sqlalchemy import Engine
 
 from storage.coordination import claims, studies
 from storage.coordination.studies import StudyRecord, TrialRecord
 from storage.database.errors import StudyExistsError
 from tuner.errors import TunerError, UsageError
-from tuner.spec import Budget, Direction, ObjectiveSpec, Spec, TrainingSpec, differences, parse_spec
+from tuner.spec import Budget, Direction, ObjectiveSpec, Spec, TrainingSpec, differences, first_problem, parse_spec
 from tuner.study.registry import ObjectiveKind, ObjectiveSource, build_objective, is_objective_class
 
 if TYPE_CHECKING:
@@ -193,6 +194,7 @@ def plan(
         if direction not in (None, kind.direction):
             raise UsageError(f"--direction: {kind.__name__} says {kind.direction}, got {direction}")
         metric, direction, epochs = kind.metric, kind.direction, epochs or kind.epochs
+        training = _with_own(training, kind)
     else:
         if options:
             raise UsageError(f"--set: the plain function {source.name} has no options, got {', '.join(options)}")
@@ -233,6 +235,15 @@ def _check_metric(kind: type[Objective]) -> None:
         raise UsageError(
             f"{kind.__name__}.metric: {kind.metric!r} is recorded of each trial anyway, give the metric another name"
         )
+
+
+def _with_own(training: TrainingSpec, kind: type[Objective]) -> TrainingSpec:
+    """Return how to train, with what the objective says where no option does. Raises UsageError."""
+    own = {name: getattr(kind, name) for name in ("readers", "prefetch") if getattr(training, name) is None}
+    try:
+        return TrainingSpec.model_validate({**training.model_dump(), **own})
+    except ValidationError as error:
+        raise UsageError(f"{kind.__name__}.{first_problem(error)}") from error
 
 
 def _first_change(training: TrainingSpec) -> str:

@@ -6,21 +6,17 @@ Knows nothing of Optuna or of a database.
 from __future__ import annotations
 
 import atexit
-import errno
-import multiprocessing
+import dataclasses
 import os
-import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from functools import cache, partial
-from typing import Any, NamedTuple, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, get_worker_info
 
 from tuner.data import (
     Batch,
@@ -31,13 +27,21 @@ from tuner.data import (
     Samples,
     Split,
     concatenate,
-    is_of_shared_memory,
     map_inputs,
     tensors,
 )
-from tuner.errors import first_line
-from tuner.seeds import derive_seed, seed_everything
 from tuner.spec import DataPlace
+from tuner.training.loaders import (
+    DeadReaderError,
+    Planned,
+    kill,
+    loader_of,
+    planned,
+    read_batch,
+    watched,
+    workers_of,
+)
+from tuner.training.rereading import is_alike, moved, places
 
 PERMUTED_BYTES = 64 * 2**20
 """How much of a split is put in the order of an epoch at once; batches are views of that."""
@@ -49,15 +53,10 @@ READ_ROWS = 256
 CHECKED_ROWS = 64
 """How many samples of each split are read before training where they are streamed: enough to find what is wrong with a
 tenth of them, such as the last of ten classes, all but once in a thousand times."""
-PREFETCHED = 4
-"""How many batches each reader is ahead."""
+REREAD_ROWS = 16
+"""How many of them are read again: random ones that are the same so often are none."""
 CLOSE_S = 2.0
 """How long processes that read have to end by themselves."""
-_DEAD_READER = ("DataLoader worker (pid", "Pin memory thread exited unexpectedly")  # what torch says of one
-
-
-class DeadReaderError(Exception):
-    """A process that reads samples ended by itself, killed by a host out of memory as a rule."""
 
 
 class Resident:
@@ -110,11 +109,11 @@ class Streamed:
         self._samples = samples
         self._batch_size = batch_size
         self._device = device
-        self._plan: list[_Planned] = []
+        self._plan: list[Planned] = []
         self._reading: Generator[Batch, None, None] | None = None
         self._at_exit: Callable[[], None] | None = None
         self._copies = _AheadOnCuda(device) if device.type == "cuda" else None
-        self._loader = _loader(samples, self._plan, device, default_readers() if readers is None else readers)
+        self._loader = loader_of(samples, self._plan, device, _readers_of(samples) if readers is None else readers)
 
     def in_order(self) -> Iterator[Batch]:
         """Yield all rows in their order."""
@@ -126,8 +125,8 @@ class Streamed:
         Random samples follow from `seed` and the number of their batch, whichever process reads them. Raises
         DeadReaderError if one of these processes ended, at most 5 s later.
         """
-        self._plan[:] = _planned(order, self._batch_size, seed)[first:]
-        self._reading = self._read()
+        self._plan[:] = planned(order, self._batch_size, seed)[first:]
+        self._reading = self.read_batch()
         return self._reading
 
     def close(self) -> None:
@@ -135,27 +134,27 @@ class Streamed:
 
         Left to the garbage collector, which may take their queues first, it takes 5 s (torch 2.15, 2026-11).
         """
-        workers = _workers(self._loader)
+        workers = workers_of(self._loader)
         # Torch waits 5 s for each, and ends those that are stuck in a read by a SIGTERM, which they outlive.
-        killing = threading.Timer(CLOSE_S, _kill, [workers])
+        killing = threading.Timer(CLOSE_S, kill, [workers])
         if workers:
             killing.start()
         if self._reading is not None:
             self._reading.close()
         self._loader = None
         killing.cancel()
-        _kill(workers)
+        kill(workers)
         for worker in workers:
             worker.join()
         if self._at_exit is not None:
             atexit.unregister(self._at_exit)
 
-    def _read(self) -> Generator[Batch, None, None]:
+    def read_batch(self) -> Generator[Batch, None, None]:
         started_at = time.perf_counter()
-        for read in _watched(self._loader):
+        for read in watched(self._loader):
             if self._at_exit is None:
                 # Where it is never closed: what ends processes at the exit waits for them, and they outlive a SIGTERM.
-                self._at_exit = atexit.register(partial(_kill, _workers(self._loader)))
+                self._at_exit = atexit.register(partial(kill, workers_of(self._loader)))
             if isinstance(read, Exception):
                 raise read
             batch = _moved(read, self._device) if self._copies is None else self._copies.swap(read)
@@ -231,7 +230,7 @@ def place(
 ) -> Data:
     """Return the data with train and valid placed by `place_rows`; the test split stays as it is."""
     train, valid = place_rows((data.train, data.valid), device, how, log, share=share)
-    return Data(train, valid, data.test, data.class_names)
+    return dataclasses.replace(data, train=train, valid=valid)
 
 
 def place_rows(
@@ -247,7 +246,8 @@ def place_rows(
     `auto` keeps them on the device if they fit into half of its free memory, and into half of the part `share` of all
     that it has: others that start at the same time find the same memory free. What was chosen is logged. Raises
     DataError if random samples are to be resident, or if samples cannot be trained on: of those that become resident
-    all are read now, of those to be streamed CHECKED_ROWS from all over each split.
+    all are read now, of those to be streamed CHECKED_ROWS from all over each split. Raises it as well for samples of
+    which `readable` says so.
     """
     wanted, (free, total) = sum(_n_bytes(rows) for rows in parts), _free_bytes(device)
     is_random = any(isinstance(rows, Samples) and rows.random for rows in parts)
@@ -258,11 +258,8 @@ def place_rows(
     part = f", a share of {_mb(share * total)}" if share < 1 else ""
     why = f"{_mb(wanted)}, {_mb(free)} free{part}" + (", random" if is_random else "")
     log(f"data {'resident on' if resident else 'streamed to'} {device} ({why}, --data {how})")
-    if resident:
-        return tuple(_make_resident(rows, device) for rows in parts)
-    for rows in parts:
-        _check_some(rows)
-    return tuple(_make_streamed(rows) for rows in parts)
+    found = tuple(readable(rows, log) for rows in parts)
+    return tuple(_make_resident(rows, device) if resident else _make_streamed(rows) for rows in found)
 
 
 def default_readers() -> int:
@@ -276,19 +273,73 @@ def _make_resident(rows: Rows, device: torch.device) -> Split:
     if isinstance(rows.dataset, Split):
         return rows.dataset.to(device)
     with closing(Streamed(rows, READ_ROWS, torch.device("cpu"))) as read:
-        return concatenate([Split(*batch) for batch in read.in_order()]).to(device)
+        return concatenate([Split(*batch, rows.labels) for batch in read.in_order()]).to(device)
 
 
 def _make_streamed(rows: Rows) -> Samples:
-    return Samples(rows.to(torch.device("cpu"))) if isinstance(rows, Split) else rows
+    return Samples(rows.to(torch.device("cpu")), labels=rows.labels) if isinstance(rows, Split) else rows
 
 
-def _check_some(rows: Rows) -> None:
-    if isinstance(rows, Samples):
-        n = min(CHECKED_ROWS, len(rows))
-        read = _read(rows, [place * len(rows) // n for place in range(n)])
-        if isinstance(read, Exception):
-            raise read
+def readable(rows: Rows, log: Callable[[str], None] = lambda _: None) -> Rows:
+    """Return the rows, samples with as many processes to read them as can.
+
+    Processes that would share the place of an open file are none, which is logged. Raises DataError if samples cannot
+    be trained on, or if those that are not `random` differ when they are read again, by this process or another.
+    """
+    if not isinstance(rows, Samples) or isinstance(rows.dataset, Split):
+        return rows
+    n = min(CHECKED_ROWS, len(rows))
+    numbers = [place * len(rows) // n for place in range(n)]
+    first = _raised(read_batch(rows, numbers))
+    if rows.labels is not None:
+        rows.labels.check_form(first.targets, rows.split)
+    again = slice(None, None, max(1, n // REREAD_ROWS))
+    numbers, wanted = numbers[again], Split(*first).rows(again).batch
+    if not rows.random and not is_alike(_raised(read_batch(rows, numbers)), wanted):
+        raise DataError(
+            f"samples of the {rows.split} split differ when they are read again: say Samples(dataset, random=True) if"
+            " they are meant to, or let a row be the same each time"
+        )
+    rows = dataclasses.replace(rows, readers=_readers_of(rows))
+    if not rows.readers:
+        return rows
+    read_batch(rows, numbers[:1])  # so that it is elsewhere in a file than one who reads all of them
+    before = places()
+    found = _read_by_processes(rows, numbers)
+    if (file := moved(before, places())) is not None:
+        log(
+            f"samples of the {rows.split} split are read by this process alone, as {rows.readers} processes would share"
+            f" the open file {file} and its place: open it anew in each process (os.getpid()) to have them read ahead"
+        )
+        return dataclasses.replace(rows, readers=0)
+    if isinstance(found, DataError) or (found is not None and not rows.random and not is_alike(found, wanted)):
+        why = f" ({found})" if isinstance(found, DataError) else ""
+        raise DataError(
+            f"processes that read samples of the {rows.split} split get other rows than this one{why}: see that they"
+            " share no open file or connection, or use --readers 0"
+        )
+    return rows
+
+
+def _read_by_processes(samples: Samples, numbers: list[int]) -> Batch | DataError | None:
+    """Return rows as the processes of `samples` read them, at the same time; None if one of them ended."""
+    with closing(Streamed(samples, 1, torch.device("cpu"))) as streamed:
+        try:
+            return concatenate([Split(*batch) for batch in streamed.shuffled(torch.tensor(numbers))]).batch
+        except DataError as error:
+            return error
+        except DeadReaderError:  # the training tells it, as its own end
+            return None
+
+
+def _raised(read: Batch | Exception) -> Batch:
+    if isinstance(read, Exception):
+        raise read
+    return read
+
+
+def _readers_of(samples: Samples) -> int:
+    return default_readers() if samples.readers is None else samples.readers
 
 
 def _is_on(rows: Rows, device: torch.device) -> bool:
@@ -322,126 +373,3 @@ def _like(inputs: Inputs, parts: tuple[Tensor, ...]) -> Inputs:
     if isinstance(inputs, Tensor):
         return parts[0]
     return dict(zip(inputs, parts, strict=True)) if isinstance(inputs, dict) else parts
-
-
-class _Planned(NamedTuple):
-    """A batch to be read: its rows, and the seed of what is random in them."""
-
-    seed: int
-    rows: list[int]
-
-
-def _planned(order: Tensor, batch_size: int, seed: int) -> list[_Planned]:
-    return [
-        _Planned(derive_seed(seed, "batch", number), rows.tolist())
-        for number, rows in enumerate(order.split(batch_size))
-    ]
-
-
-class _Reader:
-    """What a reading process reads: a whole batch at a time, checked."""
-
-    def __init__(self, samples: Samples) -> None:
-        self._samples = samples
-
-    def __len__(self) -> int:
-        return len(self._samples)
-
-    def __getitem__(self, row: int) -> Any:
-        raise NotImplementedError  # the loader asks for batches
-
-    def __getitems__(self, planned: _Planned) -> Batch | Exception:
-        in_process = get_worker_info() is not None
-        if self._samples.random and in_process:
-            seed_everything(planned.seed)  # a process that lives on would go on where it was in the last epoch
-        return _read(self._samples, planned.rows, shared=in_process)
-
-
-def _read(samples: Samples, rows: list[int], *, shared: bool = False) -> Batch | Exception:
-    """Return the batch, or what is to be raised instead.
-
-    A loader would put a whole traceback into its message, and lose the number of an OSError.
-    """
-    try:
-        batch = samples.read(rows).batch
-        if shared:  # the queue would do it, but in a thread that drops what finds no room and lets all wait for ever
-            for tensor in (*tensors(batch.inputs), batch.targets):
-                tensor.share_memory_()
-    except (DataError, MemoryError, OSError) as error:
-        return error
-    except RuntimeError as error:
-        if not is_of_shared_memory(error):
-            raise
-        return DataError(
-            f"processes that read samples need shared memory, got {first_line(error)!r}:"
-            " give it a larger /dev/shm (docker --shm-size), or use --data resident"
-        )
-    return batch
-
-
-def _loader(samples: Samples, plan: list[_Planned], device: torch.device, readers: int) -> Any:
-    in_processes: dict[str, Any] = {}
-    if readers:
-        # By fork where there is one: readers are there at once, and share what the data set holds.
-        context = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
-        in_processes = {
-            "worker_init_fn": _outlive_sigterm,
-            "persistent_workers": True,
-            "prefetch_factor": PREFETCHED,
-            "multiprocessing_context": context,
-        }
-    return DataLoader(
-        _Reader(samples),  # type: ignore[arg-type]  # it has what the loader needs
-        batch_sampler=plan,  # type: ignore[arg-type]  # what it yields goes to the reader as it is
-        num_workers=readers,
-        collate_fn=_as_it_is,  # type: ignore[arg-type]  # it gets what the reader returns
-        pin_memory=device.type == "cuda",
-        generator=torch.Generator(),  # or it would draw from the global one
-        **in_processes,
-    )
-
-
-def _started(loader: Any) -> Iterator[Any]:
-    """Start the readers. The handler that torch sets for their end raises in whatever the main thread does then."""
-    if threading.current_thread() is not threading.main_thread():
-        return iter(loader)  # torch sets none
-    handler = signal.getsignal(signal.SIGCHLD)
-    try:
-        return iter(loader)
-    finally:
-        signal.signal(signal.SIGCHLD, handler)
-
-
-def _watched(loader: Any) -> Iterator[Any]:
-    """Yield what is read; what samples raise is among it, so that all that is raised is of the reading itself.
-
-    Starting is part of that: a later epoch's finds out about a reader that was killed between the epochs.
-    """
-    try:
-        yield from _started(loader)
-    except (OSError, EOFError, RuntimeError) as error:  # the first two where what it had sent cannot be taken over
-        if isinstance(error, RuntimeError) and not any(told in str(error) for told in _DEAD_READER):
-            raise
-        if isinstance(error, OSError) and error.errno == errno.ENOMEM:
-            raise MemoryError(f"no memory to start a process that reads samples: {error}") from error
-        raise DeadReaderError("a process that reads samples was killed, as a host out of memory does it") from error
-
-
-def _workers(loader: Any) -> list[Any]:
-    """Return the processes that read for this loader, if it has been started."""
-    return list(getattr(getattr(loader, "_iterator", None), "_workers", ()))
-
-
-def _kill(workers: Sequence[Any]) -> None:
-    for worker in workers:
-        worker.kill()
-
-
-def _outlive_sigterm(_: int) -> None:
-    # A scheduler sends SIGTERM to all processes, and the training has yet to be saved: it ends its readers itself.
-    # Not ignored, which what a data set starts would inherit.
-    signal.signal(signal.SIGTERM, lambda *_: None)
-
-
-def _as_it_is(read: Batch | Exception) -> Batch | Exception:
-    return read

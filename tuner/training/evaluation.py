@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from tuner.data import Batch, DataError, Inputs, Rows, Split, map_inputs, tensors
+from tuner.data import Batch, DataError, Inputs, Rows, Samples, Split, map_inputs, tensors
 from tuner.errors import ObjectiveError
 from tuner.spec import Precision
-from tuner.training.batches import Batches, batches_of
+from tuner.training.batches import Batches, batches_of, readable
 from tuner.training.memory import free_memory, is_out_of_memory
 from tuner.training.steps import autocast, call, matrix_products
 
@@ -153,6 +153,8 @@ def evaluate(
 ) -> dict[str, float]:
     """Return each metric over all rows - not a mean over batches - with the model in eval mode."""
     device = device_of(model, rows)
+    if isinstance(rows, Samples) and rows.readers is None:
+        rows = readable(rows)  # of a test split, which nothing has placed
     evaluation = Evaluation(model, rows, device, predictions=predictions, precision=precision)
     with matrix_products(precision), closing(evaluation):
         return evaluation.metrics(metrics)

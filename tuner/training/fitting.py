@@ -46,8 +46,8 @@ class Interrupted(Exception):  # noqa: N818 - not an error: a request, like Keyb
 class Options:
     """How to train, whatever the objective. `channels_last` None: for models with 2-d convolutions on CUDA.
 
-    Training ends `patience` epochs after the best one so far. `data` and `deterministic` are seen to before, by
-    `tuner.training.batches.place` and `tuner.seeds.set_deterministic`.
+    Training ends `patience` epochs after the best one so far. `data`, `readers`, `prefetch` and `deterministic` are
+    seen to before, by `tuner.training.batches.place`, `tuner.data.Data.read_by` and `tuner.seeds.set_deterministic`.
     """
 
     precision: Precision = "fp32"
@@ -57,6 +57,8 @@ class Options:
     deterministic: bool = False
     patience: int | None = None
     data: DataPlace = "auto"
+    readers: int | None = None
+    prefetch: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

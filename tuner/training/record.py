@@ -7,6 +7,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from tuner.versions import versions
 
@@ -35,8 +36,18 @@ class Record:
         self._device = device
         self._seed = seed
         self._epochs: list[Epoch] = []
+        self._counts: dict[str, int] = {}
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
+
+    def count(self, model: nn.Module) -> None:
+        """Count the model's weights, all of them and those that are trained."""
+        if not self._counts:
+            weights = list(model.parameters())
+            self._counts = {
+                "parameters": sum(weight.numel() for weight in weights),
+                "trained_parameters": sum(weight.numel() for weight in weights if weight.requires_grad),
+            }
 
     def add(self, epoch: Epoch) -> None:
         """Take an epoch that ended into the sums."""
@@ -49,6 +60,7 @@ class Record:
             "device": str(self._device),
             "peak_memory_mb": round(_peak_bytes(self._device) / 2**20, 1),
             "versions": _recorded_versions(self._device),
+            **self._counts,
         }
         if self._device.type == "cuda":
             always["peak_reserved_mb"] = round(torch.cuda.max_memory_reserved(self._device) / 2**20, 1)

@@ -1,5 +1,6 @@
 """One attempt at a trial: training, reports, pruning, checkpoints, and what is recorded."""
 
+import dataclasses
 import importlib.metadata
 import math
 
@@ -329,3 +330,66 @@ def test_what_the_spec_says_of_training_reaches_the_loop(study, put_back, traini
     attempt(study, Watched(), **training)
     kind = Samples if training.get("data") == "stream" else Split
     assert seen == [(Options(**training), kind, kind)]
+
+
+class SoManyEpochs(Signs):
+    epochs_param: object = 2
+
+    def suggest(self, trial):
+        super().suggest(trial)
+        trial.suggest_categorical("epochs", [self.epochs_param])
+
+    def build_scheduler(self, optimizer, params, epochs):
+        assert epochs == params["epochs"]
+        return super().build_scheduler(optimizer, params, epochs)
+
+
+def test_the_param_epochs_is_how_many_epochs_a_trial_has(study):
+    outcome, trial = attempt(study, SoManyEpochs(epochs_param=5), epochs=3)
+    assert list(trial.intermediate_values) == [1, 2, 3, 4, 5]
+    assert outcome.attrs["epochs"] == 5
+
+
+@pytest.mark.parametrize("epochs", [0, 2.5, "ten"])
+def test_epochs_that_are_no_number_of_them_fail_their_trial(study, epochs):
+    outcome, _ = attempt(study, SoManyEpochs(epochs_param=epochs))
+    assert outcome.message == (
+        f"SoManyEpochs: the param 'epochs' needs a whole number above 0, got {epochs!r}: use suggest_int"
+    )
+
+
+def test_a_last_epoch_by_its_param_is_not_pruned():
+    study = optuna.create_study(direction="maximize", pruner=PruneAt(2))
+    outcome, _ = attempt(study, SoManyEpochs(epochs_param=2), epochs=9)
+    assert outcome.state == TrialState.COMPLETE
+
+
+class HalfTrained(Signs):
+    def build_model(self, params):
+        model = nn.Sequential(nn.LazyLinear(4), nn.Linear(4, 2))
+        model[1].requires_grad_(False)
+        return model
+
+
+def test_the_parameters_of_a_model_are_counted(study):
+    outcome, _ = attempt(study, HalfTrained())
+    assert (outcome.attrs["parameters"], outcome.attrs["trained_parameters"]) == (22, 12)
+
+
+class Leaking(Signs):
+    def load_data(self, root):
+        data = super().load_data(root)
+        test = Split(torch.cat([data.test.inputs[:10], data.train.inputs[:7]]), data.test.targets[:17])
+        return dataclasses.replace(data, test=test)
+
+
+def test_rows_that_stand_in_two_splits_are_told(study):
+    lines = []
+    attempt(study, Leaking(), log=lines.append)
+    assert [line for line in lines if "split have inputs" in line] == [
+        "7 of 17 rows of the test split have inputs that stand in train too: it tells too much of what was learned by"
+        " heart, unless load_data means them to"
+    ]
+    lines.clear()
+    attempt(study, Signs(), log=lines.append)
+    assert not any("stand in" in line for line in lines)

@@ -61,7 +61,11 @@ class Broken(Signs):
         ("a number that is none", "the valid split needs finite numbers, got NaN or infinity: clean the data"),
         ("an infinite number", "the train split needs finite numbers, got NaN or infinity: clean the data"),
         ("a label too many", "labels need to be in 0..1, got 1..2 in the valid split: check class_names"),
-        ("a label below 0", "labels need to be in 0..1, got -1..0 in the train split: check class_names"),
+        (
+            "a label below 0",
+            "labels need to be in 0..1, got -1..0 in the train split: check class_names, or"
+            " give Data ignored=-1 if that stands for no class",
+        ),
         (
             "other shapes",
             "all splits need rows of the same shapes and types, got {'input 0': 'float32 [2]', 'targets': 'int64 []'}"

@@ -54,6 +54,21 @@ def test_a_plan_takes_what_the_objective_says_where_the_command_says_nothing():
     assert a_spec(pruner="hyperband", epochs=7).pruner.settings == {"max_resource": 7}
 
 
+def test_how_samples_are_read_is_what_the_objective_says_where_the_command_says_nothing():
+    class Read(Digits):
+        readers = 0
+        prefetch = 2
+
+    training = a_spec(kind=Read).training
+    assert (training.readers, training.prefetch) == (0, 2)
+    training = a_spec(kind=Read, training=TrainingSpec(readers=3)).training
+    assert (training.readers, training.prefetch) == (3, 2)
+    assert a_spec().training == TrainingSpec()
+    Read.readers = -1
+    with pytest.raises(UsageError, match=r"^Read\.readers: input should be greater than or equal to 0, got -1$"):
+        a_spec(kind=Read)
+
+
 def test_a_plain_function_minimizes_unless_told_otherwise(function):
     spec, objective = a_plan(*function)
     assert (spec.metric, spec.direction, spec.epochs, spec.objective.options) == ("value", "minimize", 1, {})

@@ -11,8 +11,9 @@ from torch import nn
 
 from tuner import training
 from tuner.data import Data, DataError, Samples, Split, tensors
-from tuner.training import batches
-from tuner.training.batches import DeadReaderError, Resident, Streamed, batches_of, place
+from tuner.training import batches, loaders
+from tuner.training.batches import Resident, Streamed, batches_of, place
+from tuner.training.loaders import DeadReaderError
 
 CPU = torch.device("cpu")
 # Readers are forked where that works, and Python 3.12 warns of any fork with a thread about.
@@ -327,7 +328,7 @@ class Failing:
 )
 def test_what_a_loader_raises_is_told_by_its_cause(error, told_as):
     with pytest.raises(Exception) as caught:  # noqa: PT011 - its exact type is looked at
-        list(batches._watched(Failing(error)))
+        list(loaders.watched(Failing(error)))
     assert type(caught.value) is told_as
 
 
@@ -401,7 +402,7 @@ def test_closing_ends_readers_that_are_stuck(monkeypatch, streamed):
     samples = Stuck(20)
     rows = streamed(Samples(samples), 2, CPU, 2)
     next(rows.in_order())
-    readers = batches._workers(rows._loader)
+    readers = loaders.workers_of(rows._loader)
     for _ in readers:  # one that is not yet would end by itself
         assert samples.n_stuck.acquire(timeout=60)
     rows.close()
