@@ -32,6 +32,9 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+MAX_POINTS = 1000
+"""A param's values in a grid; more is a slip of the finger."""
+
 _PLAIN_TYPES: dict[str, tuple[type, ...]] = {
     "int": (int,),
     "float": (float, int),
@@ -99,8 +102,8 @@ def parse_choice(text: str) -> tuple[str, dict[str, JsonValue]]:
         return name, {}
     if rest.startswith("{"):
         try:
-            settings = json.loads(rest, parse_constant=str)
-        except ValueError as error:
+            settings = json.loads(rest, parse_constant=str, parse_float=_finite)
+        except (ValueError, RecursionError) as error:
             raise UsageError(f"settings of {name!r} need to be JSON, got {rest!r}: {error}") from error
         return name, settings
     pairs = [pair.partition("=") for pair in rest.split(",")]
@@ -113,10 +116,15 @@ def parse_choice(text: str) -> tuple[str, dict[str, JsonValue]]:
 def parse_value(text: str) -> JsonValue:
     """Read a number, a boolean or any JSON as such, and everything else - NaN too - as the text it is."""
     try:
-        value: JsonValue = json.loads(text, parse_constant=str)
-    except ValueError:
+        value: JsonValue = json.loads(text, parse_constant=str, parse_float=_finite)
+    except (ValueError, RecursionError):  # the second for thousands of brackets
         return text
     return value
+
+
+def _finite(text: str) -> float | str:
+    """Read a number; one beyond floats, which JSON in a database cannot hold, stays text."""
+    return number if math.isfinite(number := float(text)) else text
 
 
 def check_sampler_name(text: str) -> tuple[str, dict[str, JsonValue]]:
@@ -264,8 +272,8 @@ def _quiet() -> Iterator[None]:
 
 
 def _as_points(value: object) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise UsageError(f"--sampler grid needs points to be a whole number above 0, got {value!r}")
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= MAX_POINTS:
+        raise UsageError(f"--sampler grid needs points to be a whole number in 1..{MAX_POINTS}, got {value!r}")
     return value
 
 
