@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import os
+
 EXIT_FAILED, EXIT_USAGE, EXIT_UNREACHABLE, EXIT_INTERRUPTED = 1, 2, 3, 130
 
 
 def first_line(error: BaseException) -> str:
     """Return the first line of an error's message."""
     return str(error).strip().partition("\n")[0]
+
+
+def is_debugging() -> bool:
+    """Whether tracebacks are wanted, by --debug or TUNER_DEBUG."""
+    return os.environ.get("TUNER_DEBUG", "").lower() in {"1", "true", "yes"}
 
 
 class TunerError(Exception):

@@ -6,6 +6,7 @@ The inputs lie in tests/inputs, a folder for each.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -13,10 +14,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import optuna
 import pytest
 from command import Finished
 
-from storage import parse_url
+from storage import open_storage, parse_url
 
 if TYPE_CHECKING:
     from command import Tuner
@@ -112,7 +114,7 @@ def test_streams_that_are_closed_full_or_in_ascii(tuner: Tuner) -> None:
     search = "tuner run colours.py:objective --trials 1 --workers 1 --max-failures 0"
     done = shell(here, f"{search} <&- >&-", PYTHONIOENCODING="ascii")
     assert (done.code, done.stdout) == (0, ""), done.stderr
-    assert "pr\\xfcft 0" in done.stderr
+    assert "slot 0, trial 0: pr\\xfcft 0" in done.stderr
     done = shell(here, "tuner best colours; tuner best colours --json", PYTHONIOENCODING="ascii")
     assert (done.code, done.stderr) == (0, "")
     assert "stra\\xdfe = wei\\xdf" in done.stdout
@@ -131,3 +133,55 @@ def test_streams_that_are_closed_full_or_in_ascii(tuner: Tuner) -> None:
     assert done.code == 0, done.stderr
     assert "dashboard on http" in done.stderr
     assert shell(here, "tuner status $'\\xff'").error().endswith("give text in UTF-8")
+
+
+def test_a_log_that_is_a_file_tells_of_trials_now_and_then_and_of_what_fails_with_its_traceback(tuner: Tuner) -> None:
+    here = placed(tuner, "28-streams-and-terminals")
+    done = here("run", "long.py:objective", "--trials", "1", "--workers", "1", "--pruner", "none", "--debug")
+    assert done.code == 0, done.stderr
+    assert "slot 0, trial 0: about to fail" in done.stderr
+    assert "slot 0, trial 0: Traceback (most recent call last):" in done.stderr
+    file = here.directory / "long.py"
+    assert f'slot 0, trial 0:   File "{file}", line 9, in fails' in done.stderr
+    assert f"trial 0 fail: IndexError: list index out of range ({file}, line 9)" in done.stderr
+    (told,) = re.findall(r"^trial 1, step (\d+): value (\S+) \(slot 0\)$", done.stderr, re.M)
+    assert float(told[1]) == int(told[0]) / 4
+
+
+MANY = "[" * 5000
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "told"),
+    [
+        (["create", "digits", "--set", f"max_units={MANY}"], 2, "input should be a valid integer"),
+        (["create", "digits", "--sampler", f'tpe:{{"a": {MANY}'], 2, "settings of 'tpe' need to be JSON"),
+        (["create", "digits", "--sampler", 'grid:{"search_space": {"lr": ["\\u0000"]}}'], 1, "the database refused it"),
+        (["create", "digits", "--sampler", "grid:points=99999999999"], 2, "points to be a whole number in 1..1000"),
+        (["create", "digits", "--trials", "9" * 30], 2, "--trials needs a whole number above 0 and at most 2147483647"),
+        (["create", "digits", "--max-failures", "9" * 30], 2, "--max-failures needs a whole number from 0 to"),
+        (["create", "digits", "--timeout", "9" * 400], 2, "--timeout needs a time of at most 10000 days"),
+        (["create", "raises.py:Raises", "--sampler", "grid"], 1, "raises.py, line 11)"),
+        (["create", "raises.py:Raises", "--set", 'title="\\ud800"'], 1, "the database refused it"),
+        (["dashboard", "--host", "x" * 300], 2, "it is no name of a machine"),
+    ],
+    ids=lambda value: None if isinstance(value, int) else str(value[1:4])[:60],
+)
+def test_nothing_that_a_user_can_say_is_a_bug_in_tuner(
+    tuner: Tuner, arguments: list[str], code: int, told: str
+) -> None:
+    done = placed(tuner, "05-nobody-has-thought-of")(*arguments)
+    assert told in done.error()
+    assert "bug" not in done.error()
+    assert done.code == code
+
+
+def test_an_objective_s_file_is_given_to_an_export_as_to_a_worker(tuner: Tuner, database: str) -> None:
+    """A file of that name lies here, and is not taken because the database names it."""
+    here = placed(tuner, "15-arguments-at-import")
+    assert here("create", "script.py:objective").code == 0
+    optuna.load_study(study_name="script", storage=open_storage(database)).optimize(lambda trial: 1.0, n_trials=1)
+    refused = [here(command, "script") for command in ("export", "worker")]
+    assert [done.code for done in refused] == [2, 2]
+    assert refused[0].error() == refused[1].error()
+    assert "give yours: --objective path/to/script.py:objective" in refused[0].error()

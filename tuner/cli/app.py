@@ -13,6 +13,7 @@ from typing import Annotated
 
 import typer
 from pydantic import ValidationError
+from sqlalchemy.exc import DBAPIError
 
 from storage.database.errors import InvalidURLError, StorageError, UnreachableError
 from tuner.cli import control, db, importing, model, reading, search, service, status
@@ -25,9 +26,12 @@ from tuner.errors import (
     EXIT_USAGE,
     TunerError,
     WorkerInterrupted,
+    first_line,
+    is_debugging,
 )
 from tuner.log import Log
 from tuner.spec import first_problem
+from tuner.study.places import own_place
 
 # Typer shows its errors in a box of several lines; these are the classes to catch them by.
 _UsageError: type[Exception] = typer.BadParameter.__mro__[1]
@@ -121,19 +125,15 @@ def main() -> None:
     except UnicodeEncodeError as error:  # of an argument that is no text, or a database without Unicode
         code = fail(f"{error.object!r} cannot be written as {error.encoding}; give text in UTF-8", EXIT_USAGE)
     except (TunerError, StorageError, ValidationError, OSError) as error:
-        if _is_debugging():
+        if is_debugging():
             raise
         code = fail(first_problem(error) if isinstance(error, ValidationError) else str(error), _code_of(error))
     except Exception as error:
-        if _is_debugging():
+        if is_debugging():
             raise
-        code = fail(f"this is a bug in tuner: {type(error).__name__}: {error}; --debug shows where", EXIT_FAILED)
+        code = fail(_unforeseen(error), EXIT_FAILED)
     flush_streams()
     sys.exit(code or 0)
-
-
-def _is_debugging() -> bool:
-    return os.environ.get("TUNER_DEBUG", "").lower() in {"1", "true", "yes"}
 
 
 def _path(text: str | None) -> Path | None:
@@ -153,6 +153,18 @@ def _usage_text(error: Exception) -> str:
     command = context.command_path if context is not None else "tuner"
     text = str(error.format_message()) if hasattr(error, "format_message") else str(error)
     return f"{text.rstrip('.')}; '{command} --help' shows how" if text else ""
+
+
+def _unforeseen(error: Exception) -> str:
+    """Return what to say of an error that nobody has put into words: whose it is, and where that can be told."""
+    told = f"{type(error).__name__}: {first_line(error)}"
+    if isinstance(error, DBAPIError):  # a value that it cannot hold, a role that may not
+        return f"the database refused it: {first_line(error.orig or error)}"
+    if (place := own_place(error, sys.argv[0])) is not None:
+        return f"the objective's code failed: {told} ({place[0]}, line {place[1]})"
+    if isinstance(error, MemoryError) or "can't start new thread" in told:
+        return f"this machine has no memory, or no process, left for it: {told}"
+    return f"this is a bug in tuner: {told}; --debug shows where"
 
 
 def _wants_json(arguments: Sequence[str]) -> bool:

@@ -9,6 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tuner.cli.settings import Settings, command
+from tuner.errors import UsageError
+
+OBJECTIVE_HELP = "The study's objective, where it is not an installed one."
 
 if TYPE_CHECKING:
     from sqlalchemy import Engine
@@ -27,7 +30,7 @@ def export(
     ] = None,
     objective: Annotated[
         str | None,
-        typer.Option(metavar="path/to/file.py:NAME", help="The study's objective, where it is not an installed one."),
+        typer.Option(metavar="path/to/file.py:NAME", help=OBJECTIVE_HELP),
     ] = None,
     device: Annotated[str | None, typer.Option(help="cuda, mps or cpu (default: the best there is).")] = None,
     allow_code_change: Annotated[
@@ -44,7 +47,7 @@ def export(
     engine = settings.open()
     opened = open_study(engine, study)
     best_of(engine, opened)  # before torch is imported for the rest
-    source = find_objective(objective or opened.spec.objective.name)
+    source = find_objective(objective or installed_name(opened))
     check_code(opened, source, allow_code_change=allow_code_change)
     target = output or default_output(settings, opened)
     check_output(target)
@@ -60,6 +63,20 @@ def export(
         log=settings.log(study=opened.name),
     )
     print_exported(settings, engine, opened, exported, as_json=as_json)
+
+
+def installed_name(study: Study) -> str:
+    """Return the name of the study's objective, an installed one. Raises UsageError if it is a file of somebody's.
+
+    What the database names is never imported as a file, though one of that name may lie here.
+    """
+    name = study.spec.objective.name
+    if ":" in name:
+        raise UsageError(
+            f"study {study.name!r} searches {name!r}, a file of the one who created it;"
+            f" give yours: --objective path/to/{name}"
+        )
+    return name
 
 
 def default_output(settings: Settings, study: Study) -> Path:

@@ -169,8 +169,8 @@ class StudyOptions:
 
     def _budget(self) -> Budget:
         check_positive("--trials", self.trials)
-        if self.max_failures < 0:
-            raise UsageError(f"--max-failures needs a whole number from 0, got {self.max_failures}")
+        if not 0 <= self.max_failures <= MAX_COUNT:
+            raise UsageError(f"--max-failures needs a whole number from 0 to {MAX_COUNT}, got {self.max_failures}")
         timeout_s = None if self.timeout is None else seconds("--timeout", self.timeout)
         return Budget(trials=self.trials, timeout_s=timeout_s, max_failures=self.max_failures)
 
@@ -201,10 +201,16 @@ class StudyOptions:
         )
 
 
+MAX_COUNT = 2**31 - 1
+"""PostgreSQL's largest number of a trial or a step."""
+MAX_DAYS = 10_000
+
+
 def check_positive(option: str, value: int) -> None:
-    """Raise UsageError, naming the option, if its value is not above 0."""
-    if value < 1:
-        raise UsageError(f"{option} needs a whole number above 0, got {value}")
+    """Raise UsageError, naming the option, if its value is not above 0, or more than the database counts to."""
+    if not 0 < value <= MAX_COUNT:
+        limit = "" if value < 1 else f" and at most {MAX_COUNT}"
+        raise UsageError(f"{option} needs a whole number above 0{limit}, got {value}")
 
 
 def _pairs(texts: list[str]) -> dict[str, str]:
@@ -222,4 +228,7 @@ def seconds(option: str, text: str) -> float:
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([smhd]?)", text)
     if match is None or float(match[1]) == 0:
         raise UsageError(f"{option} needs a time above 0 such as 90s, 15m or 2h, got {text!r}")
-    return float(match[1]) * _UNITS_S[match[2]]
+    found = float(match[1]) * _UNITS_S[match[2]]
+    if found > MAX_DAYS * _UNITS_S["d"]:
+        raise UsageError(f"{option} needs a time of at most {MAX_DAYS} days, got {text!r}")
+    return found

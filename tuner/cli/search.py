@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tuner.cli.model import default_output, print_exported
+from tuner.cli.model import OBJECTIVE_HELP, default_output, installed_name, print_exported
 from tuner.cli.options import LIMITS, RESULT, WORKERS, StudyOptions, check_positive, seconds
 from tuner.cli.settings import Settings, command
-from tuner.errors import TunerError, UsageError
+from tuner.errors import TunerError
 
 if TYPE_CHECKING:
     from tuner.study.joining import Study
@@ -154,11 +154,7 @@ def worker(
     device: Device = None,
     objective: Annotated[
         str | None,
-        typer.Option(
-            metavar="path/to/file.py:NAME",
-            help="The study's objective, where it is not an installed one.",
-            rich_help_panel=WORKERS,
-        ),
+        typer.Option(metavar="path/to/file.py:NAME", help=OBJECTIVE_HELP, rich_help_panel=WORKERS),
     ] = None,
     allow_code_change: AllowCodeChange = False,
     trials: Annotated[
@@ -195,7 +191,7 @@ def worker(
     plans = plan_slots(slots, device, at_most=trials)
     engine = settings.open_for_work()
     joined = open_study(engine, study)
-    reference = objective or _installed_name(joined)
+    reference = objective or installed_name(joined)
     source = find_objective(reference)
     check_code(joined, source, allow_code_change=allow_code_change)
     log = settings.log(worker=_worker_name(), study=joined.name)
@@ -217,16 +213,6 @@ def _workers(count: int | None) -> int:
 
 def _worker_name() -> str:
     return f"{socket.gethostname()}:{os.getpid()}"
-
-
-def _installed_name(study: Study) -> str:
-    name = study.spec.objective.name
-    if ":" in name:
-        raise UsageError(
-            f"study {study.name!r} searches {name!r}, a file of the one who created it;"
-            f" give yours: --objective path/to/{name}"
-        )
-    return name
 
 
 def _outline(study: Study) -> str:

@@ -106,6 +106,8 @@ def _listen(host: str, port: int, *, has_token: bool) -> Iterator[socket.socket]
                 "give one in TUNER_DASHBOARD_TOKEN or '--token-file', or leave out '--host'"
             )
         listener = socket.create_server(address, family=family)
+    except UnicodeError as error:
+        raise UsageError(f"cannot serve the dashboard on {host!r}: it is no name of a machine") from error
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
             raise PortInUseError(

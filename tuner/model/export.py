@@ -33,7 +33,8 @@ from tuner.model.loading import MANIFEST, InputDescription, Manifest, sha256_of
 from tuner.model.output import check_output
 from tuner.objective import Objective
 from tuner.seeds import derive_seed, seed_everything, set_deterministic
-from tuner.slot.attempt import load_data, with_line
+from tuner.slot.attempt import load_data
+from tuner.slot.where import with_line
 from tuner.study.joining import Study, best_of
 from tuner.study.registry import ObjectiveSource, build_objective, is_objective_class
 from tuner.training.batches import place_rows

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import math
 import os
@@ -17,7 +16,6 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 import optuna
 import torch
 from optuna.trial import TrialState
-from pydantic import ValidationError
 from sqlalchemy.exc import SQLAlchemyError
 from torch import nn
 
@@ -25,12 +23,13 @@ from storage.database.engine import is_outage
 from storage.database.errors import LeaseLostError, StorageError, StudyHaltedError, UnreachableError
 from tuner import training
 from tuner.data import BROKEN_ERRNOS, Data, DataError
-from tuner.errors import BrokenDeviceError, ObjectiveError, TunerError, first_line
+from tuner.errors import BrokenDeviceError, ObjectiveError, TunerError, first_line, is_debugging
 from tuner.objective import Objective
 from tuner.seeds import derive_seed, seed_everything, set_deterministic
 from tuner.slot.checked_trial import CheckedTrial, InvalidReportError
 from tuner.slot.read_params import ReadParams
-from tuner.spec import Spec, TrainingSpec, first_problem
+from tuner.slot.where import with_line
+from tuner.spec import Spec, TrainingSpec
 from tuner.study.registry import FunctionObjective
 from tuner.training import Interrupted
 from tuner.training.batches import place
@@ -187,8 +186,10 @@ def run_attempt(what: TrialObjective, trial: CheckedTrial) -> Outcome:
     except training.DivergedError as error:
         outcome = failed("nan", str(error))
     except (DataError, ObjectiveError) as error:
+        _show(error)
         outcome = failed("user_error", f"{type(what.objective).__name__}: {error}")
     except (Exception, SystemExit, KeyboardInterrupt) as error:  # noqa: BLE001 - foreign code: it fails its trial alone
+        _show(error)
         outcome = _by(error, what)
     always = {**record.attrs(), "seconds": round(time.perf_counter() - start, 3)}
     outcome = replace(outcome, attrs={**outcome.attrs, **always})
@@ -247,25 +248,6 @@ def load_data(
     return data.read_by(training_spec.readers, training_spec.prefetch)
 
 
-def with_line(error: BaseException, objective: Objective | FunctionObjective) -> str:
-    """Describe the error with the last line of the objective's own file that it passed, if it passed any.
-
-    What a function returned is told with the line of its `def`.
-    """
-    try:
-        file = inspect.getfile(type(objective) if isinstance(objective, Objective) else objective)
-    except TypeError:
-        file = ""  # a callable object, such as a functools.partial
-    text = first_problem(error).partition("\n")[0] if isinstance(error, ValidationError) else first_line(error)
-    told = f"{type(error).__name__}: {text}"
-    frames = traceback.extract_tb(error.__traceback__)
-    own = [frame for frame in frames if frame.filename == file]
-    if own or not isinstance(error, InvalidReportError):
-        place = (own or frames)[-1]
-        return f"{told} ({place.filename}, line {place.lineno})"
-    return f"{told} ({file}, line {objective.__code__.co_firstlineno})" if inspect.isfunction(objective) else told
-
-
 def _run(what: TrialObjective, trial: CheckedTrial, seed: int, record: Record) -> tuple[float, dict[str, Any]]:
     if not isinstance(what.objective, Objective):
         return _checked_value(what.objective(trial)), {}
@@ -291,6 +273,7 @@ def _train(
         value = _value_of(epoch, metric)
         record.count(model)  # lazy layers have no weights before
         record.add(epoch)
+        trial.losses[epoch.number] = float(epoch.train_loss)
         trial.report(value, epoch.number)
         if epoch.number < epochs and trial.should_prune():
             raise optuna.TrialPruned
@@ -385,6 +368,11 @@ def _checked_value(value: object) -> float:
     if not math.isfinite(number):
         raise training.DivergedError(f"the objective returned {number}")
     return number
+
+
+def _show(error: BaseException) -> None:
+    if is_debugging():
+        traceback.print_exception(error)
 
 
 def _by(error: BaseException, what: TrialObjective) -> Outcome:

@@ -47,6 +47,8 @@ class CheckedTrial(optuna.Trial):
         super().__init__(study, trial_id)
         self.check = check
         """Raises Interrupted or LeaseLostError if the attempt has to end."""
+        self.losses: dict[int, float] = {}
+        """The training loss of each epoch, for who watches."""
         self._reports = reports
         self._retry = retry
 

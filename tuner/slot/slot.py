@@ -8,6 +8,7 @@ its trial back and exits. On its standard output the slot writes one line of JSO
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import sys
@@ -38,6 +39,7 @@ from storage.optuna_storage.pruning import IndexedPercentilePruner
 from storage.optuna_storage.storage import PostgresStorage
 from tuner.errors import EXIT_UNREACHABLE, BrokenDeviceError, TunerError
 from tuner.seeds import set_deterministic
+from tuner.slot import prints
 from tuner.slot.attempt import (
     Outcome,
     TrialObjective,
@@ -114,6 +116,7 @@ class Event(BaseModel):
     trial_id: int | None = None
     state: str | None = None
     value: float | None = None
+    loss: float | None = None
     seconds: float | None = None
     device: str | None = None
     failure: str | None = None
@@ -215,6 +218,7 @@ class Slot:
         self._storage.hold(held)
         told: dict[str, Any] = {"trial": held.number, "attempt": held.attempt}
         self._emit(Event(event="trial_started", token=str(held.token), trial_id=held.trial_id, **told))
+        prints.mark(held.number)
         try:
             with Lease(Sessions(self._engine), held) as lease:
                 self._run_held(study, optuna_study, what, held, lease)
@@ -230,6 +234,7 @@ class Slot:
             self._emit(Event(event="database_away", message=_first_line(error), **told))
             self._release(study, held, "the database was away for too long")
         finally:
+            prints.mark(None)
             self._storage.let_go(held)
         if self._poisoned is not None:
             _exit_again(self._parent)  # whatever became of the trial
@@ -271,7 +276,9 @@ class Slot:
             self._storage.set_trial_intermediate_value(held.trial_id, step, value)
 
         def written(step: int, value: float) -> None:
-            self._emit(Event(event="report", trial=held.number, attempt=held.attempt, epoch=step, value=value))
+            loss = trial.losses.get(step, math.nan)
+            told: dict[str, Any] = {"trial": held.number, "attempt": held.attempt, "epoch": step, "value": value}
+            self._emit(Event(event="report", loss=loss if math.isfinite(loss) else None, **told))
 
         with Reports(write, written) as reports:
 

@@ -27,12 +27,17 @@ class ParamError(ValueError):
 def parse_value(text: str) -> JsonValue:
     """Read a number, a boolean or any JSON as such, and everything else - NaN and 1e999 too - as the text it is."""
     try:
-        value: JsonValue = json.loads(text, parse_constant=str)
-    except (ValueError, RecursionError):
+        value: JsonValue = json.loads(text, parse_constant=str, parse_float=finite)
+    except (ValueError, RecursionError):  # the second for thousands of brackets
         if len(text) > 40 or _NUMBER.fullmatch(text) is None:
             return text
-        value = int(text) if text[0] == "+" and text[1:].isdecimal() else float(text)
-    return text if value in (math.inf, -math.inf) else value
+        return int(text) if text[0] == "+" and text[1:].isdecimal() else finite(text)
+    return value
+
+
+def finite(text: str) -> float | str:
+    """Read a number; one beyond floats, which JSON in a database cannot hold, stays text."""
+    return number if math.isfinite(number := float(text)) else text
 
 
 def check_distribution(name: str, distribution: BaseDistribution) -> None:

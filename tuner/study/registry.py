@@ -94,7 +94,8 @@ class ObjectiveSource:
                     return importlib.import_module(self.module)
                 return import_file(self.file)
         except SyntaxError as error:
-            raise TunerError(f"cannot read {error.filename}, line {error.lineno}: {error.msg}") from error
+            place = f"{error.filename or self.file}, line {error.lineno or 1}"  # there are neither for a NUL
+            raise TunerError(f"cannot read {place}: {error.msg}") from error
         except (Exception, SystemExit) as error:
             file, line = own_place(error, str(self.file)) or last_place(error)
             hint = "; on import it gets no arguments, and must not exit" if isinstance(error, SystemExit) else ""

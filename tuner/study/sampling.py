@@ -25,7 +25,7 @@ from optuna.trial import FrozenTrial
 from tuner.errors import UsageError, first_line
 from tuner.seeds import derive_seed
 from tuner.spec import PrunerName, PrunerSpec, SamplerName, SamplerSpec
-from tuner.study.params import ParamError, as_param, check_distribution, parse_value
+from tuner.study.params import ParamError, as_param, check_distribution, finite, parse_value
 
 if TYPE_CHECKING:
     from pydantic import JsonValue
@@ -34,6 +34,9 @@ if TYPE_CHECKING:
 
 
 T = TypeVar("T")
+
+MAX_POINTS = 1000
+"""A param's values in a grid; more is a slip of the finger."""
 
 _PLAIN_TYPES: dict[str, tuple[type, ...]] = {
     "int": (int,),
@@ -131,8 +134,8 @@ def parse_choice(text: str) -> tuple[str, dict[str, JsonValue]]:
         return name, {}
     if rest.startswith("{"):
         try:
-            settings = json.loads(rest, parse_constant=str)
-        except ValueError as error:
+            settings = json.loads(rest, parse_constant=str, parse_float=finite)
+        except (ValueError, RecursionError) as error:
             raise UsageError(f"settings of {name!r} need to be JSON, got {rest!r}: {error}") from error
         return name, settings
     pairs = [pair.partition("=") for pair in rest.split(",")]
@@ -365,8 +368,8 @@ def _quiet() -> Iterator[None]:
 
 
 def _as_points(value: object) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise UsageError(f"--sampler grid needs points to be a whole number above 0, got {value!r}")
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= MAX_POINTS:
+        raise UsageError(f"--sampler grid needs points to be a whole number in 1..{MAX_POINTS}, got {value!r}")
     return value
 
 

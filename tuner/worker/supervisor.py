@@ -23,6 +23,7 @@ from storage.database.engine import is_outage
 from storage.database.errors import StorageError
 from tuner.errors import TunerError, WorkerInterrupted
 from tuner.log import Log
+from tuner.slot import prints
 from tuner.study.joining import Study
 from tuner.versions import versions
 from tuner.worker.breaker import Breaker
@@ -31,12 +32,15 @@ from tuner.worker.progress import Progress
 from tuner.worker.signals import TOGETHER_S, signals_into
 from tuner.worker.slot_process import Inbox, SlotProcess
 from tuner.worker.slots import SlotPlan
+from tuner.worker.telling import describe, printed, reported
 
 DRAIN_S = 9.0
 """How long slots have to give their trials back once the worker is asked to stop; it has ended a second later."""
 MAX_DEATHS = 3
 """A worker whose slot dies this often in a row before it ever was ready ends."""
 TICK_S = 0.25
+REPORTS_S = 10.0
+"""The shortest time between two plain lines that tell what a slot's trial reported."""
 EXIT_AGAIN = 75
 """The exit code of a slot that has to go on in a new process, as `tuner.slot.slot` defines it."""
 
@@ -85,8 +89,10 @@ class _Slot:
     breaker: Breaker = field(default_factory=Breaker)
     failed_by: str | None = None
     last_trial: int | None = None
+    prints_for: int | None = None
     is_paused: bool = False
     since: float = field(default_factory=time.monotonic)
+    told_at: float = -math.inf
     restart_at: float | None = None
 
     def let_go(self, state: SlotState) -> None:
@@ -194,7 +200,7 @@ class Worker:
             return
         slot = self._slots[message.slot]
         if message.kind == "stderr":
-            self._say(slot, "slot_stderr", message.text)
+            self._say_printed(slot, message.text)
         elif message.kind == "event":
             self._handle_event(slot, json.loads(message.text))
         elif message.kind == "end":
@@ -300,7 +306,7 @@ class Worker:
         handle = getattr(self, f"_on_{name}", None)
         if handle is not None:
             handle(slot, event)
-        text = _describe(name, slot, event, self._study.spec.metric)
+        text = describe(name, event, slot.plan.number, slot.device, self._study.spec.metric)
         if name not in ("wants_trial", "nothing", "refused", "done") and (text or self._log.format == "json"):
             message = event.pop("message", "")
             self._say(slot, name, text or message, **event)
@@ -331,11 +337,16 @@ class Worker:
             token=uuid.UUID(event.pop("token")),
         )
         slot.state, slot.since, slot.is_paused = "running", time.monotonic(), False
+        slot.told_at = slot.since
         slot.last_trial = event["trial"]
         self._presence.tell()
 
     def _on_report(self, slot: _Slot, event: dict[str, Any]) -> None:
         slot.epoch = event["epoch"]
+        now = time.monotonic()
+        if self._log.format == "text" and not self._log.console.is_terminal and now - slot.told_at >= REPORTS_S:
+            slot.told_at = now
+            self._say(slot, "report", reported(event, slot.plan.number, self._study.spec.metric))
 
     def _on_out_of_memory(self, slot: _Slot, _: dict[str, Any]) -> None:
         slot.waits_alone = True
@@ -419,6 +430,7 @@ class Worker:
 
     def _restart(self, slot: _Slot) -> None:
         slot.state, slot.failed_by, slot.last_trial, slot.since = "starting", None, None, time.monotonic()
+        slot.prints_for = None
         slot.process = self._start(slot.plan)
         slot.process.send(self._config_of(slot))
 
@@ -436,6 +448,13 @@ class Worker:
             slots=slots,
             versions=versions(),
         )
+
+    def _say_printed(self, slot: _Slot, line: str) -> None:
+        trial = slot.prints_for
+        text, slot.prints_for = prints.read(line, trial)
+        if text is not None:
+            shown = printed(text, slot.plan.number, trial) if self._log.format == "text" else text
+            self._say(slot, "slot_stderr", shown, trial=trial)
 
     def _say(self, slot: _Slot, event: str, text: str, **fields: Any) -> None:
         held = slot.held
@@ -470,21 +489,3 @@ def _current_directory() -> str | None:
         return os.getcwd()
     except FileNotFoundError:  # it was deleted
         return None
-
-
-def _describe(name: str, slot: _Slot, event: dict[str, Any], metric: str) -> str | None:
-    """Return what to tell people about an event, None for nothing."""
-    number = slot.plan.number
-    because = f": {event['message']}" if "message" in event else ""
-    if name == "trial_ended":
-        value = f": {metric} {event['value']:.6g}" if "value" in event else ""
-        took = f"{event.get('seconds', 0):.1f} s"
-        return f"trial {event['trial']} {event['state'].lower()}{value}{because} ({took}, slot {number})"
-    described = {
-        "trial_released": f"trial {event.get('trial')} given back{because} (slot {number})",
-        "out_of_memory": f"trial {event.get('trial')} ran out of memory; it runs again when {slot.device} is free",
-        "result_kept": f"trial {event.get('trial')} ended{because} (slot {number})",
-        "note": f"{event.get('message')} (slot {number})",
-        "database_away": f"slot {number}{because}; trying again",
-    }
-    return described.get(name)
