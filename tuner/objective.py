@@ -115,6 +115,8 @@ class Objective(BaseModel, ABC):
     ) -> LRScheduler | None:
         """Return the schedule of the learning rate, stepped once an epoch, or None for a constant one.
 
+        One that follows a metric, whose `step` takes an argument, is stepped with the study's.
+
         Default: cosine annealing to 0 over the epochs (Loshchilov and Hutter 2017, equation 5, without restarts).
         """
         return CosineAnnealingLR(optimizer, epochs)
@@ -151,7 +153,8 @@ class Objective(BaseModel, ABC):
 
         Model, data and metrics are on the trial's device, where the data is a `Split`. An own loop lets what
         `on_epoch` raises pass, and returns the epochs that ended; without `valid` (retraining) their metrics are
-        empty. What `run` says of precision, patience and checkpoints is then its own to do, or to leave.
+        empty, and no epochs after `run.until` are wanted. What `run` says of precision, patience and checkpoints is
+        then its own to do, or to leave.
         """
         materialize(model, train)  # optimizers may ask for the shapes of weights
         optimizer = self.build_optimizer(model, params)

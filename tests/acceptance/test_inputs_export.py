@@ -1,4 +1,4 @@
-"""What people hit between a search and its model: an input of each kind in tests/inputs, run as a user would."""
+"""What people hit between a search and its model, run as a user would: tests/inputs holds an input of each kind."""
 
 from __future__ import annotations
 
@@ -24,6 +24,19 @@ def _searched(tuner: Tuner, folder: str, name: str, *options: str) -> tuple[Fini
     assert found.code == 0, found.stderr
     manifest: dict[str, Any] = json.loads((tuner.directory / "model" / "manifest.json").read_text())
     return found, manifest
+
+
+@pytest.mark.parametrize("by_hand", ["false", "true"])
+def test_a_schedule_that_follows_the_metric_gives_in_the_retraining_what_it_gave_in_the_trial(
+    tuner: Tuner, by_hand: str
+) -> None:
+    _, manifest = _searched(tuner, "02-plateau-max-retraining", "Plateau", "--set", f"by_hand={by_hand}")
+    (trial,) = tuner("trials", "it", "--json").json()
+    rates = [rate for (rate,) in trial["user_attrs"]["rates"]]
+    assert len(rates) == 6
+    assert rates[0] == trial["params"]["lr"]
+    assert manifest["retraining"] == {"schedule": "replayed", "schedule_epochs": 6, "notes": []}
+    assert manifest["epochs"] == trial["user_attrs"]["epoch"]
 
 
 def test_a_model_that_its_objective_compiles_is_exported(tuner: Tuner) -> None:

@@ -66,7 +66,7 @@ class Exporting:
         self.data_dir = tmp_path
         self.output = tmp_path / "model"
 
-    def start(self, code, attribute="Signs", *, name="signs", epoch=2, values=(0.5, 0.9, 0.7), **options):
+    def start(self, code, attribute="Signs", *, name="signs", epoch=2, values=(0.5, 0.9, 0.7), attrs=None, **options):
         self.path = self.path.with_stem(name)
         self.path.write_text(textwrap.dedent(code))
         self.source = find_objective(f"{self.path}:{attribute}")
@@ -89,12 +89,12 @@ class Exporting:
                     value=value,
                     params={"lr": 0.05},
                     distributions={"lr": optuna.distributions.FloatDistribution(0.01, 0.1)},
-                    user_attrs={"epoch": epoch} if epoch else {},
+                    user_attrs={**({"epoch": epoch} if epoch else {}), **(attrs or {})},
                 )
             )
         return self
 
-    def __call__(self, output=None, device="cpu"):
+    def __call__(self, output=None, device="cpu", **how):
         return export_study(
             self.engine,
             self.study,
@@ -103,6 +103,7 @@ class Exporting:
             data_dir=self.data_dir,
             device=device,
             log=Log(),
+            **how,
         )
 
     def recorded(self):

@@ -33,6 +33,10 @@ def export(
         typer.Option(metavar="path/to/file.py:NAME", help=OBJECTIVE_HELP),
     ] = None,
     device: Annotated[str | None, typer.Option(help="cuda, mps or cpu (default: the best there is).")] = None,
+    full_schedule: Annotated[
+        bool,
+        typer.Option("--full-schedule", help="Train for all of the study's epochs, not only until the best one."),
+    ] = False,
     allow_code_change: Annotated[
         bool,
         typer.Option("--allow-code-change", help="Go on although the objective's code is not the study's."),
@@ -61,6 +65,7 @@ def export(
         data_dir=settings.data_dir,
         device=device,
         log=settings.log(study=opened.name),
+        full_schedule=full_schedule,
     )
     print_exported(settings, engine, opened, exported, as_json=as_json)
 

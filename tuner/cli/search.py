@@ -58,6 +58,14 @@ def run(
             help="Directory for the model (default: models/study-ID in the data directory).", rich_help_panel=RESULT
         ),
     ] = None,
+    full_schedule: Annotated[
+        bool,
+        typer.Option(
+            "--full-schedule",
+            help="Retrain for all of the study's epochs, not only until the best one.",
+            rich_help_panel=RESULT,
+        ),
+    ] = False,
     allow_code_change: AllowCodeChange = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.", rich_help_panel=RESULT)] = False,
 ) -> None:
@@ -110,7 +118,14 @@ def run(
         from tuner.model.export import export_study
 
         exported = export_study(
-            engine, joined, source, output=target, data_dir=settings.data_dir, device=device, log=log
+            engine,
+            joined,
+            source,
+            output=target,
+            data_dir=settings.data_dir,
+            device=device,
+            log=log,
+            full_schedule=full_schedule,
         )
     print_exported(settings, engine, joined, exported, as_json=as_json)
 

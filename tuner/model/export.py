@@ -23,7 +23,7 @@ from storage.coordination import studies
 from storage.coordination.studies import TrialRecord
 from storage.database.errors import StorageError
 from tuner import training
-from tuner.data import Data, Inputs, Rows, Split, join, tensors
+from tuner.data import Data, Inputs, Rows, Split, tensors
 from tuner.errors import FormatError, TunerError
 from tuner.files import sync_directory
 from tuner.formats.program import PROGRAM, Predictor, program_file
@@ -31,14 +31,14 @@ from tuner.formats.weights import WEIGHTS, differing, weights_file
 from tuner.log import Log
 from tuner.model.loading import MANIFEST, InputDescription, Manifest, sha256_of
 from tuner.model.output import check_output
+from tuner.model.retraining import retrain
 from tuner.objective import Objective
-from tuner.seeds import derive_seed, seed_everything, set_deterministic
+from tuner.seeds import derive_seed, set_deterministic
 from tuner.slot.attempt import load_data
 from tuner.slot.where import with_line
 from tuner.study.joining import Study, best_of
 from tuner.study.registry import ObjectiveSource, build_objective, is_objective_class
 from tuner.training.batches import place_rows
-from tuner.training.compiled import uncompiled
 from tuner.versions import versions
 
 
@@ -59,8 +59,11 @@ def export_study(
     data_dir: Path,
     device: str | None,
     log: Log,
+    full_schedule: bool = False,
 ) -> Exported:
     """Retrain the study's best trial on train + valid, evaluate it once on test, and write it to `output`.
+
+    It is trained until the epoch of its best value, or with `full_schedule` for all of the study's.
 
     Everything is written aside, loaded back, compared with the model and only then moved to `output`, the
     manifest last; an export that was there before stays until then. What this model cannot have - a program, a figure
@@ -72,15 +75,10 @@ def export_study(
     check_output(output)
     set_deterministic(study.spec.training.deterministic)  # before anything is computed
     data = load_data(objective, data_dir, study.spec.training)
-    epochs = _epochs(study, best)
     seed = derive_seed(study.spec.seed, "export", best.number)
-    log.event(
-        "retraining",
-        f"retraining trial {best.number} on train + valid for {epochs} epochs",
-        trial=best.number,
-    )
     device_ = training.choose_device(device)
-    model = _retrain(objective, study, best, data, epochs, seed, device_, log).cpu()  # where files are compared with it
+    trained = retrain(objective, study, best, data, full_schedule=full_schedule, seed=seed, device=device_, log=log)
+    model = trained.model.cpu()  # where files are compared with it
     log.event("exporting", f"writing the model to {output}", output=str(output))
     with _aside(output) as directory:
         missing: dict[str, str] = {}
@@ -107,7 +105,8 @@ def export_study(
             direction=study.spec.direction,
             validation=_finite(best.value),
             test=test,
-            epochs=epochs,
+            epochs=trained.epochs,
+            retraining=trained.how,
             seed=seed,
             trained_on=str(device_),
             data={
@@ -133,31 +132,6 @@ def _objective(study: Study, source: ObjectiveSource) -> Objective:
             f"{source.name} is a plain function and has no model to export; write it as a subclass of tuner.Objective"
         )
     return build_objective(kind, study.spec.objective.options, study.spec.seed)
-
-
-def _retrain(
-    objective: Objective,
-    study: Study,
-    best: TrialRecord,
-    data: Data,
-    epochs: int,
-    seed: int,
-    device: torch.device,
-    log: Log,
-) -> nn.Module:
-    def tell(line: str) -> None:
-        log.event("note", line)
-
-    seed_everything(seed)
-    try:
-        model = objective.build_model(best.params).to(device)
-        (train,) = place_rows([join(data.train, data.valid)], device, study.spec.training.data, tell)
-        metrics = {name: metric.to(device) for name, metric in objective.build_metrics(data).items()}
-        run = training.Run(options=training.Options(**study.spec.training.model_dump()), log=tell)
-        objective.fit(model, train, None, best.params, metrics=metrics, epochs=epochs, seed=seed, run=run)
-    except Exception as error:
-        raise TunerError(f"retraining trial {best.number} failed: {with_line(error, objective)}") from error
-    return uncompiled(model).eval()
 
 
 def _with_prediction(model: nn.Module, objective: Objective) -> nn.Module:
@@ -280,12 +254,6 @@ def _describe(inputs: Inputs) -> list[InputDescription]:
         InputDescription(name=name, shape=tuple(tensor.shape[1:]), dtype=str(tensor.dtype).removeprefix("torch."))
         for name, tensor in zip(names, tensors(inputs), strict=True)
     ]
-
-
-def _epochs(study: Study, best: TrialRecord) -> int:
-    """Return the epochs that the trial's best value took; all of them where it does not say, as a notebook's."""
-    found = best.user_attrs.get("epoch")
-    return found if isinstance(found, int) and 0 < found <= study.spec.epochs else study.spec.epochs
 
 
 def _finite(value: float | None) -> float | None:

@@ -25,6 +25,20 @@ class InputDescription(BaseModel):
     dtype: str
 
 
+class Retraining(BaseModel):
+    """How the model was trained again on train + valid.
+
+    `schedule` of the learning rate: `planned`, the study's over `schedule_epochs`, as in the trial; `replayed`, the
+    rates that a schedule which follows a metric gave in the trial, as there is no metric now; or `unrecorded`, such a
+    schedule of a trial without recorded rates: by the training loss, or constant where it waits for a metric to grow.
+    `notes` is what the training told meanwhile.
+    """
+
+    schedule: Literal["planned", "replayed", "unrecorded"]
+    schedule_epochs: int
+    notes: list[str] = []
+
+
 class Manifest(BaseModel):
     """What an exported model is and where it comes from. Written last: a directory without it is no export."""
 
@@ -44,6 +58,8 @@ class Manifest(BaseModel):
     test: dict[str, float | None]
     """None for a metric that is NaN or infinite, which JSON has not."""
     epochs: int
+    retraining: Retraining | None = None
+    """None in an export of before 0.2: the schedule's epochs were as many as the trial's best one then."""
     seed: int
     trained_on: str
     data: dict[str, JsonValue]

@@ -284,7 +284,7 @@ def _train(
             trial.report(epoch.metrics[metric], epoch.number)
 
     metrics = _built_metrics(objective, what.data, metric)
-    epochs = _epochs(params, what.spec)
+    epochs = epochs_of(params, what.spec)
     history = objective.fit(
         model,
         what.data.train,
@@ -319,7 +319,7 @@ def _train(
     return _checked_value(best.metrics[metric]), {**numbers, "epoch": best.number, "epochs": len(history)}
 
 
-def _epochs(params: Mapping[str, Any], spec: Spec) -> int:
+def epochs_of(params: Mapping[str, Any], spec: Spec) -> int:
     """Return how many epochs a trial has: the param of this name where suggested, else as the spec says."""
     epochs = params.get("epochs", spec.epochs)
     if not isinstance(epochs, int) or epochs < 1:

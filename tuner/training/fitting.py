@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from torch.optim.lr_scheduler import LRScheduler
 
 from tuner.data import Rows
 from tuner.errors import ObjectiveError
@@ -25,6 +25,7 @@ from tuner.training.batches import Batches, batches_of
 from tuner.training.checkpoint import Checkpoint, State, generator_states, set_generator_states
 from tuner.training.compiled import load_state, state_of
 from tuner.training.evaluation import Evaluation, Predictions, device_of
+from tuner.training.schedules import Rates, Schedule
 from tuner.training.steps import Loss, Step, materialize, matrix_products
 
 if TYPE_CHECKING:
@@ -65,11 +66,13 @@ class Options:
 class Epoch:
     """What one epoch gave: its number, counted from 1; the mean training loss over its rows; and each metric
     over the whole validation split (empty without one). `rows` is how many were trained on, `train_s` how long
-    that took, `wait_s` of it waiting for rows to be read, `evaluate_s` how long the evaluation took."""
+    that took, `wait_s` of it waiting for rows to be read, `evaluate_s` how long the evaluation took. `rates` are the
+    learning rates of a schedule that follows a metric, empty for one that follows the epochs alone."""
 
     number: int
     train_loss: float
     metrics: Mapping[str, float]
+    rates: Rates = ()
     rows: int = 0
     train_s: float = field(default=0.0, compare=False)
     wait_s: float = field(default=0.0, compare=False)
@@ -84,15 +87,18 @@ def _nothing(*_: Any) -> None:
 class Run:
     """One training as its caller sees it: how to train, what to watch, and what to call meanwhile.
 
-    `metric` and `direction` say which epoch is best, for `patience`. `check` is called before each batch, and ends
-    the training by what it raises. With a `checkpoint` the training goes on where it was saved; `on_resume` is called
-    once with the epochs that had ended then. What is `resumable` and raised by a callback has the checkpoint
-    written before it passes through. `log` takes a line for people.
+    `metric` and `direction` say which epoch is best, for `patience`. Training ends after the epoch `until` of the
+    schedule's; `rates`, of each epoch, are what one that follows a metric gave before, and gives again. `check` is
+    called before each batch, and ends the training by what it raises. With a `checkpoint` the training goes on where it
+    was saved; `on_resume` is called once with the epochs that had ended then. What is `resumable` and raised by a
+    callback has the checkpoint written before it passes through. `log` takes a line for people.
     """
 
     options: Options = Options()
     metric: str | None = None
     direction: Direction = "maximize"
+    until: int | None = None
+    rates: Sequence[Sequence[float]] = ()
     checkpoint: Checkpoint | None = None
     resumable: tuple[type[Exception], ...] = (Interrupted,)
     check: Callable[[], None] = _nothing
@@ -174,7 +180,8 @@ def fit(
                 stack.callback(opened.close)
         try:
             training.resume()
-            while len(training.history) < epochs and not training.has_stalled():
+            last = epochs if run.until is None else min(epochs, run.until)
+            while len(training.history) < last and not training.has_stalled():
                 trained = training.train_epoch()
                 started_at = time.perf_counter()
                 values = {} if evaluation is None else evaluation.metrics(metrics)
@@ -209,6 +216,7 @@ class _Training:
         self._model = model
         self._optimizer = optimizer
         self._scheduler = scheduler
+        self._schedule = Schedule(scheduler, optimizer, run.rates, run.log)
         self._step = step
         self._device = device
         self._batch_size = batch_size
@@ -229,6 +237,7 @@ class _Training:
         number = len(self.history) + 1
         checkpoint = self._run.checkpoint
         started_at, waited_s = time.perf_counter(), self._batches.waited_s
+        rates = self._schedule.start_epoch(number)
         self._model.train()
         for batch in self._batches.shuffled(self._order(), self._n_done, derive_seed(self._seed, "epoch", number)):
             self._run.check()
@@ -246,6 +255,7 @@ class _Training:
             number=number,
             train_loss=train_loss,
             metrics={},
+            rates=rates,
             rows=self._losses.rows,
             train_s=time.perf_counter() - started_at,
             wait_s=self._batches.waited_s - waited_s,
@@ -257,10 +267,7 @@ class _Training:
 
     def end_epoch(self, epoch: Epoch) -> None:
         """Take the epoch into the history, and step the schedule."""
-        if isinstance(self._scheduler, ReduceLROnPlateau):
-            self._scheduler.step(epoch.metrics.get(self._run.metric or "", epoch.train_loss))
-        elif self._scheduler is not None:
-            self._scheduler.step()
+        self._schedule.end_epoch(epoch.number, epoch.train_loss, epoch.metrics.get(self._run.metric or ""))
         self.history.append(epoch)
         self._n_done = 0
         self._losses = RunningLoss(self._device)

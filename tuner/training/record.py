@@ -54,7 +54,10 @@ class Record:
         self._epochs.append(epoch)
 
     def attrs(self) -> dict[str, Any]:
-        """Return the attributes by name; those of the epochs only if there were any."""
+        """Return the attributes by name; those of the epochs only if there were any.
+
+        `rates` are the learning rates of each epoch under a schedule that follows a metric, to be replayed.
+        """
         always: dict[str, Any] = {
             "seed": self._seed,
             "device": str(self._device),
@@ -66,6 +69,8 @@ class Record:
             always["peak_reserved_mb"] = round(torch.cuda.max_memory_reserved(self._device) / 2**20, 1)
         if not self._epochs:
             return always
+        if any(epoch.rates for epoch in self._epochs):
+            always["rates"] = [list(epoch.rates) for epoch in self._epochs]
         train_s = sum(epoch.train_s for epoch in self._epochs)
         rows = sum(epoch.rows for epoch in self._epochs)
         return {

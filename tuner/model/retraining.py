@@ -1,0 +1,140 @@
+"""Training the winning trial again on train + valid, as it was trained when it won."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from storage.coordination.studies import TrialRecord
+from tuner import training
+from tuner.data import Data, join
+from tuner.errors import TunerError
+from tuner.log import Log
+from tuner.model.loading import Retraining
+from tuner.objective import Objective
+from tuner.seeds import seed_everything
+from tuner.slot.attempt import epochs_of
+from tuner.slot.where import with_line
+from tuner.study.joining import Study
+from tuner.training.batches import place_rows
+from tuner.training.compiled import uncompiled
+
+
+@dataclass(frozen=True, kw_only=True)
+class Retrained:
+    """A model in eval mode, the epochs that it was trained for, and how."""
+
+    model: nn.Module
+    epochs: int
+    how: Retraining
+
+
+class _EnoughError(Exception):
+    """The epoch has come after which the training was to end, and the objective's own loop goes on."""
+
+
+def retrain(
+    objective: Objective,
+    study: Study,
+    best: TrialRecord,
+    data: Data,
+    *,
+    full_schedule: bool,
+    seed: int,
+    device: torch.device,
+    log: Log,
+) -> Retrained:
+    """Train the trial's model anew, by the schedule of the study's epochs, until the epoch of its best value.
+
+    With `full_schedule` it is trained for all of them. A schedule that follows a metric gives the rates that it gave in
+    the trial. Raises TunerError that says what went wrong.
+    """
+    planned = epochs_of(best.params, study.spec)
+    until = planned if full_schedule else best_epoch(best, planned)
+    shown = f"{until} epochs" if until == planned else f"{until} of {planned} epochs"
+    log.event("retraining", f"retraining trial {best.number} on train + valid for {shown}", trial=best.number)
+    notes: list[str] = []
+
+    def tell(line: str) -> None:
+        log.event("note", line)
+
+    def note(line: str) -> None:
+        notes.append(line)
+        tell(line)
+
+    run = training.Run(
+        options=training.Options(**study.spec.training.model_dump()), until=until, rates=_rates_of(best), log=note
+    )
+    seed_everything(seed)
+    try:
+        model = objective.build_model(best.params).to(device)
+        (train,) = place_rows([join(data.train, data.valid)], device, study.spec.training.data, tell)
+        metrics = {name: metric.to(device) for name, metric in objective.build_metrics(data).items()}
+        last = _Last(model, until)
+        try:
+            history = objective.fit(
+                model,
+                train,
+                None,
+                best.params,
+                metrics=metrics,
+                epochs=planned,
+                seed=seed,
+                on_epoch=None if type(objective).fit is Objective.fit else last,
+                run=run,
+            )
+        except _EnoughError:
+            history = last.restore()
+    except Exception as error:
+        raise TunerError(f"retraining trial {best.number} failed: {with_line(error, objective)}") from error
+    follows_metric = any(epoch.rates for epoch in history)
+    how = Retraining(
+        schedule="planned" if not follows_metric else "replayed" if run.rates else "unrecorded",
+        schedule_epochs=planned,
+        notes=notes,
+    )
+    return Retrained(model=uncompiled(model).eval(), epochs=len(history), how=how)
+
+
+def best_epoch(best: TrialRecord, planned: int) -> int:
+    """Return the epoch of the trial's best value; the last one planned where it does not say, as a notebook's."""
+    found = best.user_attrs.get("epoch")
+    return found if isinstance(found, int) and 0 < found <= planned else planned
+
+
+class _Last:
+    """Ends a loop of the objective's own after an epoch, as `training.fit` ends by itself.
+
+    Such a loop, which may not know of `Run.until`, has trained another epoch once it can be told: the model as it was
+    is kept, and restored.
+    """
+
+    def __init__(self, model: nn.Module, until: int) -> None:
+        self._model = model
+        self._until = until
+        self._history: list[training.Epoch] = []
+        self._state: dict[str, Any] = {}
+
+    def __call__(self, epoch: training.Epoch) -> None:
+        if len(self._history) == self._until:
+            raise _EnoughError
+        self._history.append(epoch)
+        if len(self._history) == self._until:
+            self._state = copy.deepcopy(self._model.state_dict())
+
+    def restore(self) -> list[training.Epoch]:
+        """Return the epochs that the model, restored, was trained for."""
+        self._model.load_state_dict(self._state)
+        return self._history
+
+
+def _rates_of(best: TrialRecord) -> list[list[float]]:
+    """Return the rates of each epoch that were recorded with the trial; a notebook may have set anything."""
+    found = best.user_attrs.get("rates")
+    rows = found if isinstance(found, list) else []
+    is_right = all(isinstance(row, list) and all(isinstance(rate, int | float) for rate in row) for row in rows)
+    return rows if is_right else []
