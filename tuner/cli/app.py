@@ -119,7 +119,11 @@ def main() -> None:
     except Exception as error:
         if _is_debugging():
             raise
-        code = _fail(f"this is a bug in tuner: {type(error).__name__}: {error}; --debug shows where", EXIT_FAILED)
+        from storage.database.refusals import refusal
+
+        refused = refusal(error)
+        bug = f"this is a bug in tuner: {type(error).__name__}: {error}; --debug shows where"
+        code = _fail(bug, EXIT_FAILED) if refused is None else _fail(str(refused), _code_of(refused))
     sys.exit(code or 0)
 
 
