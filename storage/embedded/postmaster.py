@@ -76,12 +76,12 @@ def listener_pid(server: Postmaster) -> int | None:
 
 
 @contextmanager
-def exclusive(lock: Path, timeout_s: float) -> Iterator[int]:
+def exclusive(lock: Path, timeout_s: float, *, create: bool = True) -> Iterator[int]:
     """Hold a lock file, waiting for its holder until the deadline; yields the descriptor.
 
     The lock ends with the block, or with the last process that inherited the descriptor.
     """
-    descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o600)
+    descriptor = os.open(lock, os.O_RDWR | (os.O_CREAT if create else 0), 0o600)
     try:
         if not wait_until(lambda: try_lock(descriptor), timeout_s):
             raise EmbeddedServerError(

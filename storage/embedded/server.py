@@ -176,7 +176,8 @@ class EmbeddedServer:
 
         For the watcher. Who starts or joins it meanwhile waits, and then starts it.
         """
-        with self._explained(), exclusive(self._decision, self._timeout_s), alone(self._users) as is_alone:
+        decision = exclusive(self._decision, self._timeout_s, create=False)
+        with self._explained(), decision, alone(self._users) as is_alone:
             if not is_alone or self.use(session) != seen or (server := self._running()) is None:
                 return False
             self._end(server)
@@ -187,11 +188,12 @@ class EmbeddedServer:
 
         Whoever starts the server does so under the same lock, and either finds a watcher or starts one.
         """
-        with self._explained(), exclusive(self._decision, self._timeout_s):
-            if self._running() is not None and self.idle_exit_s() < math.inf:
-                return False
-            os.close(lock)
-            return True
+        with self._explained(), suppress(FileNotFoundError):  # the database was deleted
+            with exclusive(self._decision, self._timeout_s, create=False):
+                if self._running() is not None and self.idle_exit_s() < math.inf:
+                    return False
+                os.close(lock)
+        return True
 
     def idle_exit_s(self) -> float:
         """Return for how many seconds the server goes unused before it is ended, infinity for never."""
