@@ -188,11 +188,11 @@ class EmbeddedServer:
 
         Whoever starts the server does so under the same lock, and either finds a watcher or starts one.
         """
-        with self._explained(), suppress(FileNotFoundError):  # the database was deleted
-            with exclusive(self._decision, self._timeout_s, create=False):
-                if self._running() is not None and self.idle_exit_s() < math.inf:
-                    return False
-                os.close(lock)
+        decision = exclusive(self._decision, self._timeout_s, create=False)
+        with self._explained(), suppress(FileNotFoundError), decision:  # not there: the database was deleted
+            if self._running() is not None and self.idle_exit_s() < math.inf:
+                return False
+            os.close(lock)
         return True
 
     def idle_exit_s(self) -> float:
