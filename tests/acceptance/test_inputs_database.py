@@ -103,7 +103,7 @@ def test_a_password_that_changes_keeps_neither_a_worker_nor_a_dashboard_out(tmp_
     try:
         assert tuner("create", objective, "--trials", "1").code == 0
         with (
-            dashboard(tuner, "--log-format", "json") as (_, client),
+            dashboard(tuner) as (pages, client),
             tuner.start("status", "search", "--watch", "--interval", "0.2") as watching,
             tuner.start("worker", "search", "--objective", objective, "--log-format", "json") as worker,
         ):
@@ -112,12 +112,20 @@ def test_a_password_that_changes_keeps_neither_a_worker_nor_a_dashboard_out(tmp_
             _change_password(server, "second")
             for running in (watching, worker):
                 running.wait_for_line("password authentication failed")
+            for path in ("/api/studies", "/api/studies/1", "/csv/1"):
+                away = client.ask(path)
+                assert (away.status, away.headers["Retry-After"]) == (503, "5")
+                assert "password authentication failed" in away.reason()
             refused = tuner("best", "search")
             assert (refused.code, "password authentication failed" in refused.error()) == (3, True)
             file.write_text("second\n")
             assert worker.finish().code == 0
             assert watching.finish().code == 0
             assert client.ask("/api/studies").status == 200
+            assert client.ask("/csv/1").status == 200
+            pages.wait_for_line("the database is back")
+        assert sum("password authentication failed" in line for line in pages.lines) == 1
+        assert not [line for line in pages.lines if "Traceback" in line or "File " in line]
         [trial] = tuner("trials", "search", "--json").json()
         assert trial["state"] == "COMPLETE"
         assert sum("password authentication failed" in line for line in watching.lines) == 1
