@@ -107,6 +107,15 @@ _MIGRATIONS: Final[tuple[tuple[str, ...], ...]] = (
         # Weights do not compress, and are too large to try.
         "ALTER TABLE tuner_checkpoints ALTER COLUMN data SET STORAGE EXTERNAL",
     ),
+    # Whether a transaction was committed, of which the client was not told.
+    (
+        """
+        CREATE TABLE tuner_operations (
+            operation_id uuid PRIMARY KEY,
+            committed_at timestamptz NOT NULL DEFAULT now()
+        )
+        """,
+    ),
 )
 SCHEMA_VERSION: Final = len(_MIGRATIONS)
 

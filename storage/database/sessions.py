@@ -6,13 +6,14 @@ import logging
 import random
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, Final, Generic, Protocol, TypeVar
+from typing import Any, Final, Protocol, TypeVar
 
 import psycopg2.errors
-from sqlalchemy import Connection, Engine, Row, text
+from sqlalchemy import Connection, Engine, Row, bindparam, text
+from sqlalchemy.dialects.postgresql import UUID
 from sqlalchemy.exc import DataError, DBAPIError, OperationalError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
@@ -30,7 +31,6 @@ _FIRST_PAUSE_S: Final = 0.1
 _LONGEST_PAUSE_S: Final = 5.0
 _ROLLED_BACK_TRIES: Final = 10
 _ROLLED_BACK_PAUSE_S: Final = 0.05
-_SETTLING_S: Final = 10.0
 
 _log = logging.getLogger(__name__)
 
@@ -133,43 +133,32 @@ class Sessions:
     def transaction(self, work: Callable[[Connection], T]) -> T:
         """Run work in one transaction that is committed exactly once.
 
-        A connection lost during COMMIT leaves open whether the server did it. The server knows, by the transaction's
-        id, and is asked before anything is done again.
+        A connection lost during COMMIT leaves open whether the server did it. The transaction itself says so: with
+        what it writes goes the id of this call, which is unique in the database. Begun again, it finds that id there,
+        or may write it, which settles that nothing else of it is there either, whatever the server went through
+        meanwhile. Its own number would not do: a server that crashed gives out again those that reached no disk.
         """
-        under_way: _UnderWay[T] | None = None
+        operation = uuid.uuid4()
+        begun: Row[Any] | None = None
+        results: list[T] = []  # of those whose COMMIT was sent, the last of which may have been done
 
         def once() -> T:
-            nonlocal under_way
-            if under_way is not None:
-                if self._was_committed(under_way):
-                    return under_way.result
-                under_way = None
-            with self._autocommit.connect() as conn, _transaction(conn) as this:
-                result = work(conn)
-                under_way = _UnderWay(xid=this.xid, backend=this.backend, result=result)
-            return result
+            nonlocal begun
+            with self._autocommit.connect() as conn:
+                if begun is not None:
+                    conn.execute(_END, dict(begun._mapping))
+                with _transaction(conn, operation) as this:
+                    if this is None:
+                        return results[-1]
+                    begun = this
+                    results.append(work(conn))
+                return results[-1]
 
         return self._patiently(once)
 
-    def _was_committed(self, lost: _UnderWay[Any]) -> bool:
-        """Ask what became of a transaction; one that waits for a client that is gone is ended first."""
-        deadline = time.monotonic() + _SETTLING_S
-        pause = threading.Event()
-        with self._autocommit.connect() as conn:
-            while (status := conn.scalar(_STATUS, {"xid": lost.xid})) == "in progress":
-                if time.monotonic() > deadline:
-                    raise UnreachableError(
-                        f"{mask_url(self._engine.url)} has not ended transaction {lost.xid} of backend {lost.backend},"
-                        " whose connection was lost; try again once it has"
-                    )
-                conn.execute(_END, {"backend": lost.backend, "xid": lost.xid})
-                pause.wait(_ROLLED_BACK_PAUSE_S)
-        if status is None:  # so old that the server has dropped its record
-            raise StorageError(
-                f"{mask_url(self._engine.url)} does not know any more whether it committed transaction {lost.xid}; "
-                "look what the study holds before you do it again"
-            )
-        return bool(status == "committed")
+    def forget_operations(self) -> None:
+        """Drop the ids of operations that nobody asks for any more: a call gives up long before."""
+        self.statement(lambda conn: conn.execute(_FORGET))
 
     def _patiently(self, once: Callable[[], T]) -> T:
         if self._retry is None:
@@ -199,22 +188,14 @@ class Sessions:
             ) from error
 
 
-@dataclass(frozen=True, kw_only=True)
-class _UnderWay(Generic[T]):
-    """A transaction whose COMMIT was sent, and what its work returned."""
-
-    xid: str
-    backend: int
-    result: T
-
-
 @contextmanager
-def _transaction(conn: Connection) -> Iterator[Row[Any]]:
-    """Begin a transaction and tell its id; commit it, or roll it back if the block raises.
+def _transaction(conn: Connection, operation: uuid.UUID) -> Iterator[Row[Any] | None]:
+    """Begin a transaction of an operation and tell its number; commit it, or roll it back if the block raises.
 
-    In statements of our own, since the driver's would take one request to begin and another to ask for the id.
+    None if the operation is in the database already. While another transaction has it under way, this waits.
+    In statements of our own, since the driver's would take one request to begin and another for the first statement.
     """
-    this = conn.execute(_BEGIN).one()
+    this = conn.execute(_BEGIN, {"operation": operation}).one_or_none()
     try:
         yield this
     except BaseException:
@@ -224,15 +205,21 @@ def _transaction(conn: Connection) -> Iterator[Row[Any]]:
     conn.execute(_COMMIT)
 
 
-_BEGIN: Final = text("BEGIN; SELECT pg_current_xact_id()::text AS xid, pg_backend_pid() AS backend")
+_BEGIN: Final = text(
+    "BEGIN; INSERT INTO tuner_operations (operation_id) VALUES (:operation) ON CONFLICT DO NOTHING"
+    " RETURNING pg_current_xact_id()::text AS xid, pg_backend_pid() AS backend"
+).bindparams(bindparam("operation", type_=UUID))
 _COMMIT: Final = text("COMMIT")
 _ROLLBACK: Final = text("ROLLBACK")
-_STATUS: Final = text("SELECT pg_xact_status(CAST(:xid AS xid8))")
-# By transaction as well: after a restart of the server another session may have the backend's pid.
+# A transaction that waits for a client that is gone. By its number as well: after a restart of the server another
+# session may have the backend's pid.
 _END: Final = text(
     "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
     " WHERE pid = :backend AND backend_xid::text = (CAST(:xid AS bigint) % 4294967296)::text"
 )
+
+
+_FORGET: Final = text("DELETE FROM tuner_operations WHERE committed_at < now() - interval '1 day'")
 
 
 class _RolledBackError(StorageError):

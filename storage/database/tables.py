@@ -187,6 +187,13 @@ tuner_checkpoints = Table(
     Column("part", Integer, primary_key=True, autoincrement=False),
     Column("data", LargeBinary, nullable=False),
 )
+# The transactions that were committed lately, by an id that their client gave them.
+tuner_operations = Table(
+    "tuner_operations",
+    tuner_metadata,
+    Column("operation_id", UUID, primary_key=True),
+    Column("committed_at", DateTime(timezone=True), nullable=False, server_default=func.now()),
+)
 tuner_exports = Table(
     "tuner_exports",
     tuner_metadata,

@@ -182,7 +182,7 @@ class PostgresStorage(StudyStorage, BaseHeartbeat):
 
         def work(conn: Connection) -> bool:
             if values is not None:
-                self._check_n_values(conn, trial_id, len(values))
+                self._check_n_values(conn, trial_id, token, len(values))
             written = write.run_returning(conn)
             if written is not None and held is not None:
                 held.end(state, values, written.at)
@@ -200,13 +200,14 @@ class PostgresStorage(StudyStorage, BaseHeartbeat):
             return self.sessions.transaction(work)
         return self.sessions.statement(work)
 
-    def _check_n_values(self, conn: Connection, trial_id: int, n_values: int) -> None:
+    def _check_n_values(self, conn: Connection, trial_id: int, token: uuid.UUID | None, n_values: int) -> None:
         study_id = self._study_of.get(trial_id)
         wanted = None if study_id is None else self._n_objectives.get(study_id)
         if study_id is None or wanted is None:
             study_id = self._study_of[trial_id] = guarded_writes.standing(conn, trial_id).study_id
             wanted = self._n_objectives[study_id] = len(directions_of(conn, study_id))
         if n_values != wanted:
+            guarded_writes.check_writable(trial_id, guarded_writes.standing(conn, trial_id), token)
             raise InvalidWriteError(f"a trial of study id {study_id} has {wanted} values, got {n_values}")
 
     def set_trial_intermediate_value(self, trial_id: int, step: int, intermediate_value: float) -> None:

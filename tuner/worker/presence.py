@@ -105,6 +105,7 @@ class Presence:
                     told_at, tell_at = now, now + workers.SEEN_EVERY_S
                 if is_closing:
                     workers.ended(self._sessions, self._seen().worker_id)
+                    self._sessions.forget_operations()
                     return
                 if now >= look_at:
                     self.snapshot = self._look()

@@ -114,5 +114,5 @@ _TABLES = [
     (name, table)
     for metadata in (tables.optuna_metadata, tables.tuner_metadata)
     for name, table in metadata.tables.items()
-    if name != "tuner_schema"
+    if name not in ("tuner_schema", "tuner_operations")  # of the database, and not of a study
 ]

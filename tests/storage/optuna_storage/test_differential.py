@@ -160,6 +160,9 @@ class TwoStorages(RuleBasedStateMachine):
     @rule(trial=TRIALS, state=STATES, values=st.lists(NUMBERS, min_size=2, max_size=2))
     def set_state(self, trial, state, values):
         n_values = len(self.directions[self.study_of[trial]]) if trial in self.study_of else 1
+        found = _called(self.theirs.get_trial, trial)
+        if not isinstance(found, _Refused) and found.state.is_finished():
+            n_values = 2  # right or wrong, it is refused for being finished
         given = values[:n_values] if state in (TrialState.COMPLETE, TrialState.PRUNED) else None
         self.both("set_trial_state_values", trial, state, given)
 
