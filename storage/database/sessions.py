@@ -20,6 +20,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from storage.database.engine import is_outage
 from storage.database.errors import BusyError, InvalidWriteError, StorageError, UnreachableError
 from storage.database.url import mask_url
+from storage.database.variables import in_the_way
 
 T = TypeVar("T")
 
@@ -238,7 +239,10 @@ def explained(error: DBAPIError, shown: str) -> Exception:
     if isinstance(original, psycopg2.errors.QueryCanceled):
         return BusyError(f"{shown} took too long: {reason}; the server may be overloaded, try again")
     if isinstance(original, psycopg2.errors.ReadOnlySqlTransaction):
-        return StorageError(f"{shown} is open read-only here: {reason}")
+        return StorageError(
+            f"{shown} takes no writes from this session: {reason}; it may be a standby, or the database or the role be "
+            f"set read-only: name the server that takes them{in_the_way((), ['PGOPTIONS'])}"
+        )
     if isinstance(error, DataError):
         return InvalidWriteError(f"{shown} cannot hold what was to be written: {reason}")
     if error.connection_invalidated or isinstance(error, OperationalError):

@@ -76,14 +76,14 @@ def listener_pid(server: Postmaster) -> int | None:
 
 
 @contextmanager
-def exclusive(lock: Path, timeout_s: float) -> Iterator[int]:
+def exclusive(lock: Path, timeout_s: float, *, create: bool = True) -> Iterator[int]:
     """Hold a lock file, waiting for its holder until the deadline; yields the descriptor.
 
     The lock ends with the block, or with the last process that inherited the descriptor.
     """
-    descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o600)
+    descriptor = os.open(lock, os.O_RDWR | (os.O_CREAT if create else 0), 0o600)
     try:
-        if not wait_until(lambda: _lock(descriptor), timeout_s):
+        if not wait_until(lambda: try_lock(descriptor), timeout_s):
             raise EmbeddedServerError(
                 f"another process has held {lock} for {timeout_s:.0f} seconds; wait for the 'tuner' "
                 "that starts or stops the database, or end it, and try again"
@@ -100,7 +100,7 @@ def is_held(lock: Path) -> bool:
     except FileNotFoundError:
         return False
     try:
-        return not _lock(descriptor)
+        return not try_lock(descriptor)
     finally:
         os.close(descriptor)
 
@@ -116,7 +116,8 @@ def wait_until(condition: Callable[[], bool], timeout_s: float) -> bool:
     return True
 
 
-def _lock(descriptor: int) -> bool:
+def try_lock(descriptor: int) -> bool:
+    """Take the lock of an open file if nobody holds it; returns whether it was taken."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import hashlib
-import ipaddress
+import math
 import os
 import re
 import secrets
 import shlex
 import shutil
 import signal
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
-from urllib.parse import quote
 
 from storage.database.errors import EmbeddedServerError
 from storage.database.variables import MARK, hidden
+from storage.embedded.addresses import loopback, shown, url
 from storage.embedded.cluster import (
     ADMIN_ROLE,
-    DATABASE,
     READER_ROLE,
     ROLE,
     aside_of,
@@ -29,7 +28,14 @@ from storage.embedded.cluster import (
     private_directory,
     reason,
 )
-from storage.embedded.postmaster import Postmaster, exclusive, is_held, listener_pid, read_postmaster, wait_until
+from storage.embedded.postmaster import (
+    Postmaster,
+    exclusive,
+    is_held,
+    listener_pid,
+    read_postmaster,
+    wait_until,
+)
 from storage.embedded.programs import (
     Account,
     Programs,
@@ -38,12 +44,28 @@ from storage.embedded.programs import (
     reachable_by,
     server_account,
 )
+from storage.embedded.users import (
+    IDLE_EXIT,
+    Use,
+    alone,
+    checked_idle_exit,
+    have_a_watcher,
+    look,
+    open_session,
+    read_idle_exit_s,
+    register,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from psycopg2.extensions import connection as Connection  # noqa: N812 - a class
+
 # Where root keeps clusters: a data directory is usually closed to the user that the server runs as.
 SHARED_DIRECTORY = Path("/var/lib/tuner")
+
+NOTE: Final = "postgresql.directory"
+"""A file of this name in root's clusters tells their data directories."""
 
 _DEFAULT_PORT: Final = 5432  # without TCP it is but a part of the socket's name
 _SOCKET_PATH_MAX_BYTES: Final = 90  # the kernel's limit is 108 on Linux, 104 on macOS
@@ -81,12 +103,19 @@ class EmbeddedServer:
     Run as root, the server belongs to an unprivileged user and lives below /var/lib/tuner.
     """
 
-    def __init__(self, data_dir: Path, *, timeout_s: float = 60.0) -> None:
-        """Stand for the server of `data_dir`; touches nothing yet. `timeout_s` bounds each start and stop."""
+    def __init__(self, data_dir: Path, *, timeout_s: float = 60.0, home: Path | None = None) -> None:
+        """Stand for the server of `data_dir`; touches nothing yet. `timeout_s` bounds each start and stop.
+
+        `home` is where its files are known to lie already.
+        """
         self._data_dir = Path(os.path.realpath(data_dir))
         self._timeout_s = timeout_s
         self._key = hashlib.sha256(os.fsencode(self._data_dir)).hexdigest()[:12]
-        self._home = SHARED_DIRECTORY / self._key if os.geteuid() == 0 else self._data_dir
+        if home is None:
+            home = SHARED_DIRECTORY / self._key if os.geteuid() == 0 else self._data_dir
+        elif home != self._data_dir:
+            self._key = home.name
+        self._home = home
         self._cluster = self._home / "postgresql"
         self._log = self._home / "postgresql.log"
         # Held while one process decides to create, start or stop.
@@ -94,25 +123,43 @@ class EmbeddedServer:
         # Held by the server's processes as long as one of them lives: unlike a pid, it cannot be taken for
         # another process, and it is seen from other containers and machines that share the directory.
         self._alive = self._home / "postgresql.alive"
+        # Shared by the processes that have started or joined the server, as long as they live.
+        self._users = self._home / "postgresql.users"
+        # Held by the process that ends the server once it is idle, after what time is in the other file.
+        self._watch = self._home / "postgresql.watch"
+        self._idle_exit = self._home / "postgresql.idle"
         self.password_file = self._home / "postgresql.password"
 
-    def start(self, listen: str | None = None) -> str:
+    def start(self, listen: str | None = None, *, idle_exit: str | None = None) -> str:
         """Start the server, or join the one that runs, and return its URL; makes the cluster the first time.
 
         `listen`, a loopback address as 127.0.0.1:5433, opens that port too, for role `tuner` with the
         password in `password_file`. Joining a running server takes a connect, and no subprocess.
+
+        The server ends itself once no process that started or joined it lives, and nobody has been connected, for
+        `idle_exit`, as 90s, 15m or never; if not given, for TUNER_DB_IDLE_EXIT or 15m where it has to be started.
         """
-        address = None if listen is None else _loopback(listen)
+        address = None if listen is None else loopback(listen)
+        if idle_exit is not None:
+            checked_idle_exit(idle_exit)
         with self._explained():
+            self._prepare_home()
+            register(self._users, self._timeout_s)
             server = self._running()
-            if server is None or address is not None:
-                self._prepare_home()
+            if server is None or address is not None or idle_exit is not None:
                 with exclusive(self._decision, self._timeout_s) as lock:
-                    server = self._running() or self._launch(address, lock)
+                    server = self._running()
+                    if server is None or idle_exit is not None:
+                        given = idle_exit or os.environ.get("TUNER_DB_IDLE_EXIT") or IDLE_EXIT
+                        self._readable_file(self._idle_exit.name, checked_idle_exit(given))
+                    if server is None:
+                        server = self._launch(address, lock)
                     if address is not None:
                         self._require_address(server, address)
                         self._set_password(server)
-            return _url(server, ROLE)
+            if self.idle_exit_s() < math.inf:
+                have_a_watcher(self._watch, self._data_dir, self._home)
+            return url(server, ROLE)
 
     def stop(self) -> None:
         """Stop the server, ending its sessions in an orderly way; does nothing if it does not run."""
@@ -121,18 +168,44 @@ class EmbeddedServer:
                 return
             with exclusive(self._decision, self._timeout_s):
                 server = self._settled()
-                if server is None:
-                    return
-                if listener_pid(server) != server.pid:
-                    raise EmbeddedServerError(
-                        f"the server of {self._cluster} was started in another container; stop it there"
-                    )
-                os.kill(server.pid, signal.SIGINT)  # PostgreSQL's "fast" shutdown
-                if not wait_until(self._is_gone, self._timeout_s):
-                    raise EmbeddedServerError(
-                        f"the server of {self._cluster} (pid {server.pid}) did not stop within "
-                        f"{self._timeout_s:.0f} seconds; see {self._log}, then try again"
-                    )
+                if server is not None:
+                    self._end(server)
+
+    def stop_if_unused(self, session: Connection, seen: Use) -> bool:
+        """Stop the server if nobody has used it since `seen` and nobody can begin to; returns whether it was stopped.
+
+        For the watcher. Who starts or joins it meanwhile waits, and then starts it.
+        """
+        decision = exclusive(self._decision, self._timeout_s, create=False)
+        with self._explained(), decision, alone(self._users) as is_alone:
+            if not is_alone or self.use(session) != seen or (server := self._running()) is None:
+                return False
+            self._end(server)
+            return True
+
+    def end_watch(self, lock: int) -> bool:
+        """Let go of the watcher's lock if there is nothing to watch any more; returns whether it was let go.
+
+        Whoever starts the server does so under the same lock, and either finds a watcher or starts one.
+        """
+        decision = exclusive(self._decision, self._timeout_s, create=False)
+        with self._explained(), suppress(FileNotFoundError), decision:  # not there: the database was deleted
+            if self._running() is not None and self.idle_exit_s() < math.inf:
+                return False
+            os.close(lock)
+        return True
+
+    def idle_exit_s(self) -> float:
+        """Return for how many seconds the server goes unused before it is ended, infinity for never."""
+        return read_idle_exit_s(self._idle_exit)
+
+    def session(self) -> Connection:
+        """Return a session of the superuser for looking after the server, which is no use of it."""
+        return open_session(self.admin_url())
+
+    def use(self, session: Connection) -> Use:
+        """Return how the server is being used."""
+        return look(session, self._users)
 
     def status(self) -> EmbeddedStatus:
         """Tell what runs, changing nothing."""
@@ -149,8 +222,8 @@ class EmbeddedServer:
                 pid=server.pid,
                 socket_directory=server.socket_directory,
                 port=server.port,
-                listen=_shown(server.listen_address, server.port) if server.listen_address else None,
-                url=_url(server, ROLE),
+                listen=shown(server.listen_address, server.port) if server.listen_address else None,
+                url=url(server, ROLE),
             )
 
     def url(self) -> str:
@@ -165,9 +238,31 @@ class EmbeddedServer:
         """Return the superuser's URL, for maintenance."""
         return self._running_url(ADMIN_ROLE)
 
+    def delete(self) -> None:
+        """Do as `destroy` does, unless somebody uses the server."""
+        with self._explained():
+            if not self._cluster.exists():
+                raise EmbeddedServerError(f"{self._data_dir} has no database; 'tuner db list' shows those there are")
+            with exclusive(self._decision, self._timeout_s), alone(self._users) as is_alone:
+                server, sessions = self._settled(), 0
+                if server is not None:
+                    with closing(self.session()) as session:
+                        sessions = self.use(session).sessions
+                if sessions or not is_alone:
+                    by = f"sessions that are open: {sessions}" if sessions else "other processes of tuner have it open"
+                    raise EmbeddedServerError(
+                        f"the database of {self._data_dir} is in use: {by}; end them, then delete it"
+                    )
+                if server is not None:
+                    self._end(server)
+                self._remove_files()
+
     def destroy(self) -> None:
         """Stop the server and delete its cluster, with every study in it."""
         self.stop()
+        self._remove_files()
+
+    def _remove_files(self) -> None:
         with self._explained():
             if self._home != self._data_dir:
                 shutil.rmtree(self._home, ignore_errors=True)
@@ -176,6 +271,17 @@ class EmbeddedServer:
                     shutil.rmtree(directory, ignore_errors=True)
                 for file in self._home.glob("postgresql.*"):
                     file.unlink()
+                (notes() / self._key).unlink(missing_ok=True)
+
+    def _end(self, server: Postmaster) -> None:
+        if listener_pid(server) != server.pid:
+            raise EmbeddedServerError(f"the server of {self._cluster} was started in another container; stop it there")
+        os.kill(server.pid, signal.SIGINT)  # PostgreSQL's "fast" shutdown
+        if not wait_until(self._is_gone, self._timeout_s):
+            raise EmbeddedServerError(
+                f"the server of {self._cluster} (pid {server.pid}) did not stop within "
+                f"{self._timeout_s:.0f} seconds; see {self._log}, then try again"
+            )
 
     def _running(self) -> Postmaster | None:
         server = read_postmaster(self._cluster)
@@ -188,7 +294,7 @@ class EmbeddedServer:
             server = self._running()
         if server is None:
             raise EmbeddedServerError(f"no server runs for {self._data_dir}; start it: tuner db start")
-        return _url(server, role)
+        return url(server, role)
 
     def _is_gone(self) -> bool:
         return not is_held(self._alive) and self._running() is None
@@ -213,9 +319,19 @@ class EmbeddedServer:
         self._require_free_space()
         account = server_account(self._cluster)
         programs = self._programs(account)
+        self._note()
         if cluster_major(self._cluster) is None:
             create_cluster(self._cluster, account, programs, lock, self._timeout_s)
         return self._start_postmaster(account, programs, address)
+
+    def _note(self) -> None:
+        """Leave word of where this database is, for `tuner db list`."""
+        if self._home != self._data_dir:
+            self._readable_file(NOTE, str(self._data_dir))
+            return
+        with suppress(OSError):  # such as a home that cannot be written to: it is not listed then
+            notes().mkdir(parents=True, exist_ok=True)
+            (notes() / self._key).write_text(str(self._data_dir))
 
     def _programs(self, account: Account) -> Programs:
         bundled = bundled_programs()
@@ -326,9 +442,9 @@ class EmbeddedServer:
 
     def _require_address(self, server: Postmaster, address: tuple[str, int]) -> None:
         if (server.listen_address, server.port) != address:
-            found = _shown(server.listen_address, server.port) if server.listen_address else "no TCP port"
+            found = shown(server.listen_address, server.port) if server.listen_address else "no TCP port"
             raise EmbeddedServerError(
-                f"the server of {self._data_dir} runs with {found}, not {_shown(*address)}; stop it "
+                f"the server of {self._data_dir} runs with {found}, not {shown(*address)}; stop it "
                 "(tuner db stop), then start it with that address"
             )
 
@@ -343,7 +459,7 @@ class EmbeddedServer:
                 file.write(secrets.token_urlsafe(32))
         password = self.password_file.read_text()
         with hidden():
-            connection = psycopg2.connect(_url(server, ADMIN_ROLE))
+            connection = psycopg2.connect(url(server, ADMIN_ROLE))
         try:
             with connection, connection.cursor() as cursor:
                 # Its verifier, not the password, so that no log of statements can show it.
@@ -364,28 +480,10 @@ class EmbeddedServer:
             ) from error
 
 
-def _url(server: Postmaster, role: str) -> str:
-    directory = quote(str(server.socket_directory), safe="/")
-    return f"postgresql://{role}@/{DATABASE}?host={directory}&port={server.port}"
-
-
-def _loopback(listen: str) -> tuple[str, int]:
-    host, _, port = listen.rpartition(":")
-    host = host.removeprefix("[").removesuffix("]")
-    try:
-        is_loopback = ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        is_loopback = False
-    if not is_loopback or not port.isdecimal() or not 0 < int(port) < 65536:
-        raise EmbeddedServerError(
-            f"the embedded database listens on loopback addresses only, as 127.0.0.1:5433, got {listen!a}; "
-            "for other machines run a PostgreSQL of your own (docker compose up)"
-        )
-    return host, int(port)
-
-
-def _shown(host: str, port: int) -> str:
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+def notes() -> Path:
+    """Return the directory with a file for each database of this user, who is not root, that tells where it is."""
+    state = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
+    return Path(state) / "tuner" / "databases"
 
 
 def _identity_map() -> str:

@@ -5,18 +5,23 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import shutil
+import signal
 import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import optuna
 import psycopg2
 import pytest
 from command import Running, Tuner, wait_for
 from dashboards import Client
 
-from storage import EmbeddedServer
+from storage import EmbeddedServer, open_storage
+from storage.embedded.programs import bundled_programs, server_account
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -98,7 +103,7 @@ def test_a_password_that_changes_keeps_neither_a_worker_nor_a_dashboard_out(tmp_
     try:
         assert tuner("create", objective, "--trials", "1").code == 0
         with (
-            dashboard(tuner, "--log-format", "json") as (_, client),
+            dashboard(tuner) as (pages, client),
             tuner.start("status", "search", "--watch", "--interval", "0.2") as watching,
             tuner.start("worker", "search", "--objective", objective, "--log-format", "json") as worker,
         ):
@@ -107,12 +112,20 @@ def test_a_password_that_changes_keeps_neither_a_worker_nor_a_dashboard_out(tmp_
             _change_password(server, "second")
             for running in (watching, worker):
                 running.wait_for_line("password authentication failed")
+            for path in ("/api/studies", "/api/studies/1", "/csv/1"):
+                away = client.ask(path)
+                assert (away.status, away.headers["Retry-After"]) == (503, "5")
+                assert "password authentication failed" in away.reason()
             refused = tuner("best", "search")
             assert (refused.code, "password authentication failed" in refused.error()) == (3, True)
             file.write_text("second\n")
             assert worker.finish().code == 0
             assert watching.finish().code == 0
             assert client.ask("/api/studies").status == 200
+            assert client.ask("/csv/1").status == 200
+            pages.wait_for_line("the database is back")
+        assert sum("password authentication failed" in line for line in pages.lines) == 1
+        assert not [line for line in pages.lines if "Traceback" in line or "File " in line]
         [trial] = tuner("trials", "search", "--json").json()
         assert trial["state"] == "COMPLETE"
         assert sum("password authentication failed" in line for line in watching.lines) == 1
@@ -120,12 +133,110 @@ def test_a_password_that_changes_keeps_neither_a_worker_nor_a_dashboard_out(tmp_
         server.destroy()
 
 
-def _change_password(server: EmbeddedServer, password: str) -> None:
-    """Change the role's password, and end its sessions so that they meet the new one."""
+@pytest.fixture(params=["a read-only database", "a standby"])
+def reader(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Tuner]:
+    """The command line on a database with a study and a trial, which takes no writes."""
+    with tempfile.TemporaryDirectory(dir="/tmp", prefix="tuner-test-") as home:
+        server = EmbeddedServer(tmp_path / "home")
+        writer = Tuner({"TUNER_STORAGE": server.start(), "TUNER_DATA_DIR": str(tmp_path / "data")}, tmp_path)
+        assert writer("create", f"{INPUTS}/26-large-attribute/search.py:objective").code == 0
+        storage = open_storage(server.url())
+        study = optuna.load_study(storage=storage, study_name="search")
+        study.optimize(lambda trial: trial.suggest_float("width", 1, 2), n_trials=1)
+        storage.engine.dispose()
+        Path(home).chmod(0o755)
+        try:
+            if request.param == "a standby":
+                with _standby_of(server, Path(home)) as url:
+                    yield Tuner({"TUNER_STORAGE": url, "TUNER_DATA_DIR": str(tmp_path / "data")}, tmp_path)
+            else:
+                _as_admin(server, "ALTER DATABASE tuner SET default_transaction_read_only = on")
+                yield Tuner({"TUNER_STORAGE": server.url(), "TUNER_DATA_DIR": str(tmp_path / "data")}, tmp_path)
+        finally:
+            server.destroy()
+
+
+@contextlib.contextmanager
+def _standby_of(server: EmbeddedServer, home: Path) -> Iterator[str]:
+    """A server in recovery on a copy of another's cluster, for the time of the block."""
+    cluster = server.status().directory
+    account, postgres = server_account(cluster), bundled_programs()[0].path("postgres")
+    server.stop()
+    shutil.copytree(cluster, home / "cluster")
+    (home / "cluster" / "standby.signal").touch()
+    (home / "hba").write_text("local all all trust\n")
+    for path in (home, *home.rglob("*")):
+        os.chown(path, account.uid, account.gid)
+    settings = {"hba_file": home / "hba", "listen_addresses": "", "unix_socket_directories": home}
+    process = subprocess.Popen(
+        [postgres, "-D", home / "cluster", *(f"--{name}={value}" for name, value in settings.items())],
+        env={"PATH": os.defpath},
+        cwd=home,
+        stderr=subprocess.DEVNULL,
+        user=None if account.is_us else account.uid,
+        group=None if account.is_us else account.gid,
+    )
+    url = f"postgresql://tuner@/tuner?host={home}"
+    try:
+        wait_for(lambda: subprocess.run([postgres.with_name("pg_isready"), "-qh", home]).returncode == 0, "it starts")
+        yield url
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.wait(60)
+
+
+def test_what_takes_no_writes_can_be_read_and_the_rest_is_one_line(reader: Tuner) -> None:
+    for command in ("best search", "trials search", "status search", "studies"):
+        done = reader(*command.split(), "--json")
+        assert done.code == 0, done.stderr
+        assert done.json()
+    with dashboard(reader) as (_, client):
+        assert {client.ask(path).status for path in ("/api/studies", "/api/studies/1", "/csv/1")} == {200}
+    create = ["create", f"{INPUTS}/26-large-attribute/search.py:objective", "--study", "another"]
+    for command in (create, ["enqueue", "search", "width=1.5"]):
+        done = reader(*command)
+        assert done.code == 1
+        assert re.search(r"takes no writes from this session: .*: name the server that takes them$", done.error())
+
+
+def test_an_idle_database_ends_and_what_a_deleted_directory_left_can_be_deleted(tmp_path: Path) -> None:
+    data_dir = tmp_path / "data"
+    environment = {"TUNER_DATA_DIR": str(data_dir), "TUNER_DB_IDLE_EXIT": "1s"}
+    tuner = Tuner({**environment, "XDG_STATE_HOME": str(tmp_path / "state")}, tmp_path)
+    try:
+        create = ("create", f"{INPUTS}/26-large-attribute/search.py:objective")
+        assert tuner(*create).code == 0
+        wait_for(lambda: not tuner("db", "status", "--json").json()["running"], "it ends")
+        assert [study["study"] for study in tuner("studies", "--json").json()] == ["search"]
+        if os.geteuid() == 0:
+            shutil.rmtree(data_dir, ignore_errors=True)  # root has its database elsewhere
+        [found] = [one for one in tuner("db", "list", "--json").json() if one["data_dir"] == str(data_dir)]
+        assert Path(found["home"]) == EmbeddedServer(data_dir)._home
+        unsure = tuner("db", "delete")
+        assert (unsure.code, "if you pass --yes" in unsure.error()) == (2, True)
+        done = tuner("db", "delete", "--yes")
+        assert done.code == 0, done.stderr
+        assert str(data_dir) not in tuner("db", "list").stdout
+        nothing = tuner("db", "delete", "--yes")
+        assert (nothing.code, "there is no embedded database of" in nothing.error()) == (1, True)
+    finally:
+        EmbeddedServer(data_dir).destroy()
+
+
+def _as_admin(server: EmbeddedServer, *statements: str) -> None:
     with (
         contextlib.closing(psycopg2.connect(server.admin_url())) as connection,
         connection,
         connection.cursor() as cursor,
     ):
-        cursor.execute("ALTER ROLE tuner PASSWORD %s", (password,))
-        cursor.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = 'tuner'")
+        for statement in statements:
+            cursor.execute(statement)
+
+
+def _change_password(server: EmbeddedServer, password: str) -> None:
+    """Change the role's password, and end its sessions so that they meet the new one."""
+    _as_admin(
+        server,
+        f"ALTER ROLE tuner PASSWORD '{password}'",
+        "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = 'tuner'",
+    )

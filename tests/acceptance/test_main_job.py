@@ -185,7 +185,7 @@ def test_db_says_where_it_is_and_comes_back_with_everything(job: Finished, tuner
     status = tuner("db", "status", "--json").json()
     assert status["running"] is True
     url = tuner("db", "url").stdout.strip()
-    assert url.startswith("postgresql://tuner@/tuner?host=/")
+    assert url.startswith("postgresql+psycopg2://tuner@/tuner?host=/")
     assert tuner("studies", "--json", "--storage", url).json()[0]["study"] == "digits"
     assert tuner("db", "stop").code == 0
     assert tuner("db", "status", "--json").json()["running"] is False

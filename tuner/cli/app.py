@@ -131,7 +131,10 @@ def main() -> None:
     except Exception as error:
         if is_debugging():
             raise
-        code = fail(_unforeseen(error), EXIT_FAILED)
+        from storage.database.refusals import refusal
+
+        refused = refusal(error)
+        code = fail(_unforeseen(error), EXIT_FAILED) if refused is None else fail(str(refused), _code_of(refused))
     flush_streams()
     sys.exit(code or 0)
 

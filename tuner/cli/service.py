@@ -30,7 +30,7 @@ def dashboard(
 ) -> None:
     """Serve optuna-dashboard for the database, read-only unless --allow-edit, until interrupted."""
     from storage import EmbeddedServer, open_storage
-    from storage.database.sessions import Backoff
+    from tuner.dashboard.outages import Outages
     from tuner.dashboard.server import read_token, serve
 
     settings.open().dispose()  # the schema, which a read-only connection could not make
@@ -39,8 +39,10 @@ def dashboard(
         from storage import parse_url
 
         url = parse_url(EmbeddedServer(settings.data_dir).reader_url())
+    outages = Outages(settings.log())
     serve(
-        open_storage(url, read_only=not allow_edit, retry=Backoff(0)),  # a page tells of an outage at once
+        open_storage(url, read_only=not allow_edit, retry=outages),
+        outages=outages,
         host=host,
         port=port,
         allow_edit=allow_edit,

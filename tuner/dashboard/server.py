@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
     from optuna.storages import BaseStorage
 
+    from tuner.dashboard.outages import Outages
+
 __all__ = ["PortInUseError", "read_token", "serve"]
 
 MAX_BODY_BYTES = 1 << 20
@@ -40,13 +42,14 @@ def serve(
     allow_edit: bool = False,
     token: str | None = None,
     allowed_hosts: Iterable[str] = (),
+    outages: Outages | None = None,
     on_ready: Callable[[str], None],
 ) -> None:
     """Serve the dashboard of a storage until SIGINT or SIGTERM, then return; call it from the main thread.
 
     Port 0 takes a free one. `on_ready` gets the dashboard's URL, never the token, once connections are
     accepted. `allowed_hosts` are further values of the Host header, as the address bar shows them:
-    `tuner.example.org:8080`.
+    `tuner.example.org:8080`. `outages` is how the storage tries again, where it is to be told of.
 
     Raises PortInUseError, and UsageError for an address that cannot be bound or that needs a token.
     """
@@ -58,8 +61,9 @@ def serve(
         address, port = listener.getsockname()[:2]
         hosts = _own_hosts(host, address, port) | {name.lower() for name in allowed_hosts}
         connections: dict[int, Any] = {}
+        app = wsgi(storage) if outages is None else outages.answered(wsgi(storage))
         server = create_server(
-            Guard(wsgi(storage), allow_edit=allow_edit, hosts=hosts, token=token),
+            Guard(app, allow_edit=allow_edit, hosts=hosts, token=token),
             map=connections,
             sockets=[listener],
             max_request_body_size=MAX_BODY_BYTES,

@@ -195,7 +195,7 @@ def test_a_socket_path_too_long_for_the_kernel_moves_to_a_private_directory(kill
     assert _mode(directory) == 0o700
     assert _scalar(killable.start(), "SELECT 1") == 1
     killable.stop()
-    directory.rmdir()
+    shutil.rmtree(directory)
 
 
 def test_a_socket_directory_that_others_can_enter_is_refused(tmp_path, killable, monkeypatch):
@@ -258,7 +258,7 @@ def test_missing_programs_are_told_with_the_way_to_get_them(new_server, monkeypa
 
 def test_a_data_directory_that_cannot_be_made_is_one_line(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
-    monkeypatch.setattr("storage.embedded.server.SHARED_DIRECTORY", tmp_path / "file" / "shared")
+    monkeypatch.setattr("storage.embedded.server.SHARED_DIRECTORY", tmp_path / "file" / "lib" / "shared")
     with pytest.raises(EmbeddedServerError, match=r"cannot be used:.*Not a directory; mend that") as caught:
         EmbeddedServer(tmp_path / "file" / "data").start()
     assert "\n" not in str(caught.value)
