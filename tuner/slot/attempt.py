@@ -28,6 +28,7 @@ from tuner.data import BROKEN_ERRNOS, Data, DataError
 from tuner.errors import BrokenDeviceError, ObjectiveError, TunerError, first_line
 from tuner.objective import Objective
 from tuner.seeds import derive_seed, seed_everything, set_deterministic
+from tuner.slot.doubles import check_doubles
 from tuner.slot.reports import Reports
 from tuner.spec import Spec, TrainingSpec, first_problem
 from tuner.study.registry import FunctionObjective
@@ -134,6 +135,7 @@ class TrialObjective:
         name = type(objective).__name__
         try:
             data = load_data(objective, data_dir, spec.training)
+            check_doubles(objective, data)
             for line in overlaps(data):
                 log(line)
             data = place(data, device, spec.training.data, log, share=share)
