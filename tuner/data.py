@@ -445,13 +445,6 @@ def _checked(split: Split, name: str, labels: Labels | None) -> Split:
     for tensor in (*tensors(split.inputs), split.targets):
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise DataError(f"the {name} split needs finite numbers, got NaN or infinity: clean the data")
-    if torch.get_default_dtype() != torch.float64 and any(
-        tensor.dtype == torch.float64 for tensor in tensors(split.inputs)
-    ):
-        raise DataError(
-            f"inputs need the type that models compute in, got torch.float64 in the {name} split: use .float(), or"
-            " torch.set_default_dtype(torch.float64) at the top of the file for models in it"
-        )
     return replace(
         split, labels=labels, targets=split.targets if labels is None else labels.checked(split.targets, name)
     )

@@ -27,6 +27,7 @@ from tuner.errors import BrokenDeviceError, ObjectiveError, TunerError, first_li
 from tuner.objective import Objective
 from tuner.seeds import derive_seed, seed_everything, set_deterministic
 from tuner.slot.checked_trial import CheckedTrial, InvalidReportError
+from tuner.slot.doubles import check_doubles
 from tuner.slot.read_params import ReadParams
 from tuner.slot.where import with_line
 from tuner.spec import Spec, TrainingSpec
@@ -129,6 +130,7 @@ class TrialObjective:
         name = type(objective).__name__
         try:
             data = load_data(objective, data_dir, spec.training)
+            check_doubles(objective, data)
             for line in overlaps(data):
                 log(line)
             data = place(data, device, spec.training.data, log, share=share)

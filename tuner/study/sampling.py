@@ -297,6 +297,14 @@ def _explored(objective: Objective) -> Iterator[dict[str, BaseDistribution]]:
         yield suggested
 
 
+def drawn(objective: Objective) -> dict[str, Any]:
+    """Return params of the objective, the same each time, for a model to look at before there is a trial."""
+    with _quiet():
+        trial = optuna.create_study(sampler=RandomSampler(seed=0)).ask()
+        objective.suggest(trial)
+    return trial.params
+
+
 def _suggested(objective: Objective, fixed: dict[str, Any]) -> dict[str, BaseDistribution]:
     with _quiet():
         study = optuna.create_study(sampler=RandomSampler(seed=0))
