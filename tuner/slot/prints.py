@@ -11,7 +11,7 @@ _MARK = "\x1etrial "
 
 def mark(trial: int | None) -> None:
     """Say that what is printed from here on is of this trial, or of none. To stderr, as prints go: in their order."""
-    with suppress(OSError, ValueError):  # nobody reads it, or the objective has closed it
+    with suppress(OSError, ValueError, AttributeError):  # nobody reads it, or the objective did away with it
         sys.stdout.flush()
         sys.stderr.flush()
     with suppress(OSError):

@@ -407,13 +407,13 @@ def _first_line(error: BaseException) -> str:
 def main() -> None:
     """Run a slot for the worker at the other end of the standard streams."""
     # What an objective prints goes to stderr: stdout carries the events.
-    events = os.fdopen(os.dup(sys.stdout.fileno()), "w", buffering=1)
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    events = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)
     # Orders come on a stream of their own: a process that is forked, as those that read samples are, closes
     # sys.stdin, and would wait for ever for the thread that was reading it.
-    stream = os.fdopen(os.dup(sys.stdin.fileno()))
+    stream = os.fdopen(os.dup(0))
     with open(os.devnull) as nothing:
-        os.dup2(nothing.fileno(), sys.stdin.fileno())
+        os.dup2(nothing.fileno(), 0)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the worker's to handle
     warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -447,7 +447,7 @@ def _exit_again(worker: int) -> NoReturn:
     """End this process at once: to free what is left on a device that failed could abort it."""
     if os.getppid() != worker:
         _end_group()
-    with suppress(OSError):  # nobody reads it any more
+    with suppress(OSError, ValueError, AttributeError):  # nobody reads it, or the objective did away with it
         sys.stdout.flush()
         sys.stderr.flush()
     os._exit(EXIT_AGAIN)

@@ -46,13 +46,15 @@ def _import_objective(reference: str) -> None:
 @contextmanager
 def _printing_to_stderr() -> Iterator[None]:
     """Send what an objective prints to stderr: stdout is for the slot's events."""
-    stdout = os.dup(sys.stdout.fileno())
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    # By their numbers: an objective may put something of its own in the place of sys.stdout, or close it.
+    stdout = os.dup(1)
+    os.dup2(2, 1)
     try:
         yield
     finally:
-        sys.stdout.flush()
-        os.dup2(stdout, sys.stdout.fileno())
+        with suppress(OSError, ValueError, AttributeError):
+            sys.stdout.flush()
+        os.dup2(stdout, 1)
         os.close(stdout)
 
 

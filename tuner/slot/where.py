@@ -11,7 +11,7 @@ from torch import nn
 from tuner.errors import first_line
 from tuner.objective import Objective
 from tuner.spec import first_problem
-from tuner.study.places import last_place, own_place
+from tuner.study.places import last_place, original, own_place
 from tuner.study.registry import FunctionObjective
 
 
@@ -21,7 +21,7 @@ def with_line(error: BaseException, objective: Objective | FunctionObjective) ->
     Where it passed none, it is the `def` of the function, or of the `build_model` that made the module.
     """
     text = first_problem(error).partition("\n")[0] if isinstance(error, ValidationError) else first_line(error)
-    told = f"{type(error).__name__}: {text}"
+    told = original(error) or f"{type(error).__name__}: {text}"
     layer = _layer(error)
     if layer is not None:
         told += f", in {layer}"

@@ -38,6 +38,11 @@ def import_file(file: Path) -> ModuleType:
     return importlib.import_module(".".join(parts))
 
 
+def is_relative(error: ImportError) -> bool:
+    """Whether a file that is in no package wanted a module of its package."""
+    return "no known parent package" in str(error) or str(error.name).startswith(f"{__name__}.")
+
+
 def module_place(file: Path) -> tuple[Path, list[str]]:
     """Return the directory that a file's module is imported from, and the parts of its name."""
     parts = [] if file.stem == "__init__" else [file.stem]

@@ -2,30 +2,49 @@
 
 from __future__ import annotations
 
+import re
 import site
 import sysconfig
 import traceback
 from functools import cache
 from pathlib import Path
+from typing import TypeAlias
 
 import storage
 
+Place: TypeAlias = tuple[str, int]
+"""A file and a line of it."""
+_FRAME = re.compile(r'^ *File "(.+)", line (\d+)', re.M)
 
-def own_place(error: BaseException, objective: str) -> tuple[str, int] | None:
-    """Return file and line of the deepest frame of the user's own files that the error passed, if it passed any.
+
+def own_place(error: BaseException, objective: str) -> Place | None:
+    """Return the deepest line of the user's own files that the error passed, if it passed any.
 
     `objective` is the objective's file. Its neighbours are the user's own too, and so is all that is neither of
-    Python, nor installed, nor tuner's.
+    Python, nor installed, nor tuner's. What a process of a DataLoader raised is among it.
     """
-    frames = [(frame.f_code.co_filename, line) for frame, line in traceback.walk_tb(error.__traceback__)]
-    own = [place for place in frames if _is_own(place[0], objective)]
+    there = [(file, int(line)) for file, line in _FRAME.findall(str(error))] if original(error) else []
+    own = [place for place in [*_places(error), *there] if _is_own(place[0], objective)]
     return own[-1] if own else None
 
 
-def last_place(error: BaseException) -> tuple[str, int]:
-    """Return file and line that raised the error."""
-    frame, line = list(traceback.walk_tb(error.__traceback__))[-1]
-    return frame.f_code.co_filename, line
+def last_place(error: BaseException) -> Place:
+    """Return the line that raised the error."""
+    return _places(error)[-1]
+
+
+def original(error: BaseException) -> str | None:
+    """Return the last line of what a process of torch's DataLoader raised, None for another error.
+
+    It comes with its traceback as text, after a line that says no more than that there was one.
+    """
+    text = str(error)
+    is_of_another = text.startswith("Caught ") and "\nOriginal Traceback" in text
+    return text.strip().rpartition("\n")[2] if is_of_another else None
+
+
+def _places(error: BaseException) -> list[Place]:
+    return [(frame.f_code.co_filename, line) for frame, line in traceback.walk_tb(error.__traceback__)]
 
 
 def _is_own(file: str, objective: str) -> bool:

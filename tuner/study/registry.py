@@ -24,7 +24,7 @@ from typing_extensions import TypeIs
 from tuner.errors import TunerError, UsageError
 from tuner.imports import uncollected
 from tuner.spec import first_problem
-from tuner.study.by_path import import_file, module_place
+from tuner.study.by_path import import_file, is_relative, module_place
 from tuner.study.neighbours import refuse_hidden_neighbours
 from tuner.study.places import last_place, own_place
 
@@ -99,6 +99,8 @@ class ObjectiveSource:
         except (Exception, SystemExit) as error:
             file, line = own_place(error, str(self.file)) or last_place(error)
             hint = "; on import it gets no arguments, and must not exit" if isinstance(error, SystemExit) else ""
+            if isinstance(error, ImportError) and is_relative(error):
+                hint = "; an __init__.py beside it makes its directory a package"
             raise TunerError(
                 f"cannot import {self.file}: {type(error).__name__}: {error} ({file}, line {line}){hint}"
             ) from error

@@ -34,7 +34,7 @@ Inbox = queue.SimpleQueue[Message]
 class SlotProcess:
     """The process of one slot. It imports torch and the objective as it starts, and runs once it is configured."""
 
-    def __init__(self, plan: SlotPlan, objective: str, inbox: Inbox, directory: str | None = None) -> None:
+    def __init__(self, plan: SlotPlan, objective: str, inbox: Inbox, directory: str) -> None:
         self.plan = plan
         self._inbox = inbox
         self._process = subprocess.Popen(

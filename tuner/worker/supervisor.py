@@ -484,8 +484,8 @@ class Worker:
             )
 
 
-def _current_directory() -> str | None:
+def _current_directory() -> str:
     try:
         return os.getcwd()
-    except FileNotFoundError:  # it was deleted
-        return None
+    except FileNotFoundError:  # it was deleted, and libraries of torch's would not load there
+        return os.sep

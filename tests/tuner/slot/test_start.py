@@ -39,6 +39,14 @@ def test_the_objective_is_imported_before_the_slot_is_configured_and_prints_to_s
     assert sorted(done.stderr.splitlines()) == ["imported by Python", "imported by a program"]
 
 
+@pytest.mark.parametrize("text", ["sys.stdout = open('log.txt', 'w')", "sys.stdout.close()", "sys.stdout = None"])
+def test_an_objective_may_do_away_with_its_standard_output(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "quiet.py"
+    file.write_text(f"import os, sys\n{text}\ndef objective(trial): return 0.0\nos.write(2, b'imported')\n")
+    done = started(file)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "imported")
+
+
 @pytest.mark.parametrize("text", ["import does_not_exist", "raise SystemExit(3)", "objective = 1", None])
 def test_an_objective_that_cannot_be_imported_is_left_for_later_to_say(tmp_path: Path, text: str | None) -> None:
     file = tmp_path / "broken.py"

@@ -105,6 +105,21 @@ def test_the_trial_s_traceback_is_shown_where_it_is_wanted(
     assert shown.endswith("OSError: nothing there\n")
 
 
+def test_what_a_process_of_a_loader_raised_is_told_and_not_that_it_did(study: optuna.Study, parts: Any) -> None:
+    class Rows(torch.utils.data.Dataset):
+        def __len__(self) -> int:
+            return 1
+
+        def __getitem__(self, row: int) -> float:
+            return float(parts.helps(row))
+
+    def build_model(self: Signs, params: dict) -> nn.Module:
+        loader = torch.utils.data.DataLoader(Rows(), num_workers=1, multiprocessing_context="fork")
+        return nn.Linear(*next(iter(loader)))
+
+    assert message(study, build_model=build_model) == f"KeyError: 0 ({parts.__file__}, line 15)"
+
+
 def test_a_callable_object_s_error_has_no_line_of_ours() -> None:
     class Callable:
         def __call__(self, trial: object) -> None: ...

@@ -121,6 +121,8 @@ def test_an_objective_that_is_not_there_is_told_with_advice(write, reference, er
         ("def f(trial:\n  pass", "cannot read {path}, line 1: '(' was never closed"),
         ("\nimport no_such_package", "ModuleNotFoundError: No module named 'no_such_package' ({path}, line 2)"),
         ("\n\n1 / 0", "cannot import {path}: ZeroDivisionError: division by zero ({path}, line 3)"),
+        ("from .a import b", "({path}, line 1); an __init__.py beside it makes its directory a package"),
+        ("x = 1\n\0", "cannot read {path}, line 1: source code "),
         ("def g(trial): pass", "needs to define 'f', an Objective or a function of a trial, got None; it defines: g"),
         ("f = 3", "got 3; it defines: none"),
         ("from math import pi\nclass f: pass", "it defines: none"),
