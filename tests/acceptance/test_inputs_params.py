@@ -10,6 +10,7 @@ from typing import Any
 import optuna
 import pytest
 from command import Tuner
+from terminal import on_terminal
 
 from storage import open_storage
 
@@ -50,8 +51,17 @@ def test_what_cannot_be_searched_is_told_when_the_study_is_made(
 def test_a_study_is_made_as_it_is_meant(
     tuner: Tuner, folder: str, name: str, options: tuple[str, ...], part: str, wanted: Any
 ) -> None:
-    made = tuner("create", at(folder, name), *options, "--json").json()["spec"][part]
-    assert wanted in made.values()
+    made = tuner("create", at(folder, name), *options, "--json")
+    assert wanted in made.json()["spec"][part].values()
+    assert ("minimizing what search.py:curve returns; --direction" in made.stderr) == (name == "curve")
+
+
+def test_on_a_terminal_the_direction_of_a_plain_function_is_asked_for(tuner: Tuner) -> None:
+    with on_terminal(tuner, "create", at("09-hyperband-function", "curve")) as terminal:
+        terminal.wait_for("minimized or maximized? [minimize]:")
+        terminal.type("maximize\r")
+        terminal.wait_for("created study search: objective search.py:curve, maximize value")
+        assert terminal.exit_code() == 0
 
 
 def test_queued_values_become_what_their_params_are(tuner: Tuner, database: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,7 +18,7 @@ from tuner.errors import TunerError
 
 if TYPE_CHECKING:
     from tuner.study.joining import Study
-    from tuner.study.registry import ObjectiveSource
+    from tuner.study.registry import ObjectiveKind, ObjectiveSource
 
 ObjectiveName = Annotated[
     str,
@@ -87,7 +88,8 @@ def run(
         check_output(output)
     slots = Slots(plans, objective)  # they import torch and the objective while this process does
     try:
-        spec, model_class = plan(source, source.load(), **wanted)
+        kind = source.load()
+        spec, model_class = plan(source, kind, **_with_direction(settings, wanted, kind, source.name))
         engine = settings.open_for_work()
         joined, created = create_or_join(
             engine,
@@ -143,7 +145,8 @@ def create(
 
     wanted = options.plan()
     source = find_objective(objective)
-    spec, _ = plan(source, source.load(), **wanted)
+    kind = source.load()
+    spec, _ = plan(source, kind, **_with_direction(settings, wanted, kind, source.name))
     joined, created = create_or_join(
         settings.open(), source.study_name if options.study is None else options.study, spec
     )
@@ -217,6 +220,21 @@ def worker(
         Worker(engine, joined, processes, config, log, limits).run()
     finally:
         processes.close()
+
+
+def _with_direction(settings: Settings, wanted: dict[str, Any], kind: ObjectiveKind, name: str) -> dict[str, Any]:
+    """Ask on a terminal for the direction of a plain function if nothing says it; elsewhere tell which is taken."""
+    from tuner.study.registry import is_objective_class
+
+    if wanted["direction"] is not None or is_objective_class(kind):
+        return wanted
+    if all(stream is not None and stream.isatty() for stream in (sys.stdin, sys.stderr)):
+        answer = typer.prompt(f"Is what {name} returns to be minimized or maximized?", default="minimize", err=True)
+        if answer not in ("minimize", "maximize"):
+            raise UsageError(f"--direction needs minimize or maximize, got {answer!r}")
+        return {**wanted, "direction": answer}
+    settings.log().event("direction", f"minimizing what {name} returns; --direction maximize does otherwise")
+    return wanted
 
 
 def _workers(count: int | None) -> int:
