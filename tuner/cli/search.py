@@ -38,6 +38,15 @@ AllowCodeChange = Annotated[
     ),
 ]
 
+Preflight = Annotated[
+    bool,
+    typer.Option(
+        "--preflight/--no-preflight",
+        help="Before the first trial, take one model through all that is needed in the end.",
+        rich_help_panel=WORKERS,
+    ),
+]
+
 
 @command
 def run(
@@ -64,6 +73,7 @@ def run(
         ),
     ] = False,
     allow_code_change: AllowCodeChange = False,
+    preflight: Preflight = True,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.", rich_help_panel=RESULT)] = False,
 ) -> None:
     """Search OBJECTIVE with local workers, then retrain and export the best trial.
@@ -98,7 +108,9 @@ def run(
         if export and model_class is not None:
             check_output(target)
         if studies.count_states(engine, joined.study_id).done < spec.budget.trials:
-            config = _slot_config(settings, joined, source, objective, allow_code_change=allow_code_change)
+            config = _slot_config(
+                settings, joined, source, objective, allow_code_change=allow_code_change, preflight=preflight
+            )
             try:
                 Worker(engine, joined, slots, config, log).run()
             except TunerError:
@@ -173,6 +185,7 @@ def worker(
         ),
     ] = None,
     allow_code_change: AllowCodeChange = False,
+    preflight: Preflight = True,
     trials: Annotated[
         int | None, typer.Option(help="Trials to run here (default: all that are left).", rich_help_panel=LIMITS)
     ] = None,
@@ -212,7 +225,7 @@ def worker(
     check_code(joined, source, allow_code_change=allow_code_change)
     log = settings.log(worker=_worker_name(), study=joined.name)
     log.event("study", f"joined study {joined.name}: {_outline(joined)}")
-    config = _slot_config(settings, joined, source, reference, allow_code_change=allow_code_change)
+    config = _slot_config(settings, joined, source, reference, allow_code_change=allow_code_change, preflight=preflight)
     processes = Slots(plans, reference)
     try:
         Worker(engine, joined, processes, config, log, limits).run()
@@ -256,6 +269,7 @@ def _slot_config(
     reference: str,
     *,
     allow_code_change: bool,
+    preflight: bool,
 ) -> dict[str, Any]:
     # With the password, where the URL has one: it goes through a pipe, and is in no process's arguments.
     url = settings.storage_url().render_as_string(hide_password=False)
@@ -266,4 +280,5 @@ def _slot_config(
         "objective": reference if source.module is not None else f"{source.file}:{source.attribute}",
         "data_dir": str(settings.data_dir),
         "allow_code_change": allow_code_change,
+        "preflight": preflight,
     }

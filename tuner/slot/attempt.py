@@ -344,7 +344,7 @@ def _train(
             record.add(epoch)
             trial.report(epoch.metrics[metric], epoch.number)
 
-    metrics = _built_metrics(objective, what.data, metric)
+    metrics = built_metrics(objective, what.data, metric)
     history = objective.fit(
         model,
         what.data.train,
@@ -377,7 +377,7 @@ def _train(
     return _checked_value(best.metrics[metric]), {**numbers, "epoch": best.number, "epochs": len(history)}
 
 
-def _built_metrics(objective: Objective, data: Data, metric: str) -> dict[str, Metric]:
+def built_metrics(objective: Objective, data: Data, metric: str) -> dict[str, Metric]:
     """Return the objective's metrics. Raises ObjectiveError if they are none, or `metric` is not among them."""
     built: Any = objective.build_metrics(data)
     metrics = dict(built.items()) if isinstance(built, Mapping | nn.ModuleDict) else {"": built}
