@@ -69,9 +69,22 @@ def test_a_model_without_a_program_is_exported_without_it(tuner: Tuner) -> None:
     reason = manifest["missing"]["model.pt2"]
     assert "your code specialized it to be a constant (4)" in reason
     assert reason.endswith(f"({file}, line 17)")
-    assert reason in found.stderr
     assert reason in found.stdout
+    said, ended = f"pre-flight: there would be no model.pt2: {reason}", "trial 0 complete"
+    assert 0 < found.stderr.index(said) < found.stderr.index(ended)
+    assert found.stderr.count("pre-flight") == 1
     assert set(manifest["files"]) == {"model.safetensors"}
     assert manifest["params"]["lr"] > 0
     with pytest.raises(package.TunerError, match=r"has no model\.pt2 that could be called"):
         package.load_model(tuner.directory / "model")
+
+
+def test_what_no_trial_can_do_ends_the_search_before_the_first_and_leaves_no_study(tuner: Tuner) -> None:
+    file = INPUTS / "20-batch-size-by-len" / "search.py"
+    found = tuner("run", f"{file}:Broken", "--trials", "2", "--workers", "2", "--device", "cpu")
+    line = 1 + file.read_text().splitlines().index("        return nn.functional.mse_loss(outputs, targets)")
+    assert found.code == 1
+    assert found.error().startswith("tuner: Broken cannot be searched as it is: training: RuntimeError: The size of")
+    assert found.error().endswith(f"({file}, line {line}); --no-preflight tries anyway")
+    assert "trial 0" not in found.stderr
+    assert tuner("studies", "--json").json() == []

@@ -14,7 +14,7 @@ import typer
 from tuner.cli.model import OBJECTIVE_HELP, default_output, installed_name, print_exported
 from tuner.cli.options import LIMITS, RESULT, WORKERS, StudyOptions, check_positive, seconds
 from tuner.cli.settings import Settings, command
-from tuner.errors import TunerError
+from tuner.errors import TunerError, UsageError
 
 if TYPE_CHECKING:
     from tuner.study.joining import Study
@@ -38,6 +38,15 @@ AllowCodeChange = Annotated[
     typer.Option(
         "--allow-code-change",
         help="Go on although the objective's code is not the study's.",
+        rich_help_panel=WORKERS,
+    ),
+]
+
+Preflight = Annotated[
+    bool,
+    typer.Option(
+        "--preflight/--no-preflight",
+        help="Before the first trial, take one model through all that is needed in the end.",
         rich_help_panel=WORKERS,
     ),
 ]
@@ -68,6 +77,7 @@ def run(
         ),
     ] = False,
     allow_code_change: AllowCodeChange = False,
+    preflight: Preflight = True,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.", rich_help_panel=RESULT)] = False,
 ) -> None:
     """Search OBJECTIVE with local workers, then retrain and export the best trial.
@@ -103,7 +113,9 @@ def run(
         if export and model_class is not None:
             check_output(target)
         if studies.count_states(engine, joined.study_id).done < spec.budget.trials:
-            config = _slot_config(settings, joined, source, objective, allow_code_change=allow_code_change)
+            config = _slot_config(
+                settings, joined, source, objective, allow_code_change=allow_code_change, preflight=preflight
+            )
             try:
                 Worker(engine, joined, slots, config, log).run()
             except TunerError:
@@ -175,6 +187,7 @@ def worker(
         typer.Option(metavar="path/to/file.py:NAME", help=OBJECTIVE_HELP, rich_help_panel=WORKERS),
     ] = None,
     allow_code_change: AllowCodeChange = False,
+    preflight: Preflight = True,
     trials: Annotated[
         int | None, typer.Option(help="Trials to run here (default: all that are left).", rich_help_panel=LIMITS)
     ] = None,
@@ -214,7 +227,7 @@ def worker(
     check_code(joined, source, allow_code_change=allow_code_change)
     log = settings.log(worker=_worker_name(), study=joined.name)
     log.event("study", f"joined study {joined.name}: {_outline(joined)}")
-    config = _slot_config(settings, joined, source, reference, allow_code_change=allow_code_change)
+    config = _slot_config(settings, joined, source, reference, allow_code_change=allow_code_change, preflight=preflight)
     processes = Slots(plans, reference)
     try:
         Worker(engine, joined, processes, config, log, limits).run()
@@ -263,6 +276,7 @@ def _slot_config(
     reference: str,
     *,
     allow_code_change: bool,
+    preflight: bool,
 ) -> dict[str, Any]:
     # With the password, where the URL has one: it goes through a pipe, and is in no process's arguments.
     url = settings.storage_url().render_as_string(hide_password=False)
@@ -273,4 +287,5 @@ def _slot_config(
         "objective": reference if source.module is not None else f"{source.file}:{source.attribute}",
         "data_dir": str(settings.data_dir),
         "allow_code_change": allow_code_change,
+        "preflight": preflight,
     }

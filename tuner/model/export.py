@@ -26,7 +26,7 @@ from tuner import training
 from tuner.data import Data, Inputs, Rows, Split, tensors
 from tuner.errors import FormatError, TunerError
 from tuner.files import sync_directory
-from tuner.formats.program import PROGRAM, Predictor, program_file
+from tuner.formats.program import PROGRAM, program_file
 from tuner.formats.weights import WEIGHTS, differing, weights_file
 from tuner.log import Log
 from tuner.model.loading import MANIFEST, InputDescription, Manifest, sha256_of
@@ -35,6 +35,7 @@ from tuner.model.retraining import retrain
 from tuner.objective import Objective
 from tuner.seeds import derive_seed, set_deterministic
 from tuner.slot.attempt import load_data
+from tuner.slot.preflight import exported_form
 from tuner.slot.where import with_line
 from tuner.study.joining import Study, best_of
 from tuner.study.registry import ObjectiveSource, build_objective, is_objective_class
@@ -83,7 +84,7 @@ def export_study(
     with _aside(output) as directory:
         missing: dict[str, str] = {}
         _write_weights(model, directory, missing)
-        shown = _with_prediction(model, objective)
+        shown = exported_form(model, objective)
         _write_program(shown, data.valid, directory, missing)
         sha256 = sha256_of(directory / WEIGHTS)
         test: dict[str, float | None] = {}
@@ -132,12 +133,6 @@ def _objective(study: Study, source: ObjectiveSource) -> Objective:
             f"{source.name} is a plain function and has no model to export; write it as a subclass of tuner.Objective"
         )
     return build_objective(kind, study.spec.objective.options, study.spec.seed)
-
-
-def _with_prediction(model: nn.Module, objective: Objective) -> nn.Module:
-    """Return the model as the one that is exported."""
-    gives_prediction = type(objective).prediction is Objective.prediction
-    return (model if gives_prediction else Predictor(model, objective.prediction)).eval()
 
 
 def _measured(

@@ -285,7 +285,7 @@ def _train(
             record.add(epoch)
             trial.report(epoch.metrics[metric], epoch.number)
 
-    metrics = _built_metrics(objective, what.data, metric)
+    metrics = built_metrics(objective, what.data, metric)
     epochs = epochs_of(params, what.spec)
     history = objective.fit(
         model,
@@ -329,7 +329,7 @@ def epochs_of(params: Mapping[str, Any], spec: Spec) -> int:
     return epochs
 
 
-def _built_metrics(objective: Objective, data: Data, metric: str) -> dict[str, Metric]:
+def built_metrics(objective: Objective, data: Data, metric: str) -> dict[str, Metric]:
     """Return the objective's metrics. Raises ObjectiveError if they are none, or `metric` is not among them."""
     built: Any = objective.build_metrics(data)
     metrics = dict(built.items()) if isinstance(built, Mapping | nn.ModuleDict) else {"": built}

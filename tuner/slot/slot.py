@@ -31,6 +31,7 @@ from sqlalchemy import Engine
 from sqlalchemy.exc import SQLAlchemyError
 
 from storage.coordination import claims, control
+from storage.coordination import preflight as preflights
 from storage.coordination.delivery import Result
 from storage.database.engine import is_outage
 from storage.database.errors import InvalidWriteError, LeaseLostError, StorageError, StudyHaltedError, UnreachableError
@@ -38,6 +39,7 @@ from storage.database.sessions import OUTAGE_S, Backoff, Sessions
 from storage.optuna_storage.pruning import IndexedPercentilePruner
 from storage.optuna_storage.storage import PostgresStorage
 from tuner.errors import EXIT_UNREACHABLE, BrokenDeviceError, TunerError
+from tuner.objective import Objective
 from tuner.seeds import set_deterministic
 from tuner.slot import prints
 from tuner.slot.attempt import (
@@ -51,6 +53,7 @@ from tuner.slot.attempt import (
 from tuner.slot.checked_trial import CheckedTrial, StoppableStudy
 from tuner.slot.lease import Lease
 from tuner.slot.orders import Orders
+from tuner.slot.preflight import preflight
 from tuner.slot.reports import Reports
 from tuner.slot.shared_checkpoints import shared_checkpoint, sweep
 from tuner.slot.spool import Spool
@@ -86,6 +89,7 @@ class SlotConfig(BaseModel):
     shown_device: str | None = None
     share: float = 1.0
     allow_code_change: bool = False
+    preflight: bool = True
 
 
 class Event(BaseModel):
@@ -134,6 +138,7 @@ class Slot:
         self._orders = orders
         self._parent = os.getppid()
         self._away_at = -OUTAGE_S
+        self._code_hash = ""
         self._poisoned: Outcome | None = None  # by a device that failed: this process can use it no more
         self._retry = Backoff(stop=orders.stop, notice=self._tell_outage, is_away=self._note_outage)
         self._storage = PostgresStorage(config.storage, application_name=f"tuner {config.worker}", retry=self._retry)
@@ -160,6 +165,8 @@ class Slot:
             sampler=build_sampler(study.spec.sampler, study.spec.seed, 0),
             pruner=pruner_on(self._storage, study.study_id, study.spec.pruner),
         )
+        if self._config.preflight and isinstance(what.objective, Objective):
+            self._try_first(study, what, what.objective)
         self._emit(Event(event="ready", device=shown))
         poll_s = FIRST_POLL_S
         while True:
@@ -193,6 +200,7 @@ class Slot:
     def _load(self, study: Study) -> TrialObjective:
         source = find_objective(self._config.objective)
         check_code(study, source, allow_code_change=self._config.allow_code_change)
+        self._code_hash = source.code_hash()
         kind = source.load()
         objective = (
             build_objective(kind, study.spec.objective.options, study.spec.seed) if is_objective_class(kind) else kind
@@ -210,6 +218,28 @@ class Slot:
             checkpoints=checkpoint_directory(self._config.data_dir, study),
             log=lambda line: self._emit(Event(event="note", message=line)),
         )
+
+    def _try_first(self, study: Study, what: TrialObjective, objective: Objective) -> None:
+        """Take a model through all that is needed in the end, unless that was done; one slot of all does so.
+
+        Raises TunerError if no trial can run.
+        """
+        assert what.data is not None
+        done = (study.study_id, self._code_hash)
+        own_hash = study.spec.objective.code_hash
+        while not self._is_abandoned() and preflights.is_due(self._storage.sessions, *done, own_hash):
+            try:
+                with preflights.turn(self._engine, study.study_id) as is_mine:
+                    if is_mine and preflights.is_due(self._storage.sessions, *done, own_hash):
+                        lacks = preflight(objective, study.spec, what.data, what.device)
+                        for line in lacks:
+                            self._emit(Event(event="note", message=f"pre-flight: {line}"))
+                        preflights.record(self._storage.sessions, *done, lacks)
+                        return
+            except (StorageError, SQLAlchemyError) as error:  # of the turn: others may have taken it
+                if not is_outage(error):
+                    raise
+            self._orders.stop.wait(FIRST_POLL_S)
 
     def _run_claimed(
         self, study: Study, optuna_study: StoppableStudy, what: TrialObjective, held: claims.Claim
