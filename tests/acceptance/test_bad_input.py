@@ -40,7 +40,7 @@ SYNTAX_ERROR = "def objective(trial:\n    return 1\n"
         (["run", "digits", "--set", "max_units=wide"], 2, "max_units: input should be a valid integer"),
         (["run", "digits", "--set", "max_units"], 2, "--set needs KEY=VALUE"),
         (["run", "digits", "--patience", "0"], 2, "--patience needs a whole number above 0, got 0"),
-        (["create", "digits", "--precision", "fp8"], 2, "--precision needs fp32, bf16 or fp16, got 'fp8'"),
+        (["create", "digits", "--precision", "fp8"], 2, "--precision needs fp32, tf32, bf16 or fp16, got 'fp8'"),
         (["run", "digits", "--data", "disk"], 2, "--data needs auto, resident or stream, got 'disk'"),
         (["run", "digits", "--nope"], 2, "No such option: --nope"),
         (["run", "digits", "--sampler", "gp:n_startup_trials=abc"], 2, "n_startup_trials needs to be int, got 'abc'"),
