@@ -324,13 +324,7 @@ def _train(
     metric = what.spec.metric
     objective.suggest(trial)
     params = trial.params
-    model = objective.build_model(params)
-    if not isinstance(model, nn.Module):
-        raise ObjectiveError(f"build_model needs to return a torch.nn.Module, got {type(model).__name__}")
-    try:
-        model.to(what.device)
-    except NotImplementedError as error:  # of a model on the device "meta", which has no weights
-        raise DataError(f"build_model's model cannot be moved to {what.device}: {first_line(error)}") from error
+    model = built_model(objective, params, what.device)
 
     def on_epoch(epoch: training.Epoch) -> None:
         value = _value_of(epoch, metric)
@@ -375,6 +369,17 @@ def _train(
     # An own loop may give tensors. JSON has no NaN, and neither have the readers of these.
     numbers = {name: float(value) for name, value in others.items() if math.isfinite(value)}
     return _checked_value(best.metrics[metric]), {**numbers, "epoch": best.number, "epochs": len(history)}
+
+
+def built_model(objective: Objective, params: dict[str, Any], device: torch.device) -> nn.Module:
+    """Return the objective's model on the device. Raises ObjectiveError or DataError if it is none, or cannot be."""
+    model = objective.build_model(params)
+    if not isinstance(model, nn.Module):
+        raise ObjectiveError(f"build_model needs to return a torch.nn.Module, got {type(model).__name__}")
+    try:
+        return model.to(device)
+    except NotImplementedError as error:  # of a model on the device "meta", which has no weights
+        raise DataError(f"build_model's model cannot be moved to {device}: {first_line(error)}") from error
 
 
 def built_metrics(objective: Objective, data: Data, metric: str) -> dict[str, Metric]:
