@@ -208,4 +208,6 @@ def test_each_option_of_training_is_kept_in_the_spec(tuner: Tuner) -> None:
         "deterministic": True,
         "patience": 3,
         "data": "stream",
+        "readers": None,
+        "prefetch": None,
     }

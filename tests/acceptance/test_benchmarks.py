@@ -111,3 +111,15 @@ def test_on_gpu_does_each_part_on_a_cpu_too_and_writes_its_tables(tmp_path: Path
     assert slots["trials_an_hour"] > 0
     table = (tmp_path / "out" / "on_gpu.md").read_text()
     assert re.search(r"digits-mlp \| ours \| [\d.]+ \| [\d.]+ \.\. [\d.]+ \|", table), table
+
+
+def test_retraining_prints_both_ways_and_the_gain(tmp_path: Path) -> None:
+    arguments = ["--data-dir", tmp_path, "--data-sets", "digits", "--seeds", "2", "--trials", "1", "--epochs", "2"]
+    done = subprocess.run(
+        [sys.executable, BENCHMARKS / "retraining.py", *arguments, "--rows", "200"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert re.search(r"digits +accuracy +[12],[12]( +0\.\d{4}){2} +[+-]0\.\d{4} \+- 0\.\d{4}   \d/\d/\d\n", done.stdout)

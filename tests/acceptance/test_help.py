@@ -15,7 +15,7 @@ OF_A_STUDY = {
     "Study": ["--study", "--set", "--sampler", "--pruner", "--direction", "--seed"],
     "Budget": ["--trials", "--timeout", "--max-failures", "--epochs", "--patience"],
     "Training": ["--precision", "--compile", "--cuda-graphs", "--deterministic"],
-    "Data": ["--data", "--checkpoints", "--checkpoint-every"],
+    "Data": ["--data", "--readers", "--prefetch", "--checkpoints", "--checkpoint-every"],
 }
 
 
@@ -56,8 +56,8 @@ def test_commands_are_grouped_by_what_they_are_for(tuner: Tuner) -> None:
                 "Arguments": ["OBJECTIVE"],
                 "Options": ["--help"],
                 **OF_A_STUDY,
-                "Workers": ["--workers", "--device", "--allow-code-change"],
-                "Result": ["--export", "--output", "--json"],
+                "Workers": ["--workers", "--device", "--allow-code-change", "--no-preflight"],
+                "Result": ["--export", "--output", "--full-schedule", "--json"],
             },
         ),
         ("create", {"Arguments": ["OBJECTIVE"], "Options": ["--json", "--help"], **OF_A_STUDY}),
@@ -66,7 +66,7 @@ def test_commands_are_grouped_by_what_they_are_for(tuner: Tuner) -> None:
             {
                 "Arguments": ["STUDY"],
                 "Options": ["--help"],
-                "Workers": ["--slots", "--device", "--objective", "--allow-code-change"],
+                "Workers": ["--slots", "--device", "--objective", "--allow-code-change", "--no-preflight"],
                 "Limits": ["--trials", "--timeout", "--idle-exit"],
             },
         ),

@@ -42,11 +42,11 @@ AllowCodeChange = Annotated[
     ),
 ]
 
-Preflight = Annotated[
+NoPreflight = Annotated[
     bool,
     typer.Option(
-        "--preflight/--no-preflight",
-        help="Before the first trial, take one model through all that is needed in the end.",
+        "--no-preflight",
+        help="Take no model through all that is needed in the end before the first trial.",
         rich_help_panel=WORKERS,
     ),
 ]
@@ -77,7 +77,7 @@ def run(
         ),
     ] = False,
     allow_code_change: AllowCodeChange = False,
-    preflight: Preflight = True,
+    no_preflight: NoPreflight = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.", rich_help_panel=RESULT)] = False,
 ) -> None:
     """Search OBJECTIVE with local workers, then retrain and export the best trial.
@@ -114,7 +114,7 @@ def run(
             check_output(target)
         if studies.count_states(engine, joined.study_id).done < spec.budget.trials:
             config = _slot_config(
-                settings, joined, source, objective, allow_code_change=allow_code_change, preflight=preflight
+                settings, joined, source, objective, allow_code_change=allow_code_change, preflight=not no_preflight
             )
             try:
                 Worker(engine, joined, slots, config, log).run()
@@ -187,7 +187,7 @@ def worker(
         typer.Option(metavar="path/to/file.py:NAME", help=OBJECTIVE_HELP, rich_help_panel=WORKERS),
     ] = None,
     allow_code_change: AllowCodeChange = False,
-    preflight: Preflight = True,
+    no_preflight: NoPreflight = False,
     trials: Annotated[
         int | None, typer.Option(help="Trials to run here (default: all that are left).", rich_help_panel=LIMITS)
     ] = None,
@@ -227,7 +227,9 @@ def worker(
     check_code(joined, source, allow_code_change=allow_code_change)
     log = settings.log(worker=_worker_name(), study=joined.name)
     log.event("study", f"joined study {joined.name}: {_outline(joined)}")
-    config = _slot_config(settings, joined, source, reference, allow_code_change=allow_code_change, preflight=preflight)
+    config = _slot_config(
+        settings, joined, source, reference, allow_code_change=allow_code_change, preflight=not no_preflight
+    )
     processes = Slots(plans, reference)
     try:
         Worker(engine, joined, processes, config, log, limits).run()

@@ -152,8 +152,9 @@ class TrialObjective:
         """
         if self.checkpoints is None:
             return None
-        apart = {"budget", "retry", "sampler", "pruner", "checkpoints", "checkpoint_every_s"}
-        fixed = self.spec.model_dump(mode="json", exclude=apart)
+        apart = dict.fromkeys(("budget", "retry", "sampler", "pruner", "checkpoints", "checkpoint_every_s"), True)
+        of_reading = {"readers", "prefetch"}  # whoever reads, the rows are the same
+        fixed = self.spec.model_dump(mode="json", exclude={**apart, "training": of_reading})
         text = json.dumps([number, params, fixed], sort_keys=True, default=str)
         return Checkpoint(
             self.checkpoints / f"trial-{number}.pt",
@@ -263,13 +264,7 @@ def _train(
     metric = what.spec.metric
     objective.suggest(trial)
     params = ReadParams(trial.params)
-    model = objective.build_model(params)
-    if not isinstance(model, nn.Module):
-        raise ObjectiveError(f"build_model needs to return a torch.nn.Module, got {type(model).__name__}")
-    try:
-        model.to(what.device)
-    except NotImplementedError as error:  # of a model on the device "meta", which has no weights
-        raise DataError(f"build_model's model cannot be moved to {what.device}: {first_line(error)}") from error
+    model = built_model(objective, params, what.device)
 
     def on_epoch(epoch: training.Epoch) -> None:
         value = _value_of(epoch, metric)
@@ -327,6 +322,17 @@ def epochs_of(params: Mapping[str, Any], spec: Spec) -> int:
     if not isinstance(epochs, int) or epochs < 1:
         raise ObjectiveError(f"the param 'epochs' needs a whole number above 0, got {epochs!r}: use suggest_int")
     return epochs
+
+
+def built_model(objective: Objective, params: dict[str, Any], device: torch.device) -> nn.Module:
+    """Return the objective's model on the device. Raises ObjectiveError or DataError if it is none, or cannot be."""
+    model = objective.build_model(params)
+    if not isinstance(model, nn.Module):
+        raise ObjectiveError(f"build_model needs to return a torch.nn.Module, got {type(model).__name__}")
+    try:
+        return model.to(device)
+    except NotImplementedError as error:  # of a model on the device "meta", which has no weights
+        raise DataError(f"build_model's model cannot be moved to {device}: {first_line(error)}") from error
 
 
 def built_metrics(objective: Objective, data: Data, metric: str) -> dict[str, Metric]:

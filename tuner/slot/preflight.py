@@ -26,7 +26,7 @@ from tuner.formats.weights import WEIGHTS, weights_file
 from tuner.objective import Objective
 from tuner.places import place_of
 from tuner.seeds import derive_seed, seed_everything
-from tuner.slot.attempt import built_metrics
+from tuner.slot.attempt import built_metrics, built_model
 from tuner.spec import Spec
 from tuner.study.sampling import build_sampler
 from tuner.training.checkpoint import generator_states, set_generator_states
@@ -130,10 +130,7 @@ def _batch_size(objective: Objective, params: dict[str, Any]) -> int:
 
 def _built(objective: Objective, params: dict[str, Any]) -> nn.Module:
     with _told("build_model"):
-        model = objective.build_model(params)
-        if not isinstance(model, nn.Module):
-            raise TunerError(f"needs to return a torch.nn.Module, got {type(model).__name__}")
-        return model.to(_CPU)
+        return built_model(objective, params, _CPU)
 
 
 def _evaluate(tried: _Tried) -> list[str]:
@@ -149,7 +146,7 @@ def _evaluate(tried: _Tried) -> list[str]:
     with _told("metrics"):
         values = training.evaluate(tried.model, tried.valid, tried.metrics, objective.prediction)
         if tried.spec.metric not in values:
-            raise TunerError(f"need {tried.spec.metric!r}, the study's, got: {', '.join(values) or 'none'}")
+            raise ObjectiveError(f"metrics need {tried.spec.metric!r}, the study's, got: {', '.join(values) or 'none'}")
     return lacks
 
 
@@ -244,10 +241,8 @@ def _told(what: str) -> Iterator[None]:
         yield
     except (_EndedError, _CannotWorkError):
         raise
-    except TunerError as error:
-        raise _CannotWorkError(f"{what} {error}") from error
-    except (ObjectiveError, DataError, training.DivergedError) as error:
-        raise _CannotWorkError(f"{what}: {error}") from error
+    except (ObjectiveError, DataError, TunerError, training.DivergedError) as error:  # they name it themselves
+        raise _CannotWorkError(str(error)) from error
     except Exception as error:
         place = place_of(error)
         shown = f"{type(error).__name__}: {' '.join(str(error).split())[:MAX_CHARS]}"
