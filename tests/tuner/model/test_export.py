@@ -287,7 +287,7 @@ def test_a_test_split_that_cannot_be_evaluated_costs_its_figures_alone(exporting
     line = next(number for number, line in enumerate(text.splitlines(), 1) if line.endswith("# here"))
     assert manifest.test == {}
     assert manifest.missing == {
-        "test": "the test split could not be evaluated: ValueError: no rows of the class"
+        "test": "the test split could not be evaluated: ValueError: no rows of the class, in Picky"
         f" ({exporting.path}, line {line})"
     }
     assert tuner.load_model(exporting.output)(torch.zeros(3, 3)).shape == (3, 2)
