@@ -137,7 +137,7 @@ def test_the_exported_model_predicts_the_same_in_a_fresh_process(job: Finished, 
     exported = tuner("export", "digits", "--output", "model/", "--json")
     assert exported.code == 0, exported.stderr
     result = exported.json()
-    assert Path(result["model"]) == Path("model")
+    assert Path(result["model"]) == home / "model"
     done = subprocess.run(
         [sys.executable, "-c", _SERVE, str(home / "model")], capture_output=True, text=True, check=True, cwd=home
     )

@@ -110,10 +110,10 @@ def test_cpu_slots_see_no_gpu_and_say_where_they_ran(tuner: Tuner, database: str
     assert done.code == 0, done.stderr
     assert [event["device"] for event in running.events("ready")] == ["cpu", "cpu"]
     assert {trial.user_attrs["visible"] for trial in trials_of(database)} == {""}
-    assert query(database, "select distinct slot, device, share from tuner_attempts order by 1") == [
-        (0, "cpu", 0.5),
-        (1, "cpu", 0.5),
-    ]
+    # One slot may have run them all by the time that the other was ready.
+    attempts = set(query(database, "select distinct slot, device, share from tuner_attempts"))
+    assert attempts
+    assert attempts <= {(0, "cpu", 0.5), (1, "cpu", 0.5)}
     ((name, slots, ended),) = query(database, "select name, slots, ended_at is not null from tuner_workers")
     assert (len(slots), ended) == (2, True)
     assert {event["worker"] for event in running.events("ready")} == {name}
