@@ -116,12 +116,14 @@ def test_the_main_output_is_linear_in_wide_and_the_prediction():
     assert WideAndDeep().prediction((one, auxiliary)) is one
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "params"), [(CaliforniaHousing, MLP), (WideAndDeep, WIDE_AND_DEEP)])
 def test_a_few_epochs_reach_a_sane_rmse(data, named, kind, params):
     _, history = train(kind(), data if kind is CaliforniaHousing else named, params, epochs=6)
     assert history[-1].metrics["rmse"] < 0.68
 
 
+@pytest.mark.slow
 def test_the_exported_model_takes_two_named_inputs_and_gives_the_main_output(named, exported, tmp_path):
     loaded = exported("california_housing.py:WideAndDeep", WIDE_AND_DEEP)
     assert [(its.name, its.shape) for its in loaded.manifest.inputs] == [("wide", (5,)), ("deep", (6,))]

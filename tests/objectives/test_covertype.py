@@ -115,6 +115,7 @@ def test_a_few_epochs_reach_a_sane_accuracy(data):
     assert history[-1].metrics["macro_f1"] > 0.7
 
 
+@pytest.mark.slow
 def test_the_exported_model_takes_both_inputs_in_order(data, exported, tmp_path):
     loaded = exported("covertype.py:Covertype", PARAMS)
     assert [(its.name, its.shape, its.dtype) for its in loaded.manifest.inputs] == [

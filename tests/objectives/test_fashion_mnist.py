@@ -128,12 +128,14 @@ def test_metrics_are_those_of_scikit_learn(data):
     assert len(names) == 10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("params", "level"), [(MLP, 0.79), (CNN, 0.8)], ids=["mlp", "cnn"])
 def test_two_epochs_reach_a_sane_accuracy(data, params, level):
     _, history = train(FashionMNIST(), data, params, epochs=2)
     assert history[-1].metrics["accuracy"] > level
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("params", [MLP, CNN], ids=["mlp", "cnn"])
 def test_the_exported_model_takes_bytes_and_gives_the_model_s_outputs(data, exported, tmp_path, params):
     loaded = exported("fashion_mnist.py:FashionMNIST", params)

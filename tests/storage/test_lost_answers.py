@@ -257,6 +257,7 @@ def run(
         storage.engine.dispose()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("write", WRITES.values(), ids=list(WRITES))
 def test_a_write_is_done_once_whichever_of_its_requests_or_answers_is_lost(write, proxy, direct):
     undisturbed = run(write, proxy, direct)
@@ -266,6 +267,7 @@ def test_a_write_is_done_once_whichever_of_its_requests_or_answers_is_lost(write
         assert disturbed.rows == undisturbed.rows, (loss, query)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss", [Loss.NOTICE, Loss.BOTH])
 @pytest.mark.parametrize("name", ["create_new_study", "create_new_trial", "claim, new", "complete", "release"])
 def test_a_commit_is_settled_though_the_server_takes_the_lost_client_for_connected(name, loss, proxy, direct):
@@ -323,6 +325,7 @@ def after_a_crash(server: EmbeddedServer, engine: Engine, others: int) -> Callab
     return retry
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("others", [0, 50], ids=["no ids reused", "ids reused"])
 @pytest.mark.parametrize("name", [name for name in WRITES if "held" not in name and "attr" not in name])
 def test_a_write_is_done_once_though_the_server_crashes_at_it(name, others, crashing):
@@ -375,6 +378,7 @@ def test_an_immediate_restart_of_the_server_loses_and_repeats_nothing(killable):
     assert [(trial.value, trial.intermediate_values) for trial in found] == [(n, {0: n}) for n in range(len(done))]
 
 
+@pytest.mark.slow
 def test_a_server_that_accepts_and_says_nothing_is_unreachable_in_time(proxy):
     proxy.is_hole = True
     url = proxy.url.set(password="s3cret").update_query_dict({"connect_timeout": "2"})

@@ -85,11 +85,13 @@ CALLS = {
 }
 
 
+@pytest.mark.slow
 def test_reading_one_trial_reads_few_rows(storage):
     trial_id = storage.get_trial_id_from_study_id_trial_number(2, N_TRIALS // 2)
     check_reads_few_rows(plans_of(storage, lambda: storage.get_trial(trial_id)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("call", CALLS.values(), ids=list(CALLS))
 def test_a_frequent_call_reads_few_rows_whatever_the_size_of_the_study(storage, call):
     held = claims.claim(storage.sessions, 2, BUDGET, claims.Holder(worker="test"))
@@ -100,6 +102,7 @@ def test_a_frequent_call_reads_few_rows_whatever_the_size_of_the_study(storage, 
     check_reads_few_rows(plans)
 
 
+@pytest.mark.slow
 def test_a_report_that_brings_along_what_finished_reads_few_rows(storage):
     held = claims.claim(storage.sessions, 2, BUDGET, claims.Holder(worker="test"))
     storage.hold(held)
@@ -110,6 +113,7 @@ def test_a_report_that_brings_along_what_finished_reads_few_rows(storage):
     check_reads_few_rows(plans_of(storage, lambda: storage.set_trial_intermediate_value(held.trial_id, 1, 0.5)))
 
 
+@pytest.mark.slow
 def test_the_check_finds_a_plan_that_reads_a_whole_study(storage):
     plans = plans_of(storage, lambda: PostgresStorage.get_n_trials(storage, 2))
     with pytest.raises(AssertionError):

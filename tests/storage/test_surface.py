@@ -37,6 +37,7 @@ def test_an_unknown_name_is_an_attribute_error():
         storage.open_stroage  # noqa: B018
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("statement", "absent"),
     [

@@ -27,6 +27,7 @@ def by_name(checks):
     return {check.name: check for check in checks}
 
 
+@pytest.mark.slow
 def test_everything_is_looked_at_for_real(tmp_path, open_database, database):
     checks = by_name(doctor.check_all(tmp_path / "new", open_database))
     assert list(checks) == ["python", "torch", "data", "database", "objectives"]
@@ -68,6 +69,7 @@ def test_a_disk_with_little_room_is_told(tmp_path, without_torch, open_database,
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("torch_code", "told"),
     [

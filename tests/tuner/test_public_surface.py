@@ -38,6 +38,7 @@ def test_training_keeps_its_names():
     assert inspect.isfunction(training.fit)  # and no module of that name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("statement", "absent"),
     [

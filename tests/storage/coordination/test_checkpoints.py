@@ -74,6 +74,7 @@ class GivesUpAfter(threading.Event):
         return self.left < 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [0, 1, PART_BYTES, PART_BYTES + 1, 3 * PART_BYTES - 1])
 def test_a_checkpoint_comes_back_as_it_was_saved(sessions, study_id, size):
     held, data = claim(sessions, study_id), os.urandom(size)
@@ -128,6 +129,7 @@ def test_a_trial_that_was_given_back_keeps_it(sessions, study_id):
     assert checkpoints.load(sessions, held.trial_id) == b"for the next one"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("state", [TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL])
 def test_it_goes_with_the_end_of_its_trial_and_cannot_be_written_after(storage, sessions, study_id, state):
     held, other = claim(sessions, study_id), claim(sessions, study_id)
@@ -167,6 +169,7 @@ def test_given_up_on_the_way_it_leaves_the_one_before(sessions, study_id):
     assert rows(sessions) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("request_", [0, 1, 2, 3])
 @pytest.mark.parametrize("loss", Loss)
 def test_a_connection_lost_on_the_way_leaves_the_one_or_the_other(sessions, study_id, proxied, request_, loss):

@@ -118,6 +118,7 @@ def test_claims_number_the_trials_from_zero_without_gaps(engine: Engine, study_i
     assert [claim(engine, study_id).number for _ in range(3)] == [0, 1, 2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("processes", [2, 8])
 def test_the_budget_is_exact_whatever_the_number_of_workers(
     engine: Engine,

@@ -44,6 +44,7 @@ def test_a_halted_study_hands_out_nothing_until_it_is_resumed(storage, study_id,
     assert claim(storage, study_id).number == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("state", ["paused", "stopped"])
 def test_a_report_is_written_and_then_tells_that_the_study_was_halted(storage, study_id, state):
     held = claim(storage, study_id)

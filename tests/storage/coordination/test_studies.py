@@ -77,6 +77,7 @@ def test_a_study_of_stock_optuna_has_no_spec(engine: Engine, database: str) -> N
     assert (record.name, record.direction, record.spec) == ("theirs", "maximize", None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("direction", ["minimize", "maximize"])
 @pytest.mark.parametrize(
     "values", [[0.5, 2.0, -1.0], [1.0, 1.0], [math.inf, 3.0], [-math.inf, 3.0], [math.inf, -math.inf, 0.0]]

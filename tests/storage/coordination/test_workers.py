@@ -114,6 +114,7 @@ def test_a_worker_that_tells_nothing_is_lost(sessions, study_id):
     assert [worker.is_lost for worker in present(sessions, study_id)] == [True, False]
 
 
+@pytest.mark.slow
 def test_workers_that_could_not_reach_a_server_that_was_away_are_not_lost(killable):
     engine = open_engine(killable.url())
     ensure_schema(engine)

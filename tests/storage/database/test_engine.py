@@ -211,6 +211,7 @@ def test_a_closed_port_is_unreachable_at_once_and_the_password_unshown(engine_of
     assert SECRET not in "".join(traceback.format_exception(caught.value))
 
 
+@pytest.mark.slow
 def test_a_server_that_accepts_and_says_nothing_is_unreachable_by_the_deadline(engine_of):
     with socket.create_server(("127.0.0.1", 0)) as silent:
         port = silent.getsockname()[1]

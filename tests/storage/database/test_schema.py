@@ -130,6 +130,7 @@ def test_a_search_path_without_a_schema_is_told_and_so_is_the_variable(server, e
     engine.dispose()
 
 
+@pytest.mark.slow
 def test_six_processes_at_once_on_an_empty_database_all_succeed(empty_database, empty_engine, start_python):
     processes = [start_python(ENSURE, empty_database) for _ in range(6)]
     for process in processes:

@@ -58,6 +58,7 @@ def _go(process):
     process.stdin.flush()
 
 
+@pytest.mark.slow
 def test_six_processes_at_once_in_an_empty_directory_share_one_server(tmp_path, new_server, starter):
     server = new_server(tmp_path / "data")
     processes = [starter(tmp_path / "data") for _ in range(6)]
@@ -78,6 +79,7 @@ def test_the_server_outlives_the_process_that_started_it(killable, starter, how)
     assert (killable.status().pid, _query(url, "SELECT 1")) == (int(pid), 1)
 
 
+@pytest.mark.slow
 def test_a_starter_killed_while_it_makes_the_cluster_does_no_harm(tmp_path, new_server, starter):
     server = new_server(tmp_path / "data")
     process = starter(tmp_path / "data")
@@ -110,6 +112,7 @@ def test_what_was_committed_survives_the_servers_death(killable):
     assert killable.status().pid != pid
 
 
+@pytest.mark.slow
 def test_a_start_waits_for_the_sessions_of_a_server_that_was_killed(killable):
     url = killable.start()
     busy = psycopg2.connect(url)

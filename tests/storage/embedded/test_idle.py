@@ -50,6 +50,7 @@ def _hold(server, session_s):
         session.close()
 
 
+@pytest.mark.slow
 def test_a_server_ends_when_its_last_process_and_its_last_session_have(new_server, use):
     server = new_server()
     first = use(server)
@@ -71,6 +72,7 @@ def test_a_server_ends_when_its_last_process_and_its_last_session_have(new_serve
     assert wait_until(lambda: _is_gone(server), 30)
 
 
+@pytest.mark.slow
 def test_who_joins_while_the_server_is_being_ended_gets_one_that_runs(new_server, use, start_python):
     server = new_server()
     use(server).communicate()
@@ -84,6 +86,7 @@ def test_who_joins_while_the_server_is_being_ended_gets_one_that_runs(new_server
     process.communicate()
 
 
+@pytest.mark.slow
 def test_a_watcher_that_was_killed_is_replaced_by_who_joins(new_server, use):
     server = new_server()
     first = use(server)
@@ -97,6 +100,7 @@ def test_a_watcher_that_was_killed_is_replaced_by_who_joins(new_server, use):
     assert wait_until(lambda: _is_gone(server), 30)
 
 
+@pytest.mark.slow
 def test_a_server_may_be_kept(new_server, use):
     server = new_server()
     process = use(server)
@@ -109,6 +113,7 @@ def test_a_server_may_be_kept(new_server, use):
         server.start(idle_exit="soon")
 
 
+@pytest.mark.slow
 def test_a_database_is_listed_with_its_data_directory_and_deleted_unless_it_is_used(
     new_server, use, shared_directory, monkeypatch, tmp_path
 ):

@@ -48,6 +48,7 @@ def test_programs_in_a_closed_directory_are_copied_once_for_the_servers_user(
     assert reachable_by(nobody, hidden, shared_directory) == copied
 
 
+@pytest.mark.slow
 @as_root
 def test_a_whole_server_runs_on_copied_programs_as_nobody(tmp_path, new_server, shared_directory, monkeypatch):
     real = bundled_programs()[0]

@@ -151,6 +151,7 @@ def test_asking_changes_nothing_where_nothing_is(tmp_path):
     assert not status.directory.parent.exists()
 
 
+@pytest.mark.slow
 def test_no_permission_of_a_directory_that_was_there_changes(tmp_path, new_server):
     data_dir = tmp_path / "home" / "data"
     data_dir.mkdir(parents=True)
@@ -264,6 +265,7 @@ def test_a_data_directory_that_cannot_be_made_is_one_line(tmp_path, monkeypatch)
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_destroying_leaves_nothing(tmp_path):
     server = EmbeddedServer(tmp_path / "data")
     server.start("127.0.0.1:0".replace(":0", f":{_free_port()}"))

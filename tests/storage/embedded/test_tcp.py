@@ -37,6 +37,7 @@ def connect():
         engine.dispose()
 
 
+@pytest.mark.slow
 def test_the_generated_password_opens_the_port(listening, port, connect):
     url = with_password_file(f"postgresql://tuner@127.0.0.1:{port}/tuner", listening.password_file)
     assert connect(url) == "tuner at 127.0.0.1"

@@ -30,6 +30,7 @@ def counts(result):
     return result.copied, result.updated, result.already_there, result.unfinished
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("zone", ["UTC", "Europe/Berlin"])
 def test_a_study_arrives_as_it_is_from_every_kind_of_storage(origin, target, monkeypatch, zone):
     monkeypatch.setenv("TZ", zone)
@@ -51,6 +52,7 @@ def test_a_study_arrives_as_it_is_from_every_kind_of_storage(origin, target, mon
     assert study.system_attrs == theirs._storage.get_study_system_attrs(theirs._study_id)
 
 
+@pytest.mark.slow
 def test_a_study_that_was_imported_gains_what_is_new_and_nothing_else(origin, target):
     theirs = origin.study()
     theirs.add_trials([create_trial(value=float(number)) for number in range(3)])
@@ -63,6 +65,7 @@ def test_a_study_that_was_imported_gains_what_is_new_and_nothing_else(origin, ta
     assert [comparable(trial) for trial in here(target)[1]] == [comparable(trial) for trial in theirs.trials]
 
 
+@pytest.mark.slow
 def test_a_running_trial_waits_here_until_it_is_found_finished(origin, target):
     theirs = origin.study()
     trial = theirs.ask(SPACE)
@@ -96,6 +99,7 @@ def test_a_trial_that_was_run_here_meanwhile_stays_as_it_is(journal, target):
     ours._storage.engine.dispose()
 
 
+@pytest.mark.slow
 def test_a_complete_trial_whose_value_is_nan_is_failed_here(origin, target):
     theirs = origin.study()
     theirs.add_trial(create_trial(value=1.0))
@@ -240,6 +244,7 @@ with open_source(sys.argv[1]) as source:
 """
 
 
+@pytest.mark.slow
 def test_an_import_that_was_killed_goes_on_where_it_was(journal, target, database, start_python):
     theirs = many(journal, 2500)
     process = start_python(IMPORT_AND_HANG, journal.url, database)

@@ -12,6 +12,8 @@ from storage.optuna_storage.storage import PostgresStorage
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+pytestmark = pytest.mark.slow
+
 
 class TestPostgresStorage(StorageTestCase):
     @pytest.fixture(params=[True, False], ids=["cached", "uncached"])

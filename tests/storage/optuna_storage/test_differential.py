@@ -240,6 +240,7 @@ def _called(method, *args):
         return _Refused(error)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cache", [True, False], ids=["cached", "uncached"])
 def test_every_call_does_what_optuna_does(database, another_database, cache):
     url = parse_url(another_database)

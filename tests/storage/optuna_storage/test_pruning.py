@@ -131,6 +131,7 @@ def indexed(
     return IndexedPercentilePruner(storage, study._study_id, percentile, **settings)
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     direction=st.sampled_from(["minimize", "maximize"]),
@@ -162,6 +163,7 @@ def test_it_decides_as_optunas_percentile_pruner_while_the_study_changes(
             assert [ours.prune(study, trial) for _, ours in pruners] == theirs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("direction", ["minimize", "maximize"])
 def test_it_decides_as_optunas_percentile_pruner_with_any_settings(
     database: str, storage: PostgresStorage, direction: str
@@ -199,6 +201,7 @@ def test_it_decides_as_optunas_percentile_pruner_with_any_settings(
     assert decided.count(True) > 50
 
 
+@pytest.mark.slow
 @settings(max_examples=1000, deadline=None)
 @given(batches=st.lists(st.lists(values, max_size=40), max_size=3), percentile=percentiles)
 def test_a_percentile_is_numpys_to_the_last_bit(batches: list[list[float]], percentile: float) -> None:
@@ -215,6 +218,7 @@ def test_a_percentile_is_numpys_to_the_last_bit(batches: list[list[float]], perc
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("direction", ["minimize", "maximize"])
 def test_trials_that_report_and_ask_get_the_median_pruners_answers(
     database: str, storage: PostgresStorage, direction: str
@@ -305,6 +309,7 @@ def test_settings_are_refused_as_optuna_refuses_them(storage: PostgresStorage, b
         IndexedPercentilePruner(storage, 1, **{"percentile": 50.0, **bad})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trials", [10, 1000])
 def test_a_decision_is_one_statement_whatever_the_size_of_the_study(
     database: str, storage: PostgresStorage, engine: Engine, statements: list[tuple[str, Any]], trials: int
@@ -351,6 +356,7 @@ def test_history_is_not_read_again(
     assert (seen["last_number"], seen["unfinished"], read) == (99, "{}", {**read, "trial_ids": f"{{{trial_id}}}"})
 
 
+@pytest.mark.slow
 def test_a_refresh_finds_what_changed_by_indexes(
     database: str, storage: PostgresStorage, engine: Engine, statements: list[tuple[str, Any]]
 ) -> None:

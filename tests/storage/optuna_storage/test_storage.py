@@ -110,6 +110,7 @@ WRITES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("write", WRITES.values(), ids=list(WRITES))
 def test_who_lost_the_lease_cannot_write(storage, open_one, study_id, write):
     former = claimed(storage, study_id)
@@ -129,6 +130,7 @@ def test_who_lost_the_lease_cannot_write(storage, open_one, study_id, write):
     storage.let_go(former)  # from here on a client like any other
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("write", WRITES.values(), ids=list(WRITES))
 def test_a_write_that_waited_for_the_trial_to_be_handed_on_does_nothing(storage, open_one, study_id, write):
     """The write starts while the claim of another worker is not committed yet, and sees the lease as it was."""
@@ -190,6 +192,7 @@ print(*won)
 """
 
 
+@pytest.mark.slow
 def test_two_processes_never_start_the_same_waiting_trial(storage, study_id, database, start_python):
     waiting = create_trial(state=TrialState.WAITING)
     ids = [storage.create_new_trial(study_id, waiting) for _ in range(40)]
@@ -223,6 +226,7 @@ def test_a_finish_whose_answer_was_lost_may_be_repeated_by_the_holder_alone(stor
     assert storage.get_trial(held.trial_id).value == 1.0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "write",
     [
@@ -270,6 +274,7 @@ def test_nan_that_another_client_left_is_never_best(storage, study_id, stock):
     assert storage.get_best_trial(most).value == 1.0
 
 
+@pytest.mark.slow
 def test_stock_optuna_and_ours_number_the_trials_of_one_study_together(storage, study_id, stock, open_one):
     def run(each):
         study = optuna.load_study(study_name="s", storage=each)
@@ -382,6 +387,7 @@ def test_intermediate_values_are_loaded_once_and_for_all_trials(storage, study_i
     assert reader.get_all_trials(study_id, deepcopy=False)[0] is found[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "use", [repr, hash, copy.deepcopy, lambda trial: trial == trial, lambda trial: trial.last_step]
 )
@@ -446,6 +452,7 @@ def test_every_call_goes_through_retry(open_one, study_id):
     assert len(calls) == 5  # the intermediate values of the last are read by a call of their own
 
 
+@pytest.mark.slow
 def test_a_lost_connection_is_unreachable_and_a_deadlock_is_tried_again(storage, open_one, study_id):
     first, second = (storage.create_new_trial(study_id) for _ in range(2))
     impatient = Sessions(storage.engine)

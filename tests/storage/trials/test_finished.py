@@ -81,6 +81,7 @@ def test_a_decision_on_another_trial_or_step_asks_anew(storage, other, study_id,
     assert pruner.prune(trial.study, mine)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
 def test_it_decides_as_optuna_while_others_start_and_finish_trials(other, study_id, trial, seed):
     chance = random.Random(seed)

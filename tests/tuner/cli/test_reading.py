@@ -46,6 +46,7 @@ def a_study(engine, name, n_trials):
     fill(engine, create_study(engine, name, spec).study_id, n_trials)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", list(STATEMENTS))
 def test_reading_takes_few_statements_and_imports_whatever_there_is(engine, database, start_python, tmp_path, command):
     environment = {"TUNER_STORAGE": database, "TUNER_DATA_DIR": str(tmp_path)}

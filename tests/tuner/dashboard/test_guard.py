@@ -106,6 +106,7 @@ def filled(rule: str) -> str:
 # --- what is shown
 
 
+@pytest.mark.slow
 def test_a_read_only_connection_is_enough_for_every_page_of_a_study(database: str) -> None:
     study_id = a_study(database)
     with guarded(dashboard_of(database)) as client:
@@ -285,6 +286,7 @@ def test_an_editor_is_not_offered_what_would_break_a_study(database: str) -> Non
     assert [study.study_name for study in open_storage(database).get_all_studies()] == [STUDY_NAME]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "headers",
     [

@@ -64,6 +64,7 @@ def port_of(url: str) -> int:
     return int(url.rstrip("/").rpartition(":")[2])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_the_server_cleanly(database: str, stop: signal.Signals) -> None:
     with served(database) as (process, url):
@@ -79,6 +80,7 @@ def test_a_signal_ends_the_server_cleanly(database: str, stop: signal.Signals) -
             socket.create_connection(("127.0.0.1", port_of(url)))
 
 
+@pytest.mark.slow
 def test_the_server_answers_to_loopback_names_with_its_own_port(database: str) -> None:
     with served(database) as (_, url):
         client = Client(port_of(url))
@@ -96,6 +98,7 @@ def test_the_server_answers_to_loopback_names_with_its_own_port(database: str) -
 ALL_ADDRESSES = {"host": "0.0.0.0", "token": TOKEN, "allowed_hosts": ["Tuner.example"]}
 
 
+@pytest.mark.slow
 def test_a_server_on_all_addresses_asks_for_its_token(database: str) -> None:
     with served(database, **ALL_ADDRESSES) as (_, url):
         assert url.startswith("http://127.0.0.1:")
@@ -105,6 +108,7 @@ def test_a_server_on_all_addresses_asks_for_its_token(database: str) -> None:
         assert client.ask("/api/studies", headers=headers).status == 200
 
 
+@pytest.mark.slow
 def test_a_big_body_is_refused_before_it_is_read(database: str) -> None:
     with served(database, allow_edit=True) as (_, url):
         client = Client(port_of(url))
@@ -188,6 +192,7 @@ def test_a_token_file_that_is_not_there_is_named(tmp_path: Any) -> None:
 # --- in a browser
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(chromium.executable() is None, reason="no Chromium or Chrome is installed")
 def test_the_study_page_shows_its_name_and_learning_curves_and_asks_nobody_else(database: str) -> None:
     study_id = a_study(database)

@@ -50,6 +50,7 @@ DESCRIBED = {
 }
 
 
+@pytest.mark.slow
 def test_a_fresh_process_gets_the_same_predictions_without_unpickling_anything(exporting, start_python, tmp_path):
     wanted = []
     for kind, described in DESCRIBED.items():
@@ -113,6 +114,7 @@ def test_test_is_evaluated_once_for_the_same_weights(exporting, capsys, tmp_path
     assert "was evaluated" not in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_recorded_figures_are_those_that_the_manifest_says(exporting):
     exporting.start(code())
     sha256 = exporting().manifest.files[WEIGHTS]
@@ -165,6 +167,7 @@ def test_an_objective_that_fails_leaves_no_output_and_no_record(exporting, metho
     assert exporting.recorded() == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "forward",
     [
@@ -239,6 +242,7 @@ def test_a_program_that_gives_other_outputs_is_left_out(exporting):
     _assert_without_program(exporting, manifest)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
 def test_a_figure_that_is_no_number_is_null_and_can_be_exported_again(exporting, value, tmp_path):
     exporting.start(
@@ -323,6 +327,7 @@ def test_what_safetensors_cannot_hold_is_told_and_the_rest_is_there(exporting):
     assert tuner.load_model(exporting.output)(torch.zeros(3, 3)).shape == (3, 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rows", [1, 2, 3])
 def test_few_validation_rows_do_not_fix_the_batch_size(exporting, rows):
     more = f"""
@@ -392,6 +397,7 @@ TWO_OUTPUTS = """
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["tensor", "tuple", "dict"])
 def test_a_model_of_several_outputs_is_exported_as_its_prediction(exporting, kind):
     exporting.start(code(kind=kind, more=TWO_OUTPUTS), name=kind)
@@ -403,6 +409,7 @@ def test_a_model_of_several_outputs_is_exported_as_its_prediction(exporting, kin
     assert "size.weight" in load_file(exporting.output / WEIGHTS)
 
 
+@pytest.mark.slow
 def test_an_objective_of_samples_is_exported_with_its_test_figure(exporting):
     exporting.start(
         code(

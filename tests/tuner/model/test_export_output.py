@@ -63,6 +63,7 @@ def _pages(*paths):
     return sum(-(-path.stat().st_size // os.sysconf("SC_PAGE_SIZE")) for path in paths)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "fits", [(), (WEIGHTS,), (WEIGHTS, PROGRAM)], ids=["nothing", "the weights", "all but the manifest"]
 )

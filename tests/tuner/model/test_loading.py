@@ -28,6 +28,7 @@ def _remove(directory, name):
     (directory / name).unlink()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [WEIGHTS, PROGRAM])
 @pytest.mark.parametrize(
     ("damage", "told"), [(_cut, "needs the sha256"), (_flip, "needs the sha256"), (_remove, "cannot read")]

@@ -42,6 +42,7 @@ def _planned(epochs):
     return rates
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("how", "epochs"), [({}, 7), ({"full_schedule": True}, 20)])
 def test_the_schedule_is_the_studys_and_ends_after_the_best_epoch(exporting, how, epochs, capsys):
     exporting.start(code(more=COSINE), epoch=7)
@@ -53,6 +54,7 @@ def test_the_schedule_is_the_studys_and_ends_after_the_best_epoch(exporting, how
     assert f"retraining trial 1 on train + valid for {shown}\n" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("epoch", [None, 0, 21, "last", 2.5])
 def test_a_best_epoch_that_is_none_is_the_last(exporting, epoch):
     exporting.start(code(), epoch=None, attrs={"epoch": epoch})
@@ -66,6 +68,7 @@ def test_a_schedule_that_follows_a_metric_gives_the_rates_of_the_trial(exporting
     assert manifest.retraining == Retraining(schedule="replayed", schedule_epochs=20)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attrs", [{}, {"rates": "fast"}, {"rates": [["fast"]]}])
 def test_a_trial_without_recorded_rates_says_so(exporting, attrs):
     exporting.start(code(more=PLATEAU), epoch=3, attrs=attrs)
@@ -93,6 +96,7 @@ OWN = """
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("call", "weight", "is_finished"),
     [

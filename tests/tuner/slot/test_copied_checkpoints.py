@@ -56,6 +56,7 @@ def save(checkpoint, n, progress, *, last=True):
     checkpoint.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["sgd", "adam"])
 @pytest.mark.parametrize("batch", [0, 7, 10, 29])
 def test_interrupted_here_a_training_goes_on_elsewhere_as_if_it_had_not_been(tmp_path, shared, kind, batch):

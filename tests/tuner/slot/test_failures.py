@@ -219,6 +219,7 @@ class KilledReader:
         return torch.zeros(2), 0
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 def test_a_reader_of_samples_that_was_killed_is_not_the_trial_s_fault(study):
     class Streamed(Signs):

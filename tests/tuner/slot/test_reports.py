@@ -42,6 +42,7 @@ def test_a_report_has_been_written_when_put_returns(database):
             assert not reports.is_behind
 
 
+@pytest.mark.slow
 def test_training_goes_on_while_the_database_is_away_and_nothing_is_lost(database):
     database.is_there.clear()
     with Reports(database.write, lambda *_: None) as reports:
@@ -59,6 +60,7 @@ def test_training_goes_on_while_the_database_is_away_and_nothing_is_lost(databas
         assert database.taken[-1] == (100, 1.0)
 
 
+@pytest.mark.slow
 def test_the_wait_at_the_end_is_cut_short_by_the_order_to_stop(database):
     database.is_there.clear()
     stop = threading.Event()

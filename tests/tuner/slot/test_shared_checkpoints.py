@@ -190,6 +190,7 @@ def test_a_holder_that_lost_its_trial_does_not_copy_over_the_next_ones(storage):
     assert shared_checkpoint(study, storage, held).read() == b"of the next"
 
 
+@pytest.mark.slow
 def test_reading_waits_for_a_database_that_is_away_and_writing_does_not(storage):
     study = create_study(storage.engine, "s", a_spec())
     held = claim(storage, study)

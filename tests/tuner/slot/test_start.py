@@ -31,6 +31,7 @@ def started(file: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, input="", capture_output=True, text=True, check=False, cwd=file.parent)
 
 
+@pytest.mark.slow
 def test_the_objective_is_imported_before_the_slot_is_configured_and_prints_to_stderr(tmp_path: Path) -> None:
     file = tmp_path / "prints.py"
     file.write_text(PRINTS)
@@ -39,6 +40,7 @@ def test_the_objective_is_imported_before_the_slot_is_configured_and_prints_to_s
     assert sorted(done.stderr.splitlines()) == ["imported by Python", "imported by a program"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", ["sys.stdout = open('log.txt', 'w')", "sys.stdout.close()", "sys.stdout = None"])
 def test_an_objective_may_do_away_with_its_standard_output(tmp_path: Path, text: str) -> None:
     file = tmp_path / "quiet.py"
@@ -47,6 +49,7 @@ def test_an_objective_may_do_away_with_its_standard_output(tmp_path: Path, text:
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "imported")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", ["import does_not_exist", "raise SystemExit(3)", "objective = 1", None])
 def test_an_objective_that_cannot_be_imported_is_left_for_later_to_say(tmp_path: Path, text: str | None) -> None:
     file = tmp_path / "broken.py"

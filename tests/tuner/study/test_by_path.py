@@ -45,6 +45,7 @@ def written(folder: Path, name: str, code: str) -> Path:
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("files", "module"),
     [

@@ -114,6 +114,7 @@ def test_a_plan_of_a_plain_function_takes_no_options_of_objectives(function, cha
     assert told in str(caught.value)
 
 
+@pytest.mark.slow
 def test_a_study_is_opened_with_the_spec_it_was_created_with(engine, database):
     spec = a_spec(
         sampler="grid", pruner="median:n_warmup_steps=3", seed=2**63 - 1, budget=Budget(trials=9, timeout_s=60)
@@ -159,6 +160,7 @@ def test_a_name_that_the_database_cannot_hold_is_a_usage_error(engine, name):
         create_or_join(engine, name, a_spec())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["digits; drop table studies", "'", "ümläut 🔥", "../../etc", "%s"])
 def test_any_other_name_is_only_a_name(engine, name):
     assert create_or_join(engine, name, a_spec())[0] == open_study(engine, name)

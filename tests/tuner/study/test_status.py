@@ -85,6 +85,7 @@ def test_a_study_that_is_halted_says_so_whether_or_not_it_still_runs(engine):
     assert state_of(engine, study) == ("stopped", "the study was stopped; 'tuner resume' lets it go on")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("halted", ["open", "paused", "stopped"])
 @pytest.mark.parametrize(
     ("budget", "state", "count", "reason"),

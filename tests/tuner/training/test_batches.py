@@ -167,6 +167,7 @@ def some_data(rows):
     return Data(rows, rows, Samples(Pairs(3)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("rows", "how", "share", "kind", "told"),
     [
@@ -191,6 +192,7 @@ def test_rows_are_resident_if_they_fit_unless_told_otherwise(monkeypatch, rows, 
         assert torch.equal(found.inputs, wanted.inputs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("share", "kind", "told"), [(1.0, Split, False), (1e-3, Split, True), (1e-12, Samples, True)])
 def test_slots_that_start_at_once_leave_each_other_room(share, kind, told):
     lines = []
@@ -295,6 +297,7 @@ def test_batches_are_read_ahead_and_pinned_for_a_cuda_device(streamed, device, p
     assert loader.prefetch_factor > 1
 
 
+@pytest.mark.slow
 def test_a_reader_that_was_killed_between_two_epochs_is_told_as_one(streamed):
     rows = streamed(Samples(Readers()), 4, CPU, 2)
     list(rows.in_order())
@@ -409,6 +412,7 @@ def test_closing_ends_readers_that_are_stuck(monkeypatch, streamed):
     assert [reader.exitcode for reader in readers] == [-signal.SIGKILL] * 2
 
 
+@pytest.mark.slow
 def test_a_whole_number_of_numpy_is_a_batch_size():
     split = Samples(Pairs(30)).rows(slice(None))
     (one, _), (other, _) = fitted(split, batch_size=np.int64(8)), fitted(split)
@@ -444,6 +448,7 @@ next(reading)
 """
 
 
+@pytest.mark.slow
 def test_a_process_ends_though_a_reader_that_it_left_open_is_stuck(start_python):
     process = start_python(LEFT_OPEN)
     assert process.communicate(timeout=60) == ("", "")

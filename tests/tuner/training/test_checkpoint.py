@@ -17,6 +17,7 @@ from tuner.training.steps import fastest
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["sgd", "adam", "fused", "lazy", "lbfgs"])
 @pytest.mark.parametrize("batch", [0, 1, 7, 10, 29])
 def test_a_resumed_training_ends_as_one_that_was_never_interrupted(tmp_path, kind, batch):
@@ -63,6 +64,7 @@ def test_a_training_that_was_killed_goes_on_from_the_last_checkpoint(tmp_path):
     assert lines[0].startswith("resumed after epoch ")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch", range(5))
 @pytest.mark.parametrize("kind", [lambda split: split, Samples])
 def test_killed_in_the_evaluation_of_the_first_epoch_a_training_goes_on_from_the_batch_saved(tmp_path, kind, batch):
@@ -90,6 +92,7 @@ def test_killed_in_the_evaluation_of_the_first_epoch_a_training_goes_on_from_the
     assert lines == [f"resumed after epoch 0, batch {batch}"]
 
 
+@pytest.mark.slow
 def test_nothing_is_written_before_it_is_due(tmp_path):
     train(Checkpoint(tmp_path / "kept" / "late.pt", every_s=60))
     train(Checkpoint(tmp_path / "kept" / "soon.pt", every_s=0))
@@ -101,6 +104,7 @@ class _Trap:
         return (os.system, ("touch /tmp/tuner-was-unpickled",))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("content", [b"", b"not a checkpoint", b"tunerck1", pickle.dumps(_Trap(), protocol=2)])
 def test_a_file_that_is_no_checkpoint_is_told_and_training_starts_again(tmp_path, content):
     path = tmp_path / "a.pt"
@@ -122,6 +126,7 @@ def test_a_checkpoint_is_not_unpickled(tmp_path):
     assert not os.path.exists("/tmp/tuner-was-unpickled")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", [lambda data: data[:-1], lambda data: data[:-9] + b"x" + data[-8:]])
 def test_a_file_that_was_cut_off_or_changed_is_told_and_training_starts_again(tmp_path, damage):
     path = tmp_path / "a.pt"
@@ -145,6 +150,7 @@ def test_a_checkpoint_of_another_training_is_not_taken(tmp_path):
     assert Checkpoint(path, identity="one").load()["history"]
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_another_model_is_not_taken(tmp_path):
     train(Checkpoint(tmp_path / "a.pt", every_s=0))
     lines = []

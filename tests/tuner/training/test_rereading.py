@@ -69,6 +69,7 @@ class OfFile(Rows):
         return torch.tensor([float(self.file.read(1)[0])]), row % 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dataset", [Augmented(), RelabelledAtRandom()])
 @pytest.mark.parametrize("how", ["auto", "resident", "stream"])
 def test_samples_that_differ_when_they_are_read_again_have_to_be_called_random(dataset, how):

@@ -349,6 +349,7 @@ def test_gradients_are_clipped_to_the_norm():
     assert change(max_grad_norm=0.01) == pytest.approx(0.01, rel=1e-3)
 
 
+@pytest.mark.slow
 def test_a_compiled_model_trains_as_it_is(monkeypatch):
     # Without a C++ compiler's half a minute; what differs is how the graph is run.
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
@@ -406,6 +407,7 @@ def test_a_loss_with_weights_is_moved_to_the_model_and_used():
     assert float(step(rows.batch)) == pytest.approx(float(wanted))
 
 
+@pytest.mark.slow
 def test_each_of_many_models_in_a_process_is_compiled(monkeypatch):
     compiled = []
 
