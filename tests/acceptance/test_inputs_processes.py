@@ -162,7 +162,7 @@ MANY = "[" * 5000
         (["create", "digits", "--max-failures", "9" * 30], 2, "--max-failures needs a whole number from 0 to"),
         (["create", "digits", "--timeout", "9" * 400], 2, "--timeout needs a time of at most 10000 days"),
         (["create", "raises.py:Raises", "--sampler", "grid"], 2, "raises.py, line 11)"),
-        (["create", "raises.py:Raises", "--set", 'title="\\ud800"'], 2, "raises.py, line 11)"),
+        (["create", "raises.py:Titled", "--set", 'title="\\ud800"'], 1, "the database refused it"),
         (["dashboard", "--host", "x" * 300], 2, "it is no name of a machine"),
     ],
     ids=lambda value: None if isinstance(value, int) else str(value[1:4])[:60],

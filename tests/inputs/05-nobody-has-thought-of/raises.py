@@ -1,4 +1,4 @@
-"""Fails in its own code where no trial is about, and has an option that is text."""
+"""One fails in its own code where no trial is about; both have an option that is text."""
 
 from tuner.objective import Objective
 
@@ -13,3 +13,8 @@ class Raises(Objective):
     def load_data(self, root): ...
 
     def build_model(self, params): ...
+
+
+class Titled(Raises):
+    def suggest(self, trial):
+        trial.suggest_int("depth", 1, 2)
