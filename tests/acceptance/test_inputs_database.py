@@ -21,7 +21,8 @@ from command import Running, Tuner, wait_for
 from dashboards import Client
 
 from storage import EmbeddedServer, open_storage
-from storage.embedded.programs import bundled_programs, server_account
+from storage.embedded.programs import bundled_programs, reachable_by, server_account
+from storage.embedded.server import SHARED_DIRECTORY
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -160,7 +161,8 @@ def reader(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Tuner]:
 def _standby_of(server: EmbeddedServer, home: Path) -> Iterator[str]:
     """A server in recovery on a copy of another's cluster, for the time of the block."""
     cluster = server.status().directory
-    account, postgres = server_account(cluster), bundled_programs()[0].path("postgres")
+    account = server_account(cluster)
+    postgres = reachable_by(account, bundled_programs()[0], SHARED_DIRECTORY).path("postgres")
     server.stop()
     shutil.copytree(cluster, home / "cluster")
     (home / "cluster" / "standby.signal").touch()

@@ -47,6 +47,8 @@ def serve(
 ) -> None:
     """Serve the dashboard of a storage until SIGINT or SIGTERM, then return; call it from the main thread.
 
+    Both signals are ignored from then on, as the process is to end.
+
     Port 0 takes a free one. `on_ready` gets the dashboard's URL, never the token, once connections are
     accepted. `allowed_hosts` are further values of the Host header, as the address bar shows them:
     `tuner.example.org:8080`. `outages` is how the storage tries again, where it is to be told of.
@@ -159,9 +161,16 @@ def _rare_collections() -> Iterator[None]:
 
 @contextmanager
 def _signals_as_exit() -> Iterator[None]:
-    """Turn SIGINT and SIGTERM into SystemExit, and put their handlers back."""
+    """Turn SIGINT and SIGTERM into SystemExit, and ignore them once one came: what is left is the process's end.
+
+    `timeout`, a terminal and a service manager send a signal twice, to the process and to its group, and the
+    second must not make a clean end an interruption. Without one their handlers are put back.
+    """
+    came = False
 
     def stop(_signum: int, _frame: FrameType | None) -> None:
+        nonlocal came
+        came = True
         raise SystemExit
 
     previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -169,7 +178,7 @@ def _signals_as_exit() -> Iterator[None]:
         yield
     finally:
         for number, handler in previous.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_IGN if came else handler)
 
 
 def _read_private(path: Path) -> str:
