@@ -100,8 +100,9 @@ class FinishedTrials:
             yield
 
     def _take_in(self, changed: Iterable[tuple[int, int, str]]) -> None:
+        known = self._last_number  # rows come in any order
         for trial_id, number, state in changed:
-            if number <= self._last_number and trial_id not in self._unfinished:
+            if number <= known and trial_id not in self._unfinished:
                 continue  # another thread's answer told it before
             self._last_number = max(self._last_number, number)
             (self._unfinished.add if state in UNFINISHED else self._unfinished.discard)(trial_id)

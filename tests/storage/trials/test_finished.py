@@ -112,3 +112,14 @@ def test_what_is_told_twice_counts_once(storage, other, study_id):
     index.learn(told, 99, 1)
     with index.up_to_date(99, 1):
         assert (index.count, index.at(0).count) == (1, 1)
+
+
+def test_what_is_told_in_any_order_counts(storage, other, study_id):
+    """A small table is read in the order of its last changes."""
+    index = FinishedTrials(storage.sessions, study_id)
+    for value in (0.5, 0.7, 0.6):
+        finish_one(other, study_id, {0: value})
+    told = [(trial._trial_id, trial.number, trial.state.name) for trial in other.get_all_trials(study_id)]
+    index.learn(reversed(told), 99, 0)
+    with index.up_to_date(99, 0):
+        assert (index.count, index.at(0).count, index.at(0).percentile(100)) == (3, 3, 0.7)
