@@ -71,7 +71,8 @@ def test_two_processes_ran_the_trials(job: Finished) -> None:
 
 def test_best_prints_what_the_manifest_holds(job: Finished, tuner: Tuner, home: Path) -> None:
     best = tuner("best", "digits", "--json").json()
-    assert list(best) == ["study", "number", "value", "metric", "direction", "params", "epoch", "state", "seed"]
+    fields = ["study", "number", "value", "metric", "direction", "params", "epoch", "state", "seed"]
+    assert list(best) == [*fields, "parameters", "trained_parameters"]
     assert (best["study"], best["metric"], best["direction"]) == ("digits", "accuracy", "maximize")
     assert best["state"] == "COMPLETE"
     (manifest,) = (home / "data" / "models").glob("*/manifest.json")
@@ -81,7 +82,12 @@ def test_best_prints_what_the_manifest_holds(job: Finished, tuner: Tuner, home: 
     assert exported["epochs"] == best["epoch"]
     curve = [trial for trial in tuner("trials", "digits", "--json").json() if trial["number"] == best["number"]]
     assert curve[0]["value"] == best["value"]
-    assert f"accuracy {best['value']:.6g} (trial {best['number']}" in tuner("best", "digits").stdout
+    shown = tuner("best", "digits").stdout
+    assert f"accuracy {best['value']:.6g} (trial {best['number']}" in shown
+    weights = {name: best[name] for name in ("parameters", "trained_parameters")}
+    assert weights == {name: curve[0][name] for name in weights} == {name: exported[name] for name in weights}
+    assert f"{best['parameters']:,} parameters\n" in shown
+    assert best["parameters"] > 64 * 10
 
 
 def test_best_params_paste_into_scripts(job: Finished, tuner: Tuner) -> None:

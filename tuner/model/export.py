@@ -108,6 +108,8 @@ def export_study(
             test=test,
             epochs=trained.epochs,
             retraining=trained.how,
+            parameters=trained.counts["parameters"],
+            trained_parameters=trained.counts["trained_parameters"],
             seed=seed,
             trained_on=str(device_),
             data={

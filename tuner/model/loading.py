@@ -60,6 +60,9 @@ class Manifest(BaseModel):
     epochs: int
     retraining: Retraining | None = None
     """None in an export of before 0.2: the schedule's epochs were as many as the trial's best one then."""
+    parameters: int | None = None
+    trained_parameters: int | None = None
+    """How many numbers the model's weights are, and how many of them were trained; None in an export of before 0.2."""
     seed: int
     trained_on: str
     data: dict[str, JsonValue]

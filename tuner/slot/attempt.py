@@ -276,6 +276,7 @@ def _train(
             raise optuna.TrialPruned
 
     def on_resume(history: Sequence[training.Epoch]) -> None:
+        record.count(model)
         for epoch in history:  # the reports of an attempt go when its trial is given back
             record.add(epoch)
             trial.report(epoch.metrics[metric], epoch.number)

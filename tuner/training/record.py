@@ -25,6 +25,15 @@ OWN_NAMES = frozenset(
 """What is recorded of a trial and of its epochs beside the metrics, which cannot have these names."""
 
 
+def count_weights(model: nn.Module) -> dict[str, int]:
+    """Return how many numbers the model's weights are, as `parameters`, and those trained, `trained_parameters`."""
+    weights = list(model.parameters())
+    return {
+        "parameters": sum(weight.numel() for weight in weights),
+        "trained_parameters": sum(weight.numel() for weight in weights if weight.requires_grad),
+    }
+
+
 class Record:
     """Collects what a trial cost while it runs: `peak_memory_mb` is the device's, on a CPU the whole process's.
 
@@ -43,12 +52,7 @@ class Record:
 
     def count(self, model: nn.Module) -> None:
         """Count the model's weights, all of them and those that are trained."""
-        if not self._counts:
-            weights = list(model.parameters())
-            self._counts = {
-                "parameters": sum(weight.numel() for weight in weights),
-                "trained_parameters": sum(weight.numel() for weight in weights if weight.requires_grad),
-            }
+        self._counts = self._counts or count_weights(model)
 
     def add(self, epoch: Epoch) -> None:
         """Take an epoch that ended into the sums."""
