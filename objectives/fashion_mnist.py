@@ -79,7 +79,7 @@ class FashionMNIST(Objective):
         return {
             **super().build_metrics(data),
             "top_3_accuracy": MulticlassAccuracy(num_classes=n, top_k=3, average="micro"),
-            "accuracy_of_each": ClasswiseWrapper(of_each, labels=list(data.class_names), prefix="accuracy "),
+            "accuracy_of_each": ClasswiseWrapper(of_each, labels=list(map(str, data.class_names)), prefix="accuracy "),
         }
 
 

@@ -17,8 +17,9 @@ from tuner.formats.weights import WEIGHTS
 MANIFEST = "manifest.json"
 
 
-class InputDescription(BaseModel):
-    """One input of a model. `shape` is one row's, without the batch dimension; `name` is None for positional ones."""
+class TensorDescription(BaseModel):
+    """An input or output of a model. `shape` is one row's, without the batch dimension; `name` is None for those by
+    their order."""
 
     name: str | None
     shape: tuple[int, ...]
@@ -66,8 +67,11 @@ class Manifest(BaseModel):
     seed: int
     trained_on: str
     data: dict[str, JsonValue]
-    inputs: list[InputDescription]
-    class_names: tuple[str, ...]
+    inputs: list[TensorDescription]
+    outputs: list[TensorDescription] = []
+    """Empty without a program, and in an export of before 0.2."""
+    class_names: tuple[str, ...] | dict[str, tuple[str, ...]]
+    """Of several targets by the target's name, or its place."""
     versions: dict[str, str]
     created_at: str
     files: dict[str, str]

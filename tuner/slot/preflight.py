@@ -19,7 +19,7 @@ from torch.utils.data import Subset
 from torchmetrics import Metric
 
 from tuner import training
-from tuner.data import Data, DataError, Rows, Samples, Split
+from tuner.data import Data, DataError, Rows, Samples, Split, Tensors, tensors
 from tuner.errors import FormatError, ObjectiveError, TunerError, first_line
 from tuner.formats.program import PROGRAM, Predictor, program_file
 from tuner.formats.weights import WEIGHTS, weights_file
@@ -230,8 +230,11 @@ def _index(rows: Rows, n: int, seed: int) -> Tensor:
     return torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[:n]
 
 
-def _is_close(one: Tensor, other: Tensor) -> bool:
-    return torch.allclose(one.double(), other.double(), rtol=1e-4, atol=1e-5, equal_nan=True)
+def _is_close(one: Tensors, other: Tensors) -> bool:
+    return all(
+        torch.allclose(its.double(), others.double(), rtol=1e-4, atol=1e-5, equal_nan=True)
+        for its, others in zip(tensors(one), tensors(other), strict=True)
+    )
 
 
 @contextmanager

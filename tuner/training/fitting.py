@@ -244,7 +244,7 @@ class _Training:
             # Before a step, so that resuming makes one before the epoch ends: torch warns of a schedule stepped first.
             if checkpoint is not None and checkpoint.is_due():
                 self.save()
-            self._losses.add(self._step(batch), len(batch.targets))
+            self._losses.add(self._step(batch), batch.n_rows)
             self._n_done += 1
             if self._losses.is_broken():
                 break
