@@ -92,6 +92,8 @@ class Outcome:
 class TrialObjective:
     """What a slot runs for each trial: an objective with its data where it is trained on, or a plain function.
 
+    `identical` names two splits of the same rows, if there are any.
+
     `checkpoints` is the directory for those of the study's trials, None for none; `shared` is where other machines
     find that of the trial at hand. `log` takes a line for people.
     """
@@ -100,6 +102,7 @@ class TrialObjective:
     objective: Objective | FunctionObjective
     device: torch.device
     data: Data | None = None
+    identical: tuple[str, str] | None = None
     checkpoints: Path | None = None
     shared: Shared | None = None
     log: Callable[[str], None] = lambda _: None
@@ -131,8 +134,9 @@ class TrialObjective:
         try:
             data = load_data(objective, data_dir, spec.training)
             check_doubles(objective, data)
-            for line in overlaps(data):
-                log(line)
+            overlapping = overlaps(data)
+            for overlap in overlapping:
+                log(str(overlap))
             data = place(data, device, spec.training.data, log, share=share)
         except DataError as error:
             raise TunerError(f"{name}: {error}") from error
@@ -143,7 +147,15 @@ class TrialObjective:
                 f"{name}: the data cannot be put on {device}: {type(error).__name__}: {first_line(error)};"
                 " where memory is short, try --data stream or fewer slots"
             ) from error
-        return cls(spec=spec, objective=objective, device=device, data=data, checkpoints=checkpoints, log=log)
+        return cls(
+            spec=spec,
+            objective=objective,
+            device=device,
+            data=data,
+            identical=next(((its.first, its.second) for its in overlapping if its.is_identical), None),
+            checkpoints=checkpoints,
+            log=log,
+        )
 
     def checkpoint(self, number: int, params: dict[str, Any]) -> Checkpoint | None:
         """Return the checkpoint of a trial, None where none are kept.

@@ -70,6 +70,16 @@ def exported_form(model: nn.Module, objective: Objective) -> nn.Module:
     return (model if is_prediction else Predictor(model, objective.prediction)).eval()
 
 
+def refuse_leak(objective: Objective, identical: tuple[str, str]) -> None:
+    """Raise TunerError that two splits, whose names these are, have the same rows."""
+    first, second = identical
+    raise TunerError(
+        f"{type(objective).__name__} cannot be searched as it is: the {second} split has the very rows of {first}, so"
+        " that its figures tell what was learned by heart: let load_data give it other rows; --allow-leak goes on with"
+        " them"
+    )
+
+
 def preflight(objective: Objective, spec: Spec, data: Data, device: torch.device) -> list[str]:
     """Return a line for each thing that trials can do without, such as what an export would lack.
 
