@@ -31,7 +31,7 @@ Workers = Annotated[
 ]
 Device = Annotated[
     str | None,
-    typer.Option(help="cuda, cuda:1, mps or cpu (default: the best there is).", rich_help_panel=WORKERS),
+    typer.Option(help="cuda, cuda:1, xpu, mps or cpu (default: the best there is).", rich_help_panel=WORKERS),
 ]
 AllowCodeChange = Annotated[
     bool,

@@ -35,6 +35,7 @@ from tuner.study.registry import FunctionObjective
 from tuner.training import Interrupted
 from tuner.training.batches import place
 from tuner.training.checkpoint import Checkpoint, Shared
+from tuner.training.devices import memory_of
 from tuner.training.loaders import DeadReaderError
 from tuner.training.memory import free_memory, is_out_of_memory
 from tuner.training.overlap import overlaps
@@ -208,7 +209,7 @@ def run_attempt(what: TrialObjective, trial: CheckedTrial) -> Outcome:
         outcome = _by(error, what)
     always = {**record.attrs(), "seconds": round(time.perf_counter() - start, 3)}
     outcome = replace(outcome, attrs={**outcome.attrs, **always})
-    if not outcome.is_poisoned and (outcome.failure == "oom" or what.device.type == "cuda"):
+    if not outcome.is_poisoned and (outcome.failure == "oom" or what.device.type != "cpu"):
         try:
             free_memory()  # here the error is gone, and with it the frames that held the tensors
         except RuntimeError as error:  # of a kernel that was still running
@@ -414,8 +415,8 @@ def _by(error: BaseException, what: TrialObjective) -> Outcome:
 
 
 def _found_broken(device: torch.device) -> BrokenDeviceError | None:
-    """Return how a CUDA device is broken for this process, None if it computes or has no memory to tell."""
-    if device.type != "cuda":
+    """Return how an accelerator is broken for this process, None if it computes or has no memory to tell."""
+    if device.type == "cpu":
         return None
     try:
         check_device(device)
@@ -442,10 +443,10 @@ def _may_be_out_of_memory(error: BaseException) -> bool:
 
 
 def _is_full(device: torch.device) -> bool:
-    if device.type != "cuda":
+    if device.type == "cpu":
         return False
     try:
-        free, total = torch.cuda.mem_get_info(device)
+        free, total = memory_of(device)
     except RuntimeError:  # it is broken
         return False
     return free < _FULL_BELOW * total

@@ -38,7 +38,7 @@ ROWS, MORE_ROWS = 8, 4096
 """How many rows of a split are taken, and how many where those were too few for something."""
 MAX_CHARS = 400
 _CPU = torch.device("cpu")
-_OF_DEVICE = ("cpu", "cuda", "device", "triton", "mps", "not implemented")
+_OF_DEVICE = ("cpu", "cuda", "device", "triton", "mps", "xpu", "not implemented")
 """What errors tell of that may come of trying on the CPU what is to run elsewhere."""
 
 

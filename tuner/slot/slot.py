@@ -18,6 +18,7 @@ import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
@@ -227,10 +228,7 @@ class Slot:
         """
         assert what.data is not None
         done = (study.study_id, self._code_hash)
-
-        def is_due() -> bool:
-            return preflights.is_due(self._storage.sessions, *done, study.spec.objective.code_hash)
-
+        is_due = partial(preflights.is_due, self._storage.sessions, *done, study.spec.objective.code_hash)
         if what.identical is not None and not self._config.allow_leak and is_due():
             refuse_leak(objective, what.identical)
         while self._config.preflight and not self._is_abandoned() and is_due():
@@ -274,7 +272,7 @@ class Slot:
             self._storage.let_go(held)
         if self._poisoned is not None:
             _exit_again(self._parent)  # whatever became of the trial
-        if what.device.type == "cuda":
+        if what.device.type != "cpu":
             free_memory()  # of a trial that was given back, too
 
     def _run_held(

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import atexit
 import dataclasses
-import os
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -30,6 +29,7 @@ from tuner.data import (
     tensors,
 )
 from tuner.spec import DataPlace
+from tuner.training.devices import memory_of
 from tuner.training.loaders import (
     DeadReaderError,
     Planned,
@@ -244,7 +244,7 @@ def place_rows(
     all are read now, of those to be streamed CHECKED_ROWS from all over each split. Raises it as well for samples of
     which `readable` says so.
     """
-    wanted, (free, total) = sum(_n_bytes(rows) for rows in parts), _free_bytes(device)
+    wanted, (free, total) = sum(_n_bytes(rows) for rows in parts), memory_of(device)
     is_random = any(isinstance(rows, Samples) and rows.random for rows in parts)
     if how == "resident" and is_random:
         raise DataError("random samples cannot be resident, as they would be the same in each epoch: use --data stream")
@@ -345,19 +345,6 @@ def _n_bytes(rows: Rows) -> int:
     if isinstance(rows, Split):
         return rows.n_bytes
     return rows.rows(slice(0, 1)).n_bytes * len(rows)
-
-
-def _free_bytes(device: torch.device) -> tuple[int, int]:
-    """Return how much of the device's memory is free, and how much there is."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)
-    if device.type == "mps":
-        total = torch.mps.recommended_max_memory()
-        return total - torch.mps.driver_allocated_memory(), total
-    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if "SC_AVPHYS_PAGES" not in os.sysconf_names:  # macOS tells what there is, not what is free of it
-        return total, total
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), total
 
 
 def _mb(n_bytes: float) -> str:

@@ -223,7 +223,7 @@ def _is_compiled(model: nn.Module) -> bool:
 
 
 def _bytes(device: torch.device) -> int:
-    return EVALUATION_BYTES.get(device.type, EVALUATION_BYTES["cpu"])
+    return EVALUATION_BYTES.get(device.type, EVALUATION_BYTES["cuda"])
 
 
 def _tensors(outputs: Any) -> Iterator[Tensor]:
