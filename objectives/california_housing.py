@@ -1,18 +1,22 @@
 """Regression on the California housing data: 20,640 districts of the census of 1990, eight numbers each.
 
 Pace and Barry 1997, "Sparse Spatial Autoregressions"; scikit-learn downloads it. Shows an own loss and metric, gradient
-clipping, and - in `WideAndDeep` - two inputs by name and a second output whose share of the loss is searched.
+clipping, training on all rows at once by L-BFGS (`--set batch=full`), and - in `WideAndDeep` - two inputs by name and a
+second output whose share of the loss is searched.
 Targets are medians of house values in units of $100,000, 0.15 to 5: near enough to 1 to be learned as they are.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
+from pydantic import Field
 from sklearn.datasets import fetch_california_housing
 from torch import Tensor, nn
+from torch.optim import LBFGS, Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 from objectives.layers import hidden_layers, suggest_hidden_layers
 from objectives.tabular import Standardize, Tabular, fetch
@@ -24,6 +28,10 @@ if TYPE_CHECKING:
     from torchmetrics import Metric
 
 
+ALL_ROWS = 2**31
+"""A batch of more rows than there are is all of them."""
+
+
 class CaliforniaHousing(Tabular):
     """Predict the value of houses by an MLP, or linearly; the RMSE on the validation split is minimized."""
 
@@ -33,9 +41,17 @@ class CaliforniaHousing(Tabular):
 
     min_layers: ClassVar[int] = 0  # linear regression
 
+    max_layers: int = Field(default=3, ge=0)
+    batch: Literal["searched", "full"] = "searched"
+    """`full`: each step is one of L-BFGS on all rows, which for a linear model soon is least squares."""
+
     def suggest(self, trial: optuna.Trial) -> None:
-        suggest_hidden_layers(trial, layers=(self.min_layers, 3), units=(16, 256))
+        is_full = self.batch == "full"  # L-BFGS compares losses, which dropout would make random
+        layers = (self.min_layers, self.max_layers)
+        suggest_hidden_layers(trial, layers=layers, units=(16, 256), dropout=not is_full)
         trial.suggest_categorical("loss", ["mse", "huber"])
+        if is_full:
+            return
         trial.suggest_float("lr", 1e-4, 1e-1, log=True)
         trial.suggest_float("weight_decay", 1e-6, 1e-1, log=True)
         trial.suggest_float("max_grad_norm", 0.1, 10.0, log=True)
@@ -56,6 +72,17 @@ class CaliforniaHousing(Tabular):
     def build_loss(self, params: Params, train: Rows) -> Loss:  # noqa: ARG002
         return nn.HuberLoss() if params["loss"] == "huber" else nn.MSELoss()
 
+    def build_optimizer(self, model: nn.Module, params: Params) -> Optimizer:
+        if self.batch == "full":
+            return LBFGS(model.parameters(), line_search_fn="strong_wolfe")
+        return super().build_optimizer(model, params)
+
+    def build_scheduler(self, optimizer: Optimizer, params: Params, epochs: int) -> LRScheduler | None:
+        return None if self.batch == "full" else super().build_scheduler(optimizer, params, epochs)
+
+    def batch_size(self, params: Params) -> int:
+        return ALL_ROWS if self.batch == "full" else super().batch_size(params)
+
     def build_metrics(self, data: Data) -> dict[str, Metric]:  # noqa: ARG002
         from torchmetrics.regression import MeanAbsoluteError, MeanSquaredError
 
@@ -69,6 +96,8 @@ class WideAndDeep(CaliforniaHousing):
     """
 
     min_layers: ClassVar[int] = 1
+
+    max_layers: int = Field(default=3, ge=1)
 
     def suggest(self, trial: optuna.Trial) -> None:
         super().suggest(trial)

@@ -7,7 +7,7 @@ images that stay in uint8 up to the model's first layer, own optimizers, schedul
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import nn
@@ -32,7 +32,16 @@ class FashionMNIST(Objective):
 
     epochs = 15
 
+    models: Literal["all", "mlp"] = "all"
+    """`mlp`: the four params of a textbook's search, hidden layers of one width among them, and nothing else."""
+
     def suggest(self, trial: optuna.Trial) -> None:
+        if self.models == "mlp":  # Géron, Hands-On Machine Learning, 3rd edition, chapter 10: its Keras Tuner example
+            trial.suggest_int("layers", 0, 8)
+            trial.suggest_int("units", 16, 256)
+            trial.suggest_float("lr", 1e-4, 1e-2, log=True)
+            trial.suggest_categorical("optimizer", ["sgd", "adam"])
+            return
         if trial.suggest_categorical("model", ["mlp", "cnn"]) == "mlp":
             suggest_hidden_layers(trial, layers=(1, 3), units=(20, 512))
         else:
@@ -58,7 +67,7 @@ class FashionMNIST(Objective):
 
     def build_model(self, params: Params) -> nn.Module:
         pixels = v2.ToDtype(torch.float32, scale=True)  # 0 to 255 become 0 to 1
-        if params["model"] == "cnn":
+        if params.get("model") == "cnn":
             return nn.Sequential(pixels, *_convolutions(params["channels"], params["dropout"]))
         layers, width = hidden_layers(28 * 28, params)
         return nn.Sequential(pixels, nn.Flatten(), *layers, nn.Linear(width, 10))
@@ -68,7 +77,7 @@ class FashionMNIST(Objective):
         return fastest(OPTIMIZERS[params["optimizer"]], model.parameters(), **settings)
 
     def build_scheduler(self, optimizer: Optimizer, params: Params, epochs: int) -> LRScheduler | None:
-        return super().build_scheduler(optimizer, params, epochs) if params["schedule"] == "cosine" else None
+        return super().build_scheduler(optimizer, params, epochs) if params.get("schedule") == "cosine" else None
 
     def build_metrics(self, data: Data) -> dict[str, Metric]:
         from torchmetrics import ClasswiseWrapper
@@ -79,7 +88,7 @@ class FashionMNIST(Objective):
         return {
             **super().build_metrics(data),
             "top_3_accuracy": MulticlassAccuracy(num_classes=n, top_k=3, average="micro"),
-            "accuracy_of_each": ClasswiseWrapper(of_each, labels=list(data.class_names), prefix="accuracy "),
+            "accuracy_of_each": ClasswiseWrapper(of_each, labels=list(map(str, data.class_names)), prefix="accuracy "),
         }
 
 

@@ -12,7 +12,7 @@ import os
 import pickle
 import traceback
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,9 +24,14 @@ from torch import Tensor
 
 from tuner.errors import DataError as DataError
 from tuner.errors import first_line
-from tuner.labels import Labels
+from tuner.labels import Labels, LabelsOfEach
 
-Inputs: TypeAlias = Tensor | tuple[Tensor, ...] | dict[str, Tensor]
+Tensors: TypeAlias = Tensor | tuple[Tensor, ...] | dict[str, Tensor]
+"""One tensor, several in order, or several by name; each has a row for each example."""
+Inputs: TypeAlias = Tensors
+Targets: TypeAlias = Tensors
+ClassNames: TypeAlias = tuple[str, ...] | Mapping[str, tuple[str, ...]] | tuple[tuple[str, ...], ...]
+"""The names of the classes; of each target, by its name or in their order, where there are several."""
 
 # What readers of files raise for one that was cut off or is something else: of torch, NumPy, pickle and zlib.
 _UNREADABLE = (RuntimeError, ValueError, LookupError, AssertionError, EOFError, pickle.UnpicklingError, zlib.error)
@@ -41,7 +46,21 @@ class Batch(NamedTuple):
     """Some rows: like a `Split`, but without its checks, as one is cut for each step of training."""
 
     inputs: Inputs
-    targets: Tensor
+    targets: Targets
+
+    @property
+    def columns(self) -> tuple[Tensor, ...]:
+        """The tensors of the inputs and then of the targets."""
+        return (*tensors(self.inputs), *tensors(self.targets))
+
+    @property
+    def n_rows(self) -> int:
+        """How many rows it has."""
+        return len(tensors(self.targets)[0])
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Batch:
+        """Return the batch with each tensor replaced by `function` of it."""
+        return Batch(map_inputs(function, self.inputs), map_inputs(function, self.targets))
 
 
 @dataclass(frozen=True)
@@ -49,35 +68,36 @@ class Split:
     """Rows to train or evaluate on.
 
     `inputs` is what the model is called with: one tensor (n, ...), a tuple of them (`model(*inputs)`) or a
-    dict of them (`model(**inputs)`). `targets` is a tensor (n, ...). Row i of each belongs together. `labels` is
-    set by `Data`.
+    dict of them (`model(**inputs)`). `targets` is a tensor (n, ...), or a tuple or dict of them for a model that gives
+    an output for each, in order or by name. Row i of each belongs together. `labels` is set by `Data`.
     """
 
     inputs: Inputs
-    targets: Tensor
-    labels: Labels | None = None
+    targets: Targets
+    labels: Labels | LabelsOfEach | None = None
 
     def __post_init__(self) -> None:
-        inputs = tensors(self.inputs) if isinstance(self.inputs, tuple | dict) else (self.inputs,)
-        if not inputs:
-            raise DataError("inputs need at least one tensor, got none: check load_data")
-        for tensor in (*inputs, self.targets):
+        parts = [tensors(part) if isinstance(part, tuple | dict) else (part,) for part in (self.inputs, self.targets)]
+        for part, name in zip(parts, ("inputs", "targets"), strict=True):
+            if not part:
+                raise DataError(f"{name} need at least one tensor, got none: check load_data")
+        for tensor in (*parts[0], *parts[1]):
             if not isinstance(tensor, Tensor) or tensor.dim() == 0:
                 kind = "one number" if isinstance(tensor, Tensor) else type(tensor).__name__
                 raise DataError(
                     "inputs need to be a tensor with a row for each example, or a tuple or dict of such, and targets"
-                    f" a tensor, got {kind}: use torch.as_tensor"
+                    f" too, got {kind}: use torch.as_tensor"
                 )
-        lengths = {len(tensor) for tensor in (*inputs, self.targets)}
+        lengths = {len(tensor) for tensor in self.batch.columns}
         if len(lengths) != 1:
             raise DataError(f"inputs and targets need the same number of rows, got {sorted(lengths)}: check load_data")
 
     def __len__(self) -> int:
-        return len(self.targets)
+        return self.batch.n_rows
 
-    def __getitem__(self, row: int) -> tuple[Inputs, Tensor]:
+    def __getitem__(self, row: int) -> tuple[Inputs, Targets]:
         """Return one row, as a data set of samples does."""
-        return map_inputs(lambda tensor: tensor[row], self.inputs), self.targets[row]
+        return self.batch.map(lambda tensor: tensor[row])
 
     @property
     def batch(self) -> Batch:
@@ -87,7 +107,12 @@ class Split:
     @property
     def n_bytes(self) -> int:
         """The size of its tensors in bytes."""
-        return sum(tensor.numel() * tensor.element_size() for tensor in (*tensors(self.inputs), self.targets))
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.batch.columns)
+
+    @property
+    def device(self) -> torch.device:
+        """Where its tensors are."""
+        return self.batch.columns[-1].device
 
     def rows(self, index: Tensor | slice) -> Split:
         """Return the rows at `index`, an integer tensor on the split's device or a slice."""
@@ -99,13 +124,14 @@ class Split:
         return self._map(lambda tensor: tensor.to(device, non_blocking=device.type == "cuda"))
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> Split:
-        return replace(self, inputs=map_inputs(function, self.inputs), targets=function(self.targets))
+        mapped = self.batch.map(function)
+        return replace(self, inputs=mapped.inputs, targets=mapped.targets)
 
 
 class DataSet(Protocol):
     """What `Samples` reads: `dataset[i]` is (inputs, target) of row i, as torchvision's data sets give it.
 
-    Inputs are a tensor, a tuple or a dict of tensors; a target is a tensor or a number.
+    Inputs are a tensor, a tuple or a dict of tensors; a target is a tensor or a number, or a tuple or dict of such.
     """
 
     def __len__(self) -> int: ...
@@ -126,7 +152,7 @@ class Samples:
     dataset: DataSet
     random: bool = False
     split: str = ""
-    labels: Labels | None = None
+    labels: Labels | LabelsOfEach | None = None
     readers: int | None = None
     prefetch: int | None = None
 
@@ -174,7 +200,8 @@ class Data:
 
     Targets of classes are numbers of one each, which may be of any integer type or bool; or numbers from 0 to 1, a
     column for each class, where a row may have several; or one such number where there are two classes. `ignored` is
-    the label that stands for no class, such as 255 or -100.
+    the label that stands for no class, such as 255 or -100. Of several targets, each that is of classes has their names
+    in `class_names`, by the target's name or in the targets' order.
 
     The search sees `train` and `valid`; `test` is for the exported model alone. Of `Samples` only the first row
     is checked here, and each row when it is read.
@@ -183,11 +210,11 @@ class Data:
     train: Rows
     valid: Rows
     test: Rows
-    class_names: tuple[str, ...] = ()
+    class_names: ClassNames = ()
     ignored: int | None = None
 
     def __post_init__(self) -> None:
-        labels = Labels(len(self.class_names), self.ignored) if self.class_names else None
+        labels = _labels_of(self.class_names, self.ignored)
         for name, split in self.splits():
             dataset = split.dataset if isinstance(split, Samples) else split
             if not isinstance(split, Split | Samples) or not hasattr(dataset, "__len__"):
@@ -242,7 +269,7 @@ class Data:
         digest = hashlib.sha256()
         for name, split in self.splits():
             for part in _parts(split):
-                for tensor in (*tensors(part.inputs), part.targets):
+                for tensor in part.batch.columns:
                     digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
                     digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
         return digest.hexdigest()
@@ -283,32 +310,53 @@ def join(first: Rows, second: Rows) -> Rows:
 
 def concatenate(splits: Sequence[Split]) -> Split:
     """Return the rows of all splits, one after the other."""
-    first = splits[0].inputs
-    inputs: Inputs
+    return replace(
+        splits[0],
+        inputs=concatenated([split.inputs for split in splits]),
+        targets=concatenated([split.targets for split in splits]),
+    )
+
+
+def concatenated(parts: Sequence[Tensors]) -> Tensors:
+    """Return the rows of all parts, which are of one form, one after the other."""
+    first = parts[0]
     if isinstance(first, dict):
-        inputs = {name: torch.cat([_by_name(split)[name] for split in splits]) for name in first}
-    elif isinstance(first, tuple):
-        inputs = tuple(torch.cat(column) for column in zip(*(tensors(split.inputs) for split in splits), strict=True))
-    else:
-        inputs = torch.cat([tensors(split.inputs)[0] for split in splits])
-    return replace(splits[0], inputs=inputs, targets=torch.cat([split.targets for split in splits]))
+        return {name: torch.cat([part[name] for part in parts]) for name in first}  # type: ignore[index, call-overload]
+    return like(first, [torch.cat(column) for column in zip(*map(tensors, parts), strict=True)])
 
 
-def class_weights(train: Rows, n_classes: int) -> Tensor:
+def like(form: Tensors, columns: Iterable[Tensor]) -> Tensors:
+    """Return tensors in the form of others: one, several in order, or by the same names."""
+    if isinstance(form, Tensor):
+        (column,) = columns
+        return column
+    return dict(zip(form, columns, strict=True)) if isinstance(form, dict) else tuple(columns)
+
+
+def class_weights(train: Rows, n_classes: int, target: str | int | None = None) -> Tensor:
     """Return a weight for each class, n / (n_classes * its count), so that each counts the same in the loss.
 
-    A class without rows has weight 0, and labels that are none do not count. Raises DataError for samples whose
-    targets are not known beforehand, and for rows of several classes.
+    `target` is the name or the place of one of several targets. A class without rows has weight 0, and labels that are
+    none do not count. Raises DataError for samples whose targets are not known beforehand, and for rows of several
+    classes.
     """
     rows = train.dataset if isinstance(train, Samples) else train  # a split that is streamed still has its targets
     if not isinstance(rows, Split):
         raise DataError("class weights need targets in memory, got samples: count them once in load_data")
-    if rows.targets.is_floating_point():
+    if isinstance(rows.targets, Tensor):
+        targets, labels = rows.targets, rows.labels
+    elif target is None:
+        raise DataError("class weights need the target that they are of, as there are several: give target=its name")
+    else:
+        targets = rows.targets[target]  # type: ignore[index]  # a name or a place, as they have
+        labels = rows.labels.by_target.get(target) if isinstance(rows.labels, LabelsOfEach) else None
+    if targets.is_floating_point():
         raise DataError(
-            f"class weights need one class a row, got {rows.targets.dtype}:"
+            f"class weights need one class a row, got {targets.dtype}:"
             " nn.BCEWithLogitsLoss(pos_weight=...) weighs several"
         )
-    targets = rows.targets if rows.labels is None else rows.targets[rows.labels.known(rows.targets)]
+    if isinstance(labels, Labels):
+        targets = targets[labels.known(targets)]
     counts = torch.bincount(targets.flatten(), minlength=n_classes)
     weights = targets.numel() / (n_classes * counts.clamp(min=1))
     return weights * (counts > 0)
@@ -316,9 +364,9 @@ def class_weights(train: Rows, n_classes: int) -> Tensor:
 
 def split_rows(
     inputs: Inputs,
-    targets: Tensor,
+    targets: Targets,
     *,
-    class_names: tuple[str, ...] = (),
+    class_names: ClassNames = (),
     valid: float = 0.2,
     test: float = 0.2,
     seed: int = 0,
@@ -329,7 +377,8 @@ def split_rows(
     `valid` and `test` are fractions of all rows. With `class_names` every split gets its share of each
     class (stratified), where a row has one.
     """
-    stratified = bool(class_names) and targets.dim() == 1
+    of_one = isinstance(_labels_of(class_names, ignored), Labels)
+    stratified = of_one and isinstance(targets, Tensor) and targets.dim() == 1
     rest, test_ = split_in_two(Split(inputs, targets), test, stratified=stratified, seed=seed)
     train, valid_ = split_in_two(rest, valid / (1 - test), stratified=stratified, seed=seed)
     return Data(train, valid_, test_, class_names, ignored)
@@ -346,7 +395,7 @@ def split_in_two(rows: Split, second: float, *, stratified: bool = False, seed: 
         range(len(rows)),
         test_size=second,
         random_state=seed % 2**32,  # all that scikit-learn takes
-        stratify=rows.targets.numpy() if stratified else None,
+        stratify=tensors(rows.targets)[0].numpy() if stratified else None,
     )
     one, other = (rows.rows(torch.tensor(part)) for part in parts)
     return one, other
@@ -390,11 +439,6 @@ def _why_not(error: Exception, name: str, directory: Path) -> str:
     return f"{name} in {directory} is damaged or incomplete ({cause}): delete its files there, to have them downloaded"
 
 
-def _by_name(split: Split) -> dict[str, Tensor]:
-    assert isinstance(split.inputs, dict)
-    return split.inputs
-
-
 def _parts(split: Rows) -> Iterable[Split]:
     if isinstance(split, Split):
         return (split,)
@@ -415,7 +459,8 @@ def _collate(samples: list[Any], name: str) -> Split:
             f"a sample of the {name} split needs to be (inputs, target), tensors of one shape in all rows:"
             f" {first_line(error)}"
         ) from error
-    return Split(tuple(inputs) if isinstance(inputs, list) else inputs, targets)
+    inputs, targets = (tuple(part) if isinstance(part, list) else part for part in (inputs, targets))
+    return Split(inputs, targets)
 
 
 def _of_machine(error: Exception) -> Exception | None:
@@ -430,7 +475,21 @@ def _of_machine(error: Exception) -> Exception | None:
     return MemoryError(first_line(error) or "out of memory") if no_memory else None
 
 
-def _labelled(rows: Rows, name: str, labels: Labels) -> Rows:
+def _labels_of(class_names: ClassNames, ignored: int | None) -> Labels | LabelsOfEach | None:
+    """Return what the names of classes tell of the labels, of each target where they are of several."""
+    if not class_names:
+        return None
+    of_each: Mapping[Any, Any]
+    if isinstance(class_names, Mapping):
+        of_each = class_names
+    elif isinstance(class_names[0], tuple | list):
+        of_each = dict(enumerate(class_names))
+    else:
+        return Labels(len(class_names), ignored)
+    return LabelsOfEach({target: Labels(len(names), ignored) for target, names in of_each.items() if names})
+
+
+def _labelled(rows: Rows, name: str, labels: Labels | LabelsOfEach) -> Rows:
     """Return the rows with what is known of their labels. Raises DataError if no loss takes those in memory."""
     if isinstance(rows, Split):
         labels.check_form(rows.targets, name)
@@ -440,9 +499,9 @@ def _labelled(rows: Rows, name: str, labels: Labels) -> Rows:
     return replace(rows, labels=labels)
 
 
-def _checked(split: Split, name: str, labels: Labels | None) -> Split:
+def _checked(split: Split, name: str, labels: Labels | LabelsOfEach | None) -> Split:
     """Return the split with its labels as losses take them. Raises DataError if it cannot be trained on."""
-    for tensor in (*tensors(split.inputs), split.targets):
+    for tensor in split.batch.columns:
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise DataError(f"the {name} split needs finite numbers, got NaN or infinity: clean the data")
     return replace(
@@ -453,7 +512,12 @@ def _checked(split: Split, name: str, labels: Labels | None) -> Split:
 def _layout(split: Split) -> dict[str, str]:
     """Describe one row of each of the split's tensors, by name, or by place where they have none."""
     inputs = split.inputs if isinstance(split.inputs, dict) else dict(enumerate(tensors(split.inputs)))
-    named = {**{f"input {name}": tensor for name, tensor in inputs.items()}, "targets": split.targets}
+    named = {f"input {name}": tensor for name, tensor in inputs.items()}
+    if isinstance(split.targets, Tensor):
+        named["targets"] = split.targets
+    else:
+        of_each = split.targets.items() if isinstance(split.targets, dict) else enumerate(split.targets)
+        named |= {f"target {name}": tensor for name, tensor in of_each}
     return {
         name: f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape[1:])}" for name, tensor in named.items()
     }

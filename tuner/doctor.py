@@ -64,8 +64,8 @@ def _python() -> str:
 def _torch() -> str:
     """Import torch in a process of its own, and run something on the device that trials would use."""
     code = (
-        "import torch; from tuner.training import choose_device; device = choose_device();"
-        "name = torch.cuda.get_device_name() if device.type == 'cuda' else device.type;"
+        "import torch; from tuner.training.devices import choose_device, name_of; device = choose_device();"
+        "name = name_of(device) or device.type;"
         "assert float(torch.ones(2, device=device).sum()) == 2; print(torch.__version__, 'on', name)"
     )
     try:

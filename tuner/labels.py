@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -25,7 +26,7 @@ class Labels:
     ignored: int | None = None
     form: Form = "one"
 
-    def of(self, targets: Tensor) -> Labels:
+    def of(self, targets: Any) -> Labels:
         """Return what is known with the form of these targets, which were checked."""
         if not targets.is_floating_point():
             return replace(self, form="one")
@@ -35,11 +36,16 @@ class Labels:
         """Return where there is a label."""
         return torch.ones_like(targets, dtype=torch.bool) if self.ignored is None else targets != self.ignored
 
-    def checked(self, targets: Tensor, split: str) -> Tensor:
+    def checked(self, targets: Any, split: str) -> Tensor:
         """Return the targets as losses take them, numbers of classes as int64 and all else as float32.
 
         Raises DataError that says what is wrong with them, and with which split.
         """
+        if not isinstance(targets, Tensor):
+            raise DataError(
+                f"class_names need the names of each of several targets, got those of one for the {split} split: give"
+                " a dict of them by the target's name, or a tuple of tuples in the targets' order"
+            )
         if targets.is_complex():
             raise DataError(f"class labels need an integer type, got {targets.dtype} in the {split} split: use .long()")
         if targets.is_floating_point() or (targets.dtype == torch.bool and self._has_a_column_each(targets)):
@@ -58,7 +64,7 @@ class Labels:
             )
         return numbers
 
-    def check_form(self, targets: Tensor, split: str) -> None:
+    def check_form(self, targets: Any, split: str) -> None:
         """Raise DataError if numbers of classes are rather a column for each class, as only many rows can show."""
         if targets.is_floating_point() or targets.dim() != 2 or not self._has_a_column_each(targets):
             return
@@ -96,3 +102,39 @@ class Labels:
         if self.ignored is None and len(outside) == 1 and outside[0] in _OFTEN_NONE:
             return f", or give Data ignored={outside[0]:g} if that stands for no class"
         return ""
+
+
+@dataclass(frozen=True)
+class LabelsOfEach:
+    """What is known of those of several targets that are of classes, by name or by place."""
+
+    by_target: Mapping[str | int, Labels]
+
+    def of(self, targets: Any) -> LabelsOfEach:
+        """Return what is known with the forms of these targets, which were checked."""
+        return LabelsOfEach({target: labels.of(targets[target]) for target, labels in self.by_target.items()})
+
+    def checked(self, targets: Any, split: str) -> Any:
+        """Return the targets as losses take them. Raises DataError that says what is wrong with which of them."""
+        if isinstance(targets, Tensor):
+            raise DataError(f"class_names are of several targets, got one tensor in the {split} split: give its alone")
+        found = dict(targets.items() if isinstance(targets, dict) else enumerate(targets))
+        if unknown := self.by_target.keys() - found.keys():
+            raise DataError(
+                f"class_names need names of the targets, {', '.join(map(repr, found))}, got {min(unknown, key=str)!r}"
+            )
+        for target in self.by_target:
+            found[target] = self._told(target, "checked", found, split)
+        return found if isinstance(targets, dict) else tuple(found.values())
+
+    def check_form(self, targets: Any, split: str) -> None:
+        """Raise DataError if numbers of classes are rather a column for each class."""
+        for target in self.by_target:
+            self._told(target, "check_form", targets, split)
+
+    def _told(self, target: str | int, check: str, targets: Any, split: str) -> Any:
+        function: Callable[[Tensor, str], Any] = getattr(self.by_target[target], check)
+        try:
+            return function(targets[target], split)
+        except DataError as error:
+            raise DataError(f"target {target!r}: {error}") from error

@@ -9,21 +9,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler
 
 from tuner import training
 from tuner.data import Data, Rows
 from tuner.errors import ObjectiveError
-from tuner.training.classes import accuracy_of_classes, loss_of_classes
+from tuner.training.classes import accuracies_of_classes, loss_of_classes
 from tuner.training.steps import Loss, fastest, materialize
+from tuner.training.targets import WeightedLoss, metric_of
 
 if TYPE_CHECKING:
     import optuna
     from torchmetrics import Metric
 
-__all__ = ["Loss", "Objective", "Params", "fastest"]
+__all__ = ["Loss", "Objective", "Params", "WeightedLoss", "fastest", "metric_of"]
 
 Params = Mapping[str, Any]
 
@@ -82,21 +83,18 @@ class Objective(BaseModel, ABC):
         """Return the loss of (what the model returns, targets), a mean over the rows.
 
         Default: cross entropy of class logits, with the param `label_smoothing` where suggested; binary where the
-        labels are floats, of several classes a row or of one of two. `train` is for those that weigh classes by their
-        share of it (`tuner.data.class_weights`).
+        labels are floats, of several classes a row or of one of two; the sum of each target's, times the param
+        `weight_` and its name where suggested, where there are several (`tuner.objective.WeightedLoss`). `train` is
+        for those that weigh classes by their share of it (`tuner.data.class_weights`).
         """
-        return loss_of_classes(train, params.get("label_smoothing", 0.0))
+        return loss_of_classes(train, params)
 
-    def prediction(self, outputs: Any) -> Tensor:
+    def prediction(self, outputs: Any) -> Any:
         """Return the prediction (n, ...), for metrics and for the exported model, from what the model returns.
 
-        Default: what it returns, which has to be overridden for a model of several outputs.
+        It is one tensor, or for several targets a dict or a tuple of them, as the targets are. Default: what the model
+        returns, which has to be overridden for a model of more outputs than targets.
         """
-        if not isinstance(outputs, Tensor):
-            raise TypeError(
-                f"metrics and export need one tensor of what the model returns, got {type(outputs).__name__}:"
-                " override prediction(outputs)"
-            )
         return outputs
 
     def build_optimizer(self, model: nn.Module, params: Params) -> Optimizer:
@@ -128,9 +126,11 @@ class Objective(BaseModel, ABC):
     def build_metrics(self, data: Data) -> dict[str, Metric]:
         """Return torchmetrics objects by name, `metric` among them. Default: the accuracy over all rows.
 
-        One that computes a dict gives a value for each of its names, as `ClasswiseWrapper` does for each class.
+        Of several targets that is the mean of theirs, which are there as `accuracy_` and the target's name;
+        `tuner.objective.metric_of` gives any metric the outputs and values of one of them. One that computes a dict
+        gives a value for each of its names, as `ClasswiseWrapper` does for each class.
         """
-        return {"accuracy": accuracy_of_classes(data)}
+        return accuracies_of_classes(data)
 
     def batch_size(self, params: Params) -> int:
         """Return the rows of one training step. Default: the param `batch_size` where suggested, else 64."""

@@ -39,6 +39,8 @@ class Broken(Objective):
                 inputs = inputs[:, :1]
             if (self.what, name) == ("empty", "test"):
                 inputs, targets = inputs[:0], targets[:0]
+            if (self.what, name) == ("leak", "test"):
+                inputs = splits["valid"].inputs.flip(0)
             split = Split(inputs, targets)
             splits[name] = Samples(list(zip(inputs, targets))) if self.what == "streamed nan" else split
         return Data(**splits, class_names=("even", "odd"))
@@ -66,6 +68,16 @@ def test_bad_data_end_the_command_before_any_trial(tuner: Tuner, tmp_path: Path,
     assert "Broken" in done.error()
     assert done.code == 1
     assert tuner("studies", "--json").json() == []
+
+
+def test_two_splits_of_the_same_rows_are_refused_unless_they_may_be(tuner: Tuner, tmp_path: Path) -> None:
+    (tmp_path / "broken.py").write_text(BROKEN)
+    arguments = ["run", "broken.py:Broken", "--set", "what=leak", "--workers", "1", "--trials", "1", "--no-export"]
+    refused = tuner(*arguments, "--no-preflight")
+    assert "Broken cannot be searched as it is: the test split has the very rows of valid" in refused.error()
+    assert refused.error().endswith("--allow-leak goes on with them")
+    assert tuner("studies", "--json").json() == []
+    assert tuner(*arguments, "--allow-leak").code == 0
 
 
 def test_a_model_on_another_device_is_told_before_any_trial(tuner: Tuner, tmp_path: Path) -> None:

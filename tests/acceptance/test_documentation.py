@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import shlex
+import tomllib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import optuna
 import pytest
+import torch
 import typer
+from optuna.trial import TrialState
 
 from tuner.cli.app import app
+from tuner.cli.options import StudyOptions
+from tuner.slot.attempt import TrialObjective, run_attempt
+from tuner.slot.checked_trial import CheckedTrial
+from tuner.slot.preflight import preflight
+from tuner.study.joining import plan
+from tuner.study.registry import find_objective
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-
-    from command import Tuner
 
 ROOT = Path(__file__).parents[2]
 DOCS = sorted((ROOT / "docs").glob("*.md"))
@@ -153,32 +162,72 @@ def test_every_command_that_is_shown_is_one(page: Path) -> None:
             assert given <= {"--help", *options(COMMANDS[name])}, f"{page.name} shows tuner {shown}"
 
 
-# --- the objectives
+# --- the snippets
+
+FOR_USERS = [ROOT / "README.md", *DOCS]
 
 
-OBJECTIVES = (ROOT / "docs/objectives.md").read_text()
+def fenced(page: Path, language: str) -> list[str]:
+    """The fenced blocks of a language."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", page.read_text(), re.M | re.S)
 
 
-@pytest.mark.parametrize(
-    "command", re.findall(r"^    tuner (run \w+\.py:.+)$", OBJECTIVES, re.M), ids=lambda line: line.split()[1]
-)
-def test_an_objective_that_is_shown_runs(tuner: Tuner, command: str) -> None:
-    blocks = re.findall(r"^```python\n# (\w+\.py)\n(.*?)^```$", OBJECTIVES, re.M | re.S)
-    for name, source in blocks:
-        (tuner.directory / name).write_text(source)
-    is_function = command.startswith("run linear.py")
-    short = ["--trials", "1", "--workers", "1", *(() if is_function else ("--epochs", "1"))]
-    done = tuner(*shlex.split(command), *short, "--json")
-    assert done.code == 0, done.stderr
-    best = done.json()
-    assert best["number"] == 0
-    assert (best["model"] is None) == is_function
+def parsed(line: str) -> dict[str, Any]:
+    """The values of a command line's options and arguments, as the command itself would get them."""
+    group: Any = typer.main.get_command(app)
+    words = shlex.split(line)
+    while words and words[0] in getattr(group, "commands", {}):
+        group = group.commands[words.pop(0)]
+    return group.make_context("tuner", words).params
 
 
-def test_every_objective_that_is_shown_is_run() -> None:
-    shown = re.findall(r"^# (\w+\.py)$", OBJECTIVES, re.M)
-    assert len(shown) == 6
-    assert sorted(shown) == sorted(re.findall(r"^    tuner run (\w+\.py):", OBJECTIVES, re.M))
+@pytest.mark.parametrize("page", FOR_USERS, ids=lambda path: path.name)
+def test_every_command_line_that_is_shown_is_taken(page: Path) -> None:
+    for line in re.findall(r"^    (?:pip install \. && )?tuner ([^\n#]*)", page.read_text(), re.M):
+        if not line.startswith("COMMAND"):
+            assert parsed(re.sub(r"[\[\]]", "", line).strip()), line
+
+
+def shown_objectives() -> dict[str, tuple[str, str]]:
+    """The file's source and the command line under it, of each objective in the pages for users, by file."""
+    found = {}
+    for page in FOR_USERS:
+        blocks = re.findall(
+            r"^```python\n# (\w+\.py)\n(.*?)^```\n\n    tuner (run [^\n]*)$", page.read_text(), re.M | re.S
+        )
+        found |= {name: (source, command) for name, source, command in blocks}
+    return found
+
+
+SHOWN = shown_objectives()
+
+
+def test_every_python_block_is_a_file_with_the_line_that_runs_it_or_is_run_by_itself() -> None:
+    blocks = [block for page in FOR_USERS for block in fenced(page, "python")]
+    assert sum(block.startswith("# ") for block in blocks) == len(SHOWN) == 7
+    assert [block for block in blocks if not block.startswith("# ")] == fenced(ROOT / "README.md", "python")[:1]
+    for block in [block for page in FOR_USERS for block in fenced(page, "toml")]:
+        assert tomllib.loads(block)
+
+
+@pytest.mark.parametrize("name", SHOWN)
+def test_an_objective_that_is_shown_runs(name: str, tmp_path: Path) -> None:
+    text, command = SHOWN[name]
+    given = parsed(command)
+    target = given["objective"]
+    assert target.partition(":")[0] == name
+    (tmp_path / name).write_text(text)
+    source = find_objective(f"{tmp_path}/{target}")
+    kind = source.load()
+    wanted = StudyOptions(**{field.name: given[field.name] for field in dataclasses.fields(StudyOptions)})
+    spec, built = plan(source, kind, **wanted.plan())
+    objective = built or kind
+    what = TrialObjective.load(spec.model_copy(update={"epochs": 1}), objective, tmp_path, torch.device("cpu"))
+    if what.data is not None:
+        assert preflight(objective, what.spec, what.data, what.device) == []
+    study = optuna.create_study(direction=spec.direction)
+    outcome = run_attempt(what, CheckedTrial(study, study.ask()._trial_id, lambda: None))
+    assert outcome.state == TrialState.COMPLETE, outcome.message
 
 
 # --- the style

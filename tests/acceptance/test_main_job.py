@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -20,6 +21,7 @@ from storage import EmbeddedServer
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+ROOT = Path(__file__).parents[2]
 # In a fresh process: the exported model's accuracy on the study's own test split.
 _SERVE = """
 import sys, torch, tuner
@@ -71,7 +73,8 @@ def test_two_processes_ran_the_trials(job: Finished) -> None:
 
 def test_best_prints_what_the_manifest_holds(job: Finished, tuner: Tuner, home: Path) -> None:
     best = tuner("best", "digits", "--json").json()
-    assert list(best) == ["study", "number", "value", "metric", "direction", "params", "epoch", "state", "seed"]
+    fields = ["study", "number", "value", "metric", "direction", "params", "epoch", "state", "seed"]
+    assert list(best) == [*fields, "parameters", "trained_parameters"]
     assert (best["study"], best["metric"], best["direction"]) == ("digits", "accuracy", "maximize")
     assert best["state"] == "COMPLETE"
     (manifest,) = (home / "data" / "models").glob("*/manifest.json")
@@ -81,7 +84,12 @@ def test_best_prints_what_the_manifest_holds(job: Finished, tuner: Tuner, home: 
     assert exported["epochs"] == best["epoch"]
     curve = [trial for trial in tuner("trials", "digits", "--json").json() if trial["number"] == best["number"]]
     assert curve[0]["value"] == best["value"]
-    assert f"accuracy {best['value']:.6g} (trial {best['number']}" in tuner("best", "digits").stdout
+    shown = tuner("best", "digits").stdout
+    assert f"accuracy {best['value']:.6g} (trial {best['number']}" in shown
+    weights = {name: best[name] for name in ("parameters", "trained_parameters")}
+    assert weights == {name: curve[0][name] for name in weights} == {name: exported[name] for name in weights}
+    assert f"{best['parameters']:,} parameters\n" in shown
+    assert best["parameters"] > 64 * 10
 
 
 def test_best_params_paste_into_scripts(job: Finished, tuner: Tuner) -> None:
@@ -96,6 +104,24 @@ def test_best_params_paste_into_scripts(job: Finished, tuner: Tuner) -> None:
     assert [float(printed[0]), int(printed[1])] == [params["lr"], params["batch_size"]]
     flags = shlex.split(tuner("best", "digits", "--format", "flags").stdout)
     assert dict(zip(flags[::2], map(json.loads, flags[1::2]), strict=True)) == {f"--{k}": v for k, v in params.items()}
+
+
+def test_what_the_readme_does_with_the_result_works_as_it_stands(job: Finished, tuner: Tuner, home: Path) -> None:
+    section = (ROOT / "README.md").read_text().partition("## Use the result\n")[2].partition("\n## ")[0]
+    lines = re.findall(r"^    (tuner .*|eval .*)$", section, re.M)
+    assert len(lines) == 4
+    (python,) = re.findall(r"^```python\n(.*?)^```$", section, re.M | re.S)
+    environment = {**os.environ, **tuner.environment, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    printed = {}
+    for program in (
+        ("/bin/sh", "-e", "-c", "\n".join([*lines, "echo lr=$TUNER_PARAM_LR"])),
+        (sys.executable, "-c", python),
+    ):
+        done = subprocess.run(program, cwd=home, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        printed[program[0]] = done.stdout
+    assert re.search(r"^lr=0\.\d+$", printed["/bin/sh"], re.M)
+    assert re.fullmatch(r"\[('\d', ){4}'\d'\]\n", printed[sys.executable])
 
 
 def test_status_studies_and_trials_agree(job: Finished, tuner: Tuner) -> None:

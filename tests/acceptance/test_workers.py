@@ -72,9 +72,8 @@ class Trains(Objective):
         trial.suggest_float("lr", 0.01, 0.1)
 
     def load_data(self, root):
-        x = torch.randn(200, 2, generator=torch.Generator().manual_seed(0))
-        split = Split(x, (x[:, 0] > 0).long())
-        return Data(split, split, split, class_names=("a", "b"))
+        drawn = [torch.randn(200, 2, generator=torch.Generator().manual_seed(seed)) for seed in range(3)]
+        return Data(*(Split(x, (x[:, 0] > 0).long()) for x in drawn), class_names=("a", "b"))
 
     def build_model(self, params):
         return Model()

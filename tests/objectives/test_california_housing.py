@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -72,6 +73,30 @@ def test_no_hidden_layer_makes_it_linear_regression(data):
     assert [type(layer) for layer in model if list(layer.parameters())] == [nn.Linear]
     here, there = data.test.inputs[:10], data.test.inputs[10:20]
     torch.testing.assert_close(model((here + there) / 2), (model(here) + model(there)) / 2)
+
+
+def test_a_linear_model_on_all_rows_at_once_is_least_squares(data):
+    objective = CaliforniaHousing(batch="full", max_layers=0)
+    assert discover(objective).keys() == {"layers", "loss"}
+    model, history = train(objective, data, {"layers": 0, "loss": "mse"}, epochs=4)
+    features = [np.c_[split.inputs.double(), np.ones(len(split))] for split in (data.train, data.valid)]
+    found, *_ = np.linalg.lstsq(features[0], data.train.targets.double().numpy())
+    wanted = sk.root_mean_squared_error(data.valid.targets.double(), features[1] @ found)
+    assert history[-1].metrics["rmse"] == pytest.approx(wanted, abs=1e-3)
+    torch.testing.assert_close(
+        predict(model, data.valid.inputs).double(), torch.tensor(features[1] @ found), atol=0.05, rtol=0
+    )
+    assert objective.batch_size({}) > len(data.train)
+
+
+def test_full_batches_train_hidden_layers_too(data, named):
+    for objective, rows in ((CaliforniaHousing(batch="full"), data), (WideAndDeep(batch="full"), named)):
+        (params,) = some_params(objective, {"layers": 1})
+        assert "dropout" not in params
+        _, history = train(objective, a_slice(rows), params, epochs=2)
+        assert history[1].train_loss < history[0].train_loss
+    with pytest.raises(ValueError, match="greater than or equal to 1"):
+        WideAndDeep(max_layers=0)
 
 
 @pytest.mark.parametrize("kind", [CaliforniaHousing, WideAndDeep])

@@ -67,6 +67,17 @@ def test_the_splits_follow_from_the_study_s_seed(data, real_data):
     assert counted(other.test) == counted(data.test)
 
 
+@pytest.mark.parametrize("layers", [0, 2])
+def test_the_textbook_s_own_space_is_an_option(data, layers):
+    objective = FashionMNIST(models="mlp")
+    assert discover(objective).keys() == {"layers", "units", "lr", "optimizer"}
+    (params,) = some_params(objective, {"layers": layers, "units": 20, "optimizer": "sgd"})
+    model, history = train(objective, a_slice(data), params)
+    widths = [layer.out_features for layer in model.modules() if isinstance(layer, nn.Linear)]
+    assert widths == [*[20] * layers, 10]
+    assert history[-1].metrics["accuracy"] >= 0
+
+
 def test_the_space_has_the_models_of_the_textbook():
     found = discover(FashionMNIST())
     for name, units in (("units_0", (300, 512)), ("units_1", (100, 512))):

@@ -412,7 +412,73 @@ def test_a_split_that_cannot_be_read_is_told_with_its_name(split, told):
     assert str(caught.value).startswith(told)
 
 
-@pytest.mark.parametrize("inputs", [(), {}])
-def test_inputs_of_no_tensor_are_refused(inputs):
+@pytest.mark.parametrize("nothing", [(), {}])
+def test_inputs_and_targets_of_no_tensor_are_refused(nothing):
     with pytest.raises(DataError, match="inputs need at least one tensor, got none"):
-        Split(inputs, torch.zeros(3))
+        Split(nothing, torch.zeros(3))
+    with pytest.raises(DataError, match="targets need at least one tensor, got none"):
+        Split(torch.zeros(3), nothing)
+
+
+DIGITS = torch.arange(40) % 10
+SEVERAL = {
+    "dict": ({"digit": DIGITS, "even": DIGITS % 2 == 0, "size": DIGITS / 3}, ("digit", "even")),
+    "tuple": ((DIGITS, DIGITS % 2 == 0, DIGITS / 3), (0, 1)),
+}
+NAMES = tuple("0123456789"), ("odd", "even")
+
+
+@pytest.mark.parametrize("kind", SEVERAL)
+@pytest.mark.parametrize("samples", [lambda split: split, Samples, lambda split: Samples(list(split))])
+def test_each_of_several_targets_has_its_labels(kind, samples):
+    targets, names = SEVERAL[kind]
+    split = samples(Split(torch.zeros(40, 2), targets))
+    data = Data(split, split, split, dict(zip(names, NAMES, strict=True)))
+    found = data.valid.rows(slice(None)).targets
+    assert type(found) is type(targets)
+    assert [tensor.dtype for tensor in tensors(found)] == [torch.int64, torch.int64, torch.float32]
+    forms = {target: (labels.n_classes, labels.form) for target, labels in data.train.labels.by_target.items()}
+    assert forms == {names[0]: (10, "one"), names[1]: (2, "one")}
+
+
+@pytest.mark.parametrize("kind", SEVERAL)
+def test_several_targets_stay_with_their_rows(kind):
+    data = split_rows(torch.arange(40.0), SEVERAL[kind][0])
+    both = join(data.train, data.valid)
+    assert (len(both), data.test.n_bytes) == (32, 8 * (4 + 8 + 1 + 4))
+    digits, even, size = tensors(both.targets)
+    assert torch.equal(digits, both.inputs.long() % 10)
+    assert torch.equal(even, digits % 2 == 0)
+    assert torch.equal(size, digits / 3)
+    assert tensors(both[3][1])[0] == both.inputs[3] % 10
+    changed = split_rows(torch.arange(40.0), {**SEVERAL["dict"][0], "size": DIGITS / 4})
+    assert changed.fingerprint() != split_rows(torch.arange(40.0), SEVERAL["dict"][0]).fingerprint()
+
+
+def test_the_names_of_classes_of_targets_in_order_are_in_their_order():
+    data = split_rows(torch.zeros(40), (DIGITS, DIGITS % 2 == 0), class_names=NAMES)
+    assert list(data.train.labels.by_target) == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("targets", "class_names", "told"),
+    [
+        (SEVERAL["dict"][0], NAMES[0], "class_names need the names of each of several targets, got those of one"),
+        (SEVERAL["dict"][0], {"digits": NAMES[0]}, "names of the targets, 'digit', 'even', 'size', got 'digits'"),
+        (SEVERAL["dict"][0], {"digit": NAMES[1]}, "target 'digit': labels need to be in 0..1, got 0..9 in the "),
+        (DIGITS, {"digit": NAMES[0]}, "class_names are of several targets, got one tensor in the train split"),
+        ({"hot": torch.eye(40).long()}, {"hot": tuple(map(str, range(40)))}, "target 'hot': class labels need the num"),
+    ],
+)
+def test_names_of_classes_that_do_not_fit_the_targets_are_refused(targets, class_names, told):
+    with pytest.raises(DataError) as caught:
+        split_rows(torch.zeros(40), targets, class_names=class_names)
+    assert told in str(caught.value)
+
+
+def test_each_of_several_targets_has_its_class_weights():
+    data = split_rows(torch.zeros(40), SEVERAL["dict"][0], class_names={"even": NAMES[1]})
+    even = float(data.train.targets["even"].double().mean())
+    assert class_weights(data.train, 2, "even").tolist() == pytest.approx([0.5 / (1 - even), 0.5 / even])
+    with pytest.raises(DataError, match="give target=its name"):
+        class_weights(data.train, 2)

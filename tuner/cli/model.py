@@ -32,7 +32,7 @@ def export(
         str | None,
         typer.Option(metavar="path/to/file.py:NAME", help=OBJECTIVE_HELP),
     ] = None,
-    device: Annotated[str | None, typer.Option(help="cuda, mps or cpu (default: the best there is).")] = None,
+    device: Annotated[str | None, typer.Option(help="cuda, xpu, mps or cpu (default: the best there is).")] = None,
     full_schedule: Annotated[
         bool,
         typer.Option("--full-schedule", help="Train for all of the study's epochs, not only until the best one."),

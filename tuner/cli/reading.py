@@ -136,6 +136,9 @@ def best(
         print(f"{fields['metric']} {number_text(fields['value'])} (trial {fields['number']}{epoch})")
         for name, value in params.items():
             print(f"  {name} = {_plain(value)}")
+        weights, trained = fields["parameters"], fields["trained_parameters"]
+        if isinstance(weights, int) and isinstance(trained, int):  # a function may have set anything
+            print(f"{weights:,} parameters{'' if trained == weights else f', {trained:,} of them trained'}")
 
 
 @command
@@ -169,6 +172,8 @@ def best_fields_of(study: AnyStudy, best: TrialRecord) -> dict[str, Any]:
         "epoch": best.user_attrs.get("epoch"),
         "state": best.state,
         "seed": best.user_attrs.get("seed"),
+        "parameters": best.user_attrs.get("parameters"),
+        "trained_parameters": best.user_attrs.get("trained_parameters"),
     }
 
 
@@ -196,6 +201,8 @@ def _trial_fields(trial: TrialRecord) -> dict[str, Any]:
         "state": trial.state,
         "value": trial.value,
         "params": trial.params,
+        "parameters": trial.user_attrs.get("parameters"),
+        "trained_parameters": trial.user_attrs.get("trained_parameters"),
         "last_step": trial.last_step,
         "last_value": trial.last_value,
         "started_at": None if trial.started_at is None else trial.started_at.isoformat(),

@@ -31,7 +31,7 @@ Workers = Annotated[
 ]
 Device = Annotated[
     str | None,
-    typer.Option(help="cuda, cuda:1, mps or cpu (default: the best there is).", rich_help_panel=WORKERS),
+    typer.Option(help="cuda, cuda:1, xpu, mps or cpu (default: the best there is).", rich_help_panel=WORKERS),
 ]
 AllowCodeChange = Annotated[
     bool,
@@ -49,6 +49,11 @@ NoPreflight = Annotated[
         help="Take no model through all that is needed in the end before the first trial.",
         rich_help_panel=WORKERS,
     ),
+]
+
+AllowLeak = Annotated[
+    bool,
+    typer.Option("--allow-leak", help="Go on although two splits have the same rows.", rich_help_panel=WORKERS),
 ]
 
 
@@ -78,6 +83,7 @@ def run(
     ] = False,
     allow_code_change: AllowCodeChange = False,
     no_preflight: NoPreflight = False,
+    allow_leak: AllowLeak = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.", rich_help_panel=RESULT)] = False,
 ) -> None:
     """Search OBJECTIVE with local workers, then retrain and export the best trial.
@@ -114,7 +120,13 @@ def run(
             check_output(target)
         if studies.count_states(engine, joined.study_id).done < spec.budget.trials:
             config = _slot_config(
-                settings, joined, source, objective, allow_code_change=allow_code_change, preflight=not no_preflight
+                settings,
+                joined,
+                source,
+                objective,
+                allow_code_change=allow_code_change,
+                preflight=not no_preflight,
+                allow_leak=allow_leak,
             )
             try:
                 Worker(engine, joined, slots, config, log).run()
@@ -188,6 +200,7 @@ def worker(
     ] = None,
     allow_code_change: AllowCodeChange = False,
     no_preflight: NoPreflight = False,
+    allow_leak: AllowLeak = False,
     trials: Annotated[
         int | None, typer.Option(help="Trials to run here (default: all that are left).", rich_help_panel=LIMITS)
     ] = None,
@@ -228,7 +241,13 @@ def worker(
     log = settings.log(worker=_worker_name(), study=joined.name)
     log.event("study", f"joined study {joined.name}: {_outline(joined)}")
     config = _slot_config(
-        settings, joined, source, reference, allow_code_change=allow_code_change, preflight=not no_preflight
+        settings,
+        joined,
+        source,
+        reference,
+        allow_code_change=allow_code_change,
+        preflight=not no_preflight,
+        allow_leak=allow_leak,
     )
     processes = Slots(plans, reference)
     try:
@@ -279,6 +298,7 @@ def _slot_config(
     *,
     allow_code_change: bool,
     preflight: bool,
+    allow_leak: bool,
 ) -> dict[str, Any]:
     # With the password, where the URL has one: it goes through a pipe, and is in no process's arguments.
     url = settings.storage_url().render_as_string(hide_password=False)
@@ -290,4 +310,5 @@ def _slot_config(
         "data_dir": str(settings.data_dir),
         "allow_code_change": allow_code_change,
         "preflight": preflight,
+        "allow_leak": allow_leak,
     }

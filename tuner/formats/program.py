@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from tuner import training
-from tuner.data import Inputs, Rows, tensors
+from tuner.data import Inputs, Rows, Tensors, tensors
 from tuner.errors import FormatError, TunerError
 from tuner.places import own_place, place_of
 from tuner.training.steps import call
@@ -49,12 +49,12 @@ _ADVICE = re.compile(
 class Predictor(nn.Module):
     """A model of several outputs as the one that is exported: it gives the objective's prediction."""
 
-    def __init__(self, model: nn.Module, prediction: Callable[[Any], Tensor]) -> None:
+    def __init__(self, model: nn.Module, prediction: Callable[[Any], Any]) -> None:
         super().__init__()
         self.model = model
         self._prediction = prediction
 
-    def forward(self, *args: Any, **named: Any) -> Tensor:
+    def forward(self, *args: Any, **named: Any) -> Any:
         return self._prediction(self.model(*args, **named))
 
 
@@ -116,17 +116,27 @@ def _compare(program: nn.Module, model: nn.Module, inputs: Inputs) -> None:
             "the model gives other outputs for the same rows each time, in eval mode too, so that no program can be"
             " compared with it: let it be random only while self.training"
         )
-    if found.shape != wanted.shape:
-        raise FormatError(f"{PROGRAM} gives outputs of shape {list(found.shape)}, the model of {list(wanted.shape)}")
+    if _shapes(found) != _shapes(wanted):
+        raise FormatError(f"{PROGRAM} gives outputs of shape {_shapes(found)}, the model of {_shapes(wanted)}")
     if not _is_close(found, wanted):
-        difference = float((found.double() - wanted.double()).abs().max())
+        pairs = zip(tensors(found), tensors(wanted), strict=True)
+        difference = max(float((its.double() - other.double()).abs().max()) for its, other in pairs)
         raise FormatError(
             f"{PROGRAM} needs to give the model's outputs, got a difference of {difference:.3g}:"
             " its forward() does something that torch.export cannot carry"
         )
 
 
-def _is_close(found: Tensor, wanted: Tensor) -> bool:
+def _shapes(outputs: Tensors) -> Any:
+    """Return the shape of one output, or those of several in order or by name."""
+    if isinstance(outputs, Tensor):
+        return list(outputs.shape)
+    return (
+        {name: _shapes(its) for name, its in outputs.items()} if isinstance(outputs, dict) else [*map(_shapes, outputs)]
+    )
+
+
+def _is_close(found: Tensors, wanted: Tensors) -> bool:
     try:
         torch.testing.assert_close(found, wanted, equal_nan=True)
     except AssertionError:

@@ -7,7 +7,7 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,13 +23,13 @@ from storage.coordination import studies
 from storage.coordination.studies import TrialRecord
 from storage.database.errors import StorageError
 from tuner import training
-from tuner.data import Data, Inputs, Rows, Split, tensors
+from tuner.data import ClassNames, Data, Rows, Split, Tensors, tensors
 from tuner.errors import FormatError, TunerError
 from tuner.files import sync_directory
 from tuner.formats.program import PROGRAM, program_file
 from tuner.formats.weights import WEIGHTS, differing, weights_file
 from tuner.log import Log
-from tuner.model.loading import MANIFEST, InputDescription, Manifest, sha256_of
+from tuner.model.loading import MANIFEST, Manifest, TensorDescription, sha256_of
 from tuner.model.output import check_output
 from tuner.model.retraining import retrain
 from tuner.objective import Objective
@@ -85,7 +85,7 @@ def export_study(
         missing: dict[str, str] = {}
         _write_weights(model, directory, missing)
         shown = exported_form(model, objective)
-        _write_program(shown, data.valid, directory, missing)
+        outputs = _write_program(shown, data.valid, directory, missing)
         sha256 = sha256_of(directory / WEIGHTS)
         test: dict[str, float | None] = {}
         try:
@@ -108,6 +108,8 @@ def export_study(
             test=test,
             epochs=trained.epochs,
             retraining=trained.how,
+            parameters=trained.counts["parameters"],
+            trained_parameters=trained.counts["trained_parameters"],
             seed=seed,
             trained_on=str(device_),
             data={
@@ -115,7 +117,8 @@ def export_study(
                 **{name: len(split) for name, split in data.splits()},
             },
             inputs=_describe(data.train.rows(slice(0, 1)).inputs),
-            class_names=data.class_names,
+            outputs=outputs,
+            class_names=_class_names(data.class_names),
             versions=versions(),
             created_at=dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
             files={name: sha256_of(directory / name) for name in (WEIGHTS, PROGRAM) if (directory / name).exists()},
@@ -201,12 +204,16 @@ def _write_weights(model: nn.Module, directory: Path, missing: dict[str, str]) -
         raise TunerError(f"{WEIGHTS} does not give back the tensor {name!r}: the disk or its driver is at fault")
 
 
-def _write_program(model: nn.Module, example: Rows, directory: Path, missing: dict[str, str]) -> None:
-    """Write the program, if the model has one."""
+def _write_program(
+    model: nn.Module, example: Rows, directory: Path, missing: dict[str, str]
+) -> list[TensorDescription]:
+    """Write the program, if the model has one, and return what it gives."""
     try:
         (directory / PROGRAM).write_bytes(program_file(model, example))
     except FormatError as error:
         missing[PROGRAM] = str(error)
+        return []
+    return _describe(training.predict(model, example.rows(slice(0, 2)).inputs))
 
 
 @contextmanager
@@ -243,10 +250,18 @@ def _publish(directory: Path, output: Path) -> None:
     sync_directory(output)
 
 
-def _describe(inputs: Inputs) -> list[InputDescription]:
+def _class_names(names: ClassNames) -> tuple[str, ...] | dict[str, tuple[str, ...]]:
+    if names and not isinstance(names, Mapping) and not isinstance(names[0], str):
+        names = {str(place): tuple(its) for place, its in enumerate(names)}
+    if isinstance(names, Mapping):
+        return {str(target): tuple(its) for target, its in names.items()}
+    return tuple(map(str, names))
+
+
+def _describe(inputs: Tensors) -> list[TensorDescription]:
     names = list(inputs) if isinstance(inputs, dict) else [None] * len(tensors(inputs))
     return [
-        InputDescription(name=name, shape=tuple(tensor.shape[1:]), dtype=str(tensor.dtype).removeprefix("torch."))
+        TensorDescription(name=name, shape=tuple(tensor.shape[1:]), dtype=str(tensor.dtype).removeprefix("torch."))
         for name, tensor in zip(names, tensors(inputs), strict=True)
     ]
 

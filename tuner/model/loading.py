@@ -17,8 +17,9 @@ from tuner.formats.weights import WEIGHTS
 MANIFEST = "manifest.json"
 
 
-class InputDescription(BaseModel):
-    """One input of a model. `shape` is one row's, without the batch dimension; `name` is None for positional ones."""
+class TensorDescription(BaseModel):
+    """An input or output of a model. `shape` is one row's, without the batch dimension; `name` is None for those by
+    their order."""
 
     name: str | None
     shape: tuple[int, ...]
@@ -60,11 +61,17 @@ class Manifest(BaseModel):
     epochs: int
     retraining: Retraining | None = None
     """None in an export of before 0.2: the schedule's epochs were as many as the trial's best one then."""
+    parameters: int | None = None
+    trained_parameters: int | None = None
+    """How many numbers the model's weights are, and how many of them were trained; None in an export of before 0.2."""
     seed: int
     trained_on: str
     data: dict[str, JsonValue]
-    inputs: list[InputDescription]
-    class_names: tuple[str, ...]
+    inputs: list[TensorDescription]
+    outputs: list[TensorDescription] = []
+    """Empty without a program, and in an export of before 0.2."""
+    class_names: tuple[str, ...] | dict[str, tuple[str, ...]]
+    """Of several targets by the target's name, or its place."""
     versions: dict[str, str]
     created_at: str
     files: dict[str, str]

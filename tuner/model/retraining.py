@@ -22,15 +22,17 @@ from tuner.slot.where import with_line
 from tuner.study.joining import Study
 from tuner.training.batches import place_rows
 from tuner.training.compiled import uncompiled
+from tuner.training.record import count_weights
 
 
 @dataclass(frozen=True, kw_only=True)
 class Retrained:
-    """A model in eval mode, the epochs that it was trained for, and how."""
+    """A model in eval mode, the epochs that it was trained for, and how; `counts` is of its weights."""
 
     model: nn.Module
     epochs: int
     how: Retraining
+    counts: dict[str, int]
 
 
 class _EnoughError(Exception):
@@ -97,7 +99,7 @@ def retrain(
         schedule_epochs=planned,
         notes=notes,
     )
-    return Retrained(model=uncompiled(model).eval(), epochs=len(history), how=how)
+    return Retrained(model=uncompiled(model).eval(), epochs=len(history), how=how, counts=count_weights(model))
 
 
 def best_epoch(best: TrialRecord, planned: int) -> int:

@@ -35,6 +35,7 @@ from tuner.study.registry import FunctionObjective
 from tuner.training import Interrupted
 from tuner.training.batches import place
 from tuner.training.checkpoint import Checkpoint, Shared
+from tuner.training.devices import memory_of
 from tuner.training.loaders import DeadReaderError
 from tuner.training.memory import free_memory, is_out_of_memory
 from tuner.training.overlap import overlaps
@@ -92,6 +93,8 @@ class Outcome:
 class TrialObjective:
     """What a slot runs for each trial: an objective with its data where it is trained on, or a plain function.
 
+    `identical` names two splits of the same rows, if there are any.
+
     `checkpoints` is the directory for those of the study's trials, None for none; `shared` is where other machines
     find that of the trial at hand. `log` takes a line for people.
     """
@@ -100,6 +103,7 @@ class TrialObjective:
     objective: Objective | FunctionObjective
     device: torch.device
     data: Data | None = None
+    identical: tuple[str, str] | None = None
     checkpoints: Path | None = None
     shared: Shared | None = None
     log: Callable[[str], None] = lambda _: None
@@ -131,8 +135,9 @@ class TrialObjective:
         try:
             data = load_data(objective, data_dir, spec.training)
             check_doubles(objective, data)
-            for line in overlaps(data):
-                log(line)
+            overlapping = overlaps(data)
+            for overlap in overlapping:
+                log(str(overlap))
             data = place(data, device, spec.training.data, log, share=share)
         except DataError as error:
             raise TunerError(f"{name}: {error}") from error
@@ -143,7 +148,15 @@ class TrialObjective:
                 f"{name}: the data cannot be put on {device}: {type(error).__name__}: {first_line(error)};"
                 " where memory is short, try --data stream or fewer slots"
             ) from error
-        return cls(spec=spec, objective=objective, device=device, data=data, checkpoints=checkpoints, log=log)
+        return cls(
+            spec=spec,
+            objective=objective,
+            device=device,
+            data=data,
+            identical=next(((its.first, its.second) for its in overlapping if its.is_identical), None),
+            checkpoints=checkpoints,
+            log=log,
+        )
 
     def checkpoint(self, number: int, params: dict[str, Any]) -> Checkpoint | None:
         """Return the checkpoint of a trial, None where none are kept.
@@ -196,7 +209,7 @@ def run_attempt(what: TrialObjective, trial: CheckedTrial) -> Outcome:
         outcome = _by(error, what)
     always = {**record.attrs(), "seconds": round(time.perf_counter() - start, 3)}
     outcome = replace(outcome, attrs={**outcome.attrs, **always})
-    if not outcome.is_poisoned and (outcome.failure == "oom" or what.device.type == "cuda"):
+    if not outcome.is_poisoned and (outcome.failure == "oom" or what.device.type != "cpu"):
         try:
             free_memory()  # here the error is gone, and with it the frames that held the tensors
         except RuntimeError as error:  # of a kernel that was still running
@@ -276,6 +289,7 @@ def _train(
             raise optuna.TrialPruned
 
     def on_resume(history: Sequence[training.Epoch]) -> None:
+        record.count(model)
         for epoch in history:  # the reports of an attempt go when its trial is given back
             record.add(epoch)
             trial.report(epoch.metrics[metric], epoch.number)
@@ -401,8 +415,8 @@ def _by(error: BaseException, what: TrialObjective) -> Outcome:
 
 
 def _found_broken(device: torch.device) -> BrokenDeviceError | None:
-    """Return how a CUDA device is broken for this process, None if it computes or has no memory to tell."""
-    if device.type != "cuda":
+    """Return how an accelerator is broken for this process, None if it computes or has no memory to tell."""
+    if device.type == "cpu":
         return None
     try:
         check_device(device)
@@ -429,10 +443,10 @@ def _may_be_out_of_memory(error: BaseException) -> bool:
 
 
 def _is_full(device: torch.device) -> bool:
-    if device.type != "cuda":
+    if device.type == "cpu":
         return False
     try:
-        free, total = torch.cuda.mem_get_info(device)
+        free, total = memory_of(device)
     except RuntimeError:  # it is broken
         return False
     return free < _FULL_BELOW * total

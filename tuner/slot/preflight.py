@@ -19,7 +19,7 @@ from torch.utils.data import Subset
 from torchmetrics import Metric
 
 from tuner import training
-from tuner.data import Data, DataError, Rows, Samples, Split
+from tuner.data import Data, DataError, Rows, Samples, Split, Tensors, tensors
 from tuner.errors import FormatError, ObjectiveError, TunerError, first_line
 from tuner.formats.program import PROGRAM, Predictor, program_file
 from tuner.formats.weights import WEIGHTS, weights_file
@@ -38,7 +38,7 @@ ROWS, MORE_ROWS = 8, 4096
 """How many rows of a split are taken, and how many where those were too few for something."""
 MAX_CHARS = 400
 _CPU = torch.device("cpu")
-_OF_DEVICE = ("cpu", "cuda", "device", "triton", "mps", "not implemented")
+_OF_DEVICE = ("cpu", "cuda", "device", "triton", "mps", "xpu", "not implemented")
 """What errors tell of that may come of trying on the CPU what is to run elsewhere."""
 
 
@@ -68,6 +68,16 @@ def exported_form(model: nn.Module, objective: Objective) -> nn.Module:
     """Return the model as the one that is exported, in eval mode: it gives the objective's prediction."""
     is_prediction = type(objective).prediction is Objective.prediction
     return (model if is_prediction else Predictor(model, objective.prediction)).eval()
+
+
+def refuse_leak(objective: Objective, identical: tuple[str, str]) -> None:
+    """Raise TunerError that two splits, whose names these are, have the same rows."""
+    first, second = identical
+    raise TunerError(
+        f"{type(objective).__name__} cannot be searched as it is: the {second} split has the very rows of {first}, so"
+        " that its figures tell what was learned by heart: let load_data give it other rows; --allow-leak goes on with"
+        " them"
+    )
 
 
 def preflight(objective: Objective, spec: Spec, data: Data, device: torch.device) -> list[str]:
@@ -230,8 +240,11 @@ def _index(rows: Rows, n: int, seed: int) -> Tensor:
     return torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[:n]
 
 
-def _is_close(one: Tensor, other: Tensor) -> bool:
-    return torch.allclose(one.double(), other.double(), rtol=1e-4, atol=1e-5, equal_nan=True)
+def _is_close(one: Tensors, other: Tensors) -> bool:
+    return all(
+        torch.allclose(its.double(), others.double(), rtol=1e-4, atol=1e-5, equal_nan=True)
+        for its, others in zip(tensors(one), tensors(other), strict=True)
+    )
 
 
 @contextmanager

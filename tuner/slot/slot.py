@@ -18,6 +18,7 @@ import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
@@ -53,7 +54,7 @@ from tuner.slot.attempt import (
 from tuner.slot.checked_trial import CheckedTrial, StoppableStudy
 from tuner.slot.lease import Lease
 from tuner.slot.orders import Orders
-from tuner.slot.preflight import preflight
+from tuner.slot.preflight import preflight, refuse_leak
 from tuner.slot.reports import Reports
 from tuner.slot.shared_checkpoints import shared_checkpoint, sweep
 from tuner.slot.spool import Spool
@@ -90,6 +91,7 @@ class SlotConfig(BaseModel):
     share: float = 1.0
     allow_code_change: bool = False
     preflight: bool = True
+    allow_leak: bool = False
 
 
 class Event(BaseModel):
@@ -165,7 +167,7 @@ class Slot:
             sampler=build_sampler(study.spec.sampler, study.spec.seed, 0),
             pruner=pruner_on(self._storage, study.study_id, study.spec.pruner),
         )
-        if self._config.preflight and isinstance(what.objective, Objective):
+        if isinstance(what.objective, Objective):
             self._try_first(study, what, what.objective)
         self._emit(Event(event="ready", device=shown))
         poll_s = FIRST_POLL_S
@@ -226,11 +228,13 @@ class Slot:
         """
         assert what.data is not None
         done = (study.study_id, self._code_hash)
-        own_hash = study.spec.objective.code_hash
-        while not self._is_abandoned() and preflights.is_due(self._storage.sessions, *done, own_hash):
+        is_due = partial(preflights.is_due, self._storage.sessions, *done, study.spec.objective.code_hash)
+        if what.identical is not None and not self._config.allow_leak and is_due():
+            refuse_leak(objective, what.identical)
+        while self._config.preflight and not self._is_abandoned() and is_due():
             try:
                 with preflights.turn(self._engine, study.study_id) as is_mine:
-                    if is_mine and preflights.is_due(self._storage.sessions, *done, own_hash):
+                    if is_mine and is_due():
                         lacks = preflight(objective, study.spec, what.data, what.device)
                         for line in lacks:
                             self._emit(Event(event="note", message=f"pre-flight: {line}"))
@@ -268,7 +272,7 @@ class Slot:
             self._storage.let_go(held)
         if self._poisoned is not None:
             _exit_again(self._parent)  # whatever became of the trial
-        if what.device.type == "cuda":
+        if what.device.type != "cpu":
             free_memory()  # of a trial that was given back, too
 
     def _run_held(

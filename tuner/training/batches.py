@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import atexit
 import dataclasses
-import os
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -22,15 +21,15 @@ from tuner.data import (
     Batch,
     Data,
     DataError,
-    Inputs,
     Rows,
     Samples,
     Split,
     concatenate,
-    map_inputs,
+    like,
     tensors,
 )
 from tuner.spec import DataPlace
+from tuner.training.devices import memory_of
 from tuner.training.loaders import (
     DeadReaderError,
     Planned,
@@ -67,11 +66,11 @@ class Resident:
     def __init__(self, split: Split, batch_size: int) -> None:
         self._split = split
         self._batch_size = batch_size
-        self.order_device = split.targets.device
+        self.order_device = split.device
 
     def in_order(self) -> Iterator[Batch]:
         """Yield all rows in their order."""
-        return self._cut(self._split.inputs, self._split.targets)
+        return self._cut(self._split.batch)
 
     def shuffled(self, order: Tensor, first: int = 0, seed: int = 0) -> Iterator[Batch]:  # noqa: ARG002 - for samples
         """Yield the rows in this order, a tensor of their numbers on the device, from batch `first` on."""
@@ -82,18 +81,15 @@ class Resident:
         batches_at_once = max(1, PERMUTED_BYTES // (per_row * self._batch_size))
         for rows in order.split(batches_at_once * self._batch_size):
             # One gather for many batches, as one for each costs as much as the step of a small model.
-            yield from self._cut(
-                map_inputs(lambda tensor, rows=rows: tensor.index_select(0, rows), self._split.inputs),  # type: ignore[misc]
-                self._split.targets.index_select(0, rows),
-            )
+            yield from self._cut(self._split.batch.map(lambda tensor, rows=rows: tensor.index_select(0, rows)))  # type: ignore[misc]
 
     def close(self) -> None:
         """Do nothing: it holds nothing but the rows."""
 
-    def _cut(self, inputs: Inputs, targets: Tensor) -> Iterator[Batch]:
-        columns = zip(*(tensor.split(self._batch_size) for tensor in tensors(inputs)), strict=True)
-        for column, its_targets in zip(columns, targets.split(self._batch_size), strict=True):
-            yield Batch(_like(inputs, column), its_targets)
+    def _cut(self, rows: Batch) -> Iterator[Batch]:
+        n_inputs = len(tensors(rows.inputs))
+        for part in zip(*(tensor.split(self._batch_size) for tensor in rows.columns), strict=True):
+            yield Batch(like(rows.inputs, part[:n_inputs]), like(rows.targets, part[n_inputs:]))
 
 
 class Streamed:
@@ -186,7 +182,7 @@ class _AheadOnCuda:
         batch, self._copied = self._copied, None
         if batch is not None:
             using.wait_stream(stream)
-            for tensor in (*tensors(batch.inputs), batch.targets):
+            for tensor in batch.columns:
                 tensor.record_stream(using)  # its memory was taken by the other stream
         if read is not None:
             with torch.cuda.stream(stream):
@@ -202,8 +198,7 @@ def _copy_stream(device: torch.device) -> torch.cuda.Stream:
 
 def _moved(batch: Batch, device: torch.device) -> Batch:
     # MPS would read pageable memory after it was freed (pytorch issues 139550 and 189690).
-    move = partial(Tensor.to, device=device, non_blocking=device.type == "cuda")
-    return Batch(map_inputs(move, batch.inputs), move(batch.targets))
+    return batch.map(partial(Tensor.to, device=device, non_blocking=device.type == "cuda"))
 
 
 Batches: TypeAlias = Resident | Streamed
@@ -213,7 +208,7 @@ def batches_of(rows: Rows, batch_size: int, device: torch.device, readers: int |
     """Return the batches of `rows` on the device. Raises DataError if they are tensors on another one."""
     if isinstance(rows, Samples):
         return Streamed(rows, batch_size, device, readers)
-    found = {tensor.device for tensor in (*tensors(rows.inputs), rows.targets)}
+    found = {tensor.device for tensor in rows.batch.columns}
     if found != {device}:
         listed = ", ".join(sorted(map(str, found)))
         raise DataError(f"model and data need to be on one device, got the model on {device} and data on {listed}")
@@ -249,7 +244,7 @@ def place_rows(
     all are read now, of those to be streamed CHECKED_ROWS from all over each split. Raises it as well for samples of
     which `readable` says so.
     """
-    wanted, (free, total) = sum(_n_bytes(rows) for rows in parts), _free_bytes(device)
+    wanted, (free, total) = sum(_n_bytes(rows) for rows in parts), memory_of(device)
     is_random = any(isinstance(rows, Samples) and rows.random for rows in parts)
     if how == "resident" and is_random:
         raise DataError("random samples cannot be resident, as they would be the same in each epoch: use --data stream")
@@ -343,7 +338,7 @@ def _readers_of(samples: Samples) -> int:
 
 
 def _is_on(rows: Rows, device: torch.device) -> bool:
-    return isinstance(rows, Split) and rows.targets.device == device
+    return isinstance(rows, Split) and rows.device == device
 
 
 def _n_bytes(rows: Rows) -> int:
@@ -352,24 +347,5 @@ def _n_bytes(rows: Rows) -> int:
     return rows.rows(slice(0, 1)).n_bytes * len(rows)
 
 
-def _free_bytes(device: torch.device) -> tuple[int, int]:
-    """Return how much of the device's memory is free, and how much there is."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)
-    if device.type == "mps":
-        total = torch.mps.recommended_max_memory()
-        return total - torch.mps.driver_allocated_memory(), total
-    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if "SC_AVPHYS_PAGES" not in os.sysconf_names:  # macOS tells what there is, not what is free of it
-        return total, total
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), total
-
-
 def _mb(n_bytes: float) -> str:
     return f"{n_bytes / 2**20:,.0f} MB"
-
-
-def _like(inputs: Inputs, parts: tuple[Tensor, ...]) -> Inputs:
-    if isinstance(inputs, Tensor):
-        return parts[0]
-    return dict(zip(inputs, parts, strict=True)) if isinstance(inputs, dict) else parts

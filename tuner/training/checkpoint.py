@@ -22,6 +22,7 @@ from torch import Tensor
 from tuner import files
 from tuner.errors import SharedPlaceError, first_line
 from tuner.spec import Spec
+from tuner.training.devices import generator_state, set_generator_state
 
 State = dict[str, Any]
 
@@ -308,10 +309,8 @@ def generator_states(device: torch.device) -> State:
         "numpy": (kind, torch.from_numpy(np.asarray(keys).astype(np.int64)), position, has_gauss, gauss),
         "torch": torch.get_rng_state(),
     }
-    if device.type == "cuda":
-        state["cuda"] = torch.cuda.get_rng_state(device)
-    elif device.type == "mps":
-        state["mps"] = torch.mps.get_rng_state()
+    if (of_device := generator_state(device)) is not None:
+        state[device.type] = of_device
     return state
 
 
@@ -321,10 +320,8 @@ def set_generator_states(state: Mapping[str, Any], device: torch.device) -> None
     kind, keys, *rest = state["numpy"]
     np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
     torch.set_rng_state(state["torch"])
-    if device.type == "cuda" and "cuda" in state:
-        torch.cuda.set_rng_state(state["cuda"], device)
-    elif device.type == "mps" and "mps" in state:
-        torch.mps.set_rng_state(state["mps"])
+    if device.type in state:
+        set_generator_state(state[device.type], device)
 
 
 def _on_cpu(value: Any) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,15 +11,27 @@ from torch.nn import functional
 
 from tuner.data import Data, DataError, Rows
 from tuner.errors import ObjectiveError
-from tuner.labels import Labels
+from tuner.labels import Labels, LabelsOfEach
+from tuner.training.targets import WeightedLoss, mean_metric, metric_of
 
 if TYPE_CHECKING:
     from torchmetrics import Metric
 
 
-def loss_of_classes(train: Rows, label_smoothing: float) -> nn.Module:
-    """Return cross entropy, over the labels that are some: binary where a row has several, or a share of one."""
-    labels = train.labels
+def loss_of_classes(train: Rows, params: Mapping[str, Any]) -> nn.Module:
+    """Return cross entropy, over the labels that are some: binary where a row has several, or a share of one.
+
+    Of several targets it is the sum of theirs, each times the param `weight_` and its name, 1 where not suggested.
+    """
+    label_smoothing = params.get("label_smoothing", 0.0)
+    if isinstance(train.labels, LabelsOfEach):
+        of_each = train.labels.by_target
+        losses = {target: _loss_of(labels, label_smoothing) for target, labels in of_each.items()}
+        return WeightedLoss(losses, {target: params.get(f"weight_{target}", 1.0) for target in of_each})
+    return _loss_of(train.labels, label_smoothing)
+
+
+def _loss_of(labels: Labels | None, label_smoothing: float) -> nn.Module:
     if labels is not None and labels.form != "one":
         return BinaryCrossEntropy(labels, label_smoothing)
     if labels is None or labels.ignored is None:
@@ -27,11 +39,22 @@ def loss_of_classes(train: Rows, label_smoothing: float) -> nn.Module:
     return CrossEntropyOfKnown(labels, label_smoothing)
 
 
-def accuracy_of_classes(data: Data) -> Metric:
-    """Return the share of labels that are right, of those that are some; a class of several from a share of 0.5."""
+def accuracies_of_classes(data: Data) -> dict[str, Metric]:
+    """Return the share of labels that are right, of those that are some, as `accuracy`.
+
+    Of several targets that is the mean of theirs, which are there too, as `accuracy_` and the target's name. A class of
+    several is given from a share of 0.5 on.
+    """
     labels = data.train.labels
     if labels is None:
         raise DataError("the default metric needs the names of the classes, got none: give Data class_names")
+    if isinstance(labels, Labels):
+        return {"accuracy": _accuracy_of(labels)}
+    found = {f"accuracy_{target}": metric_of(target, _accuracy_of(its)) for target, its in labels.by_target.items()}
+    return found | {"accuracy": mean_metric({target: _accuracy_of(its) for target, its in labels.by_target.items()})}
+
+
+def _accuracy_of(labels: Labels) -> Metric:
     from torchmetrics.classification import BinaryAccuracy, MulticlassAccuracy, MultilabelAccuracy
 
     if labels.form == "one":

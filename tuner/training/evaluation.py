@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from tuner.data import Batch, DataError, Inputs, Rows, Samples, Split, map_inputs, tensors
+from tuner.data import Batch, DataError, Inputs, Rows, Samples, Split, Tensors, concatenated, map_inputs, tensors
 from tuner.errors import ObjectiveError
 from tuner.spec import Precision
 from tuner.training.batches import Batches, batches_of, readable
@@ -19,7 +19,7 @@ from tuner.training.steps import autocast, call, matrix_products
 if TYPE_CHECKING:
     from torchmetrics import Metric
 
-Predictions = Callable[[Any], Tensor]
+Predictions = Callable[[Any], Any]
 
 # Evaluation needs no gradients, so bigger batches than training's fit; 4,096 rows of 784 floats are 13 MB.
 EVALUATION_ROWS = 4096
@@ -75,8 +75,12 @@ class Evaluation:
             for batch in self._calls():
                 with autocast(self._device, self._precision):
                     predicted = _prediction(self._model, batch.inputs, self._predictions)
-                if predicted.dtype in (torch.bfloat16, torch.float16):
-                    predicted = predicted.float()
+                if isinstance(batch.targets, Tensor) and not isinstance(predicted, Tensor):
+                    raise ObjectiveError(
+                        "metrics and export need one tensor of what the model returns, as there is one target, got"
+                        f" {type(predicted).__name__}: override prediction(outputs)"
+                    )
+                predicted = map_inputs(_full, predicted)
                 for metric in metrics.values():
                     metric.update(predicted, batch.targets)
 
@@ -88,15 +92,15 @@ class Evaluation:
         return _numbers(computed)
 
     @torch.no_grad()
-    def predicted(self) -> Tensor:
+    def predicted(self) -> Tensors:
         """Return the model's predictions for all rows, in eval mode."""
-        found: list[Tensor] = []
+        found: list[Tensors] = []
 
         def collect() -> None:
             found[:] = [_prediction(self._model, batch.inputs, self._predictions) for batch in self._calls()]
 
         self._halving(collect)
-        return torch.cat(found)
+        return concatenated(found)
 
     def _halving(self, work: Callable[[], None]) -> None:
         """Do the work, from its beginning on half as many rows at once for each time that memory runs out."""
@@ -120,12 +124,12 @@ class Evaluation:
         """Yield what the model is called on: all rows, in order."""
         assert self._at_once is not None
         for batch in self._batches.in_order():
-            if len(batch.targets) <= self._at_once:
+            if batch.n_rows <= self._at_once:
                 yield batch
                 continue
-            for start in range(0, len(batch.targets), self._at_once):
+            for start in range(0, batch.n_rows, self._at_once):
                 rows = slice(start, start + self._at_once)
-                yield Batch(map_inputs(lambda tensor, rows=rows: tensor[rows], batch.inputs), batch.targets[rows])  # type: ignore[misc]
+                yield batch.map(lambda tensor, rows=rows: tensor[rows])  # type: ignore[misc]
 
     def _rows_by_outputs(self) -> int:
         """Return for how many rows the outputs of the largest layer are small enough."""
@@ -160,10 +164,10 @@ def evaluate(
         return evaluation.metrics(metrics)
 
 
-def predict(model: nn.Module, inputs: Inputs, predictions: Predictions | None = None) -> Tensor:
+def predict(model: nn.Module, inputs: Inputs, predictions: Predictions | None = None) -> Tensors:
     """Return the model's predictions (n, ...) for all rows of `inputs`, in eval mode, on their device."""
     split = Split(inputs, tensors(inputs)[0])
-    return Evaluation(model, split, split.targets.device, predictions=predictions).predicted()
+    return Evaluation(model, split, split.device, predictions=predictions).predicted()
 
 
 def device_of(model: nn.Module, rows: Rows) -> torch.device:
@@ -173,7 +177,7 @@ def device_of(model: nn.Module, rows: Rows) -> torch.device:
         raise DataError(f"a model needs to be on one device, got it on {', '.join(sorted(map(str, found)))}")
     if found:
         return found.pop()
-    return rows.targets.device if isinstance(rows, Split) else torch.device("cpu")
+    return rows.device if isinstance(rows, Split) else torch.device("cpu")
 
 
 def _numbers(values: dict[str, Any]) -> dict[str, float]:
@@ -189,12 +193,20 @@ def _numbers(values: dict[str, Any]) -> dict[str, float]:
     return {name: float(value) for name, value in (values | dict(zip(far, read, strict=True))).items()}
 
 
-def _prediction(model: nn.Module, inputs: Inputs, predictions: Predictions | None) -> Tensor:
+def _prediction(model: nn.Module, inputs: Inputs, predictions: Predictions | None) -> Tensors:
     outputs = call(model, inputs)
-    predicted: Tensor = outputs if predictions is None else predictions(outputs)
-    if not isinstance(predicted, Tensor):
-        raise ObjectiveError(f"a prediction needs to be one tensor, got {type(predicted).__name__}")
+    predicted: Tensors = outputs if predictions is None else predictions(outputs)
+    parts = tensors(predicted) if isinstance(predicted, tuple | dict) else (predicted,)
+    if not parts or not all(isinstance(part, Tensor) for part in parts):
+        found = type(predicted if len(parts) != 1 else parts[0]).__name__
+        raise ObjectiveError(
+            f"a prediction needs to be one tensor, or a tuple or dict of them for several targets, got {found}"
+        )
     return predicted
+
+
+def _full(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
 
 
 def _rows_by_inputs(rows: Rows, device: torch.device, at_least: int) -> int:
@@ -211,7 +223,7 @@ def _is_compiled(model: nn.Module) -> bool:
 
 
 def _bytes(device: torch.device) -> int:
-    return EVALUATION_BYTES.get(device.type, EVALUATION_BYTES["cpu"])
+    return EVALUATION_BYTES.get(device.type, EVALUATION_BYTES["cuda"])
 
 
 def _tensors(outputs: Any) -> Iterator[Tensor]:

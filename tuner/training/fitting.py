@@ -7,7 +7,7 @@ import functools
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from numbers import Integral
 from typing import TYPE_CHECKING, Any
@@ -24,6 +24,7 @@ from tuner.spec import DataPlace, Direction, Precision
 from tuner.training.batches import Batches, batches_of
 from tuner.training.checkpoint import Checkpoint, State, generator_states, set_generator_states
 from tuner.training.compiled import load_state, state_of
+from tuner.training.devices import current
 from tuner.training.evaluation import Evaluation, Predictions, device_of
 from tuner.training.schedules import Rates, Schedule
 from tuner.training.steps import Loss, Step, materialize, matrix_products
@@ -173,7 +174,7 @@ def fit(
         )
     )
     with ExitStack() as stack:
-        stack.enter_context(torch.cuda.device(device) if device.type == "cuda" else nullcontext())
+        stack.enter_context(current(device))
         stack.enter_context(matrix_products(options.precision))
         for opened in (run.checkpoint, training, evaluation):
             if opened is not None:
@@ -244,7 +245,7 @@ class _Training:
             # Before a step, so that resuming makes one before the epoch ends: torch warns of a schedule stepped first.
             if checkpoint is not None and checkpoint.is_due():
                 self.save()
-            self._losses.add(self._step(batch), len(batch.targets))
+            self._losses.add(self._step(batch), batch.n_rows)
             self._n_done += 1
             if self._losses.is_broken():
                 break

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from tuner.data import Batch, map_inputs, tensors
+from tuner.data import Batch
 from tuner.errors import first_line
 
 WARM_UP_STEPS = 3
@@ -79,7 +79,7 @@ class CapturedStep:
             for number, group in enumerate(self._optimizer.param_groups)
             if _reads_rate_on_device(self._optimizer, group)
         }
-        self._batch = Batch(map_inputs(torch.clone, batch.inputs), batch.targets.clone())
+        self._batch = batch.map(torch.clone)
         graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
         before = torch.cuda.current_stream(self._device)
         try:
@@ -102,7 +102,7 @@ class CapturedStep:
     def replay(self, batch: Batch) -> Tensor:
         """Run the captured step on the batch. Its loss is overwritten by the next one."""
         assert self._graph is not None
-        for mine, its in zip(_tensors(self._batch), _tensors(batch), strict=True):
+        for mine, its in zip(self._batch.columns, batch.columns, strict=True):
             mine.copy_(its, non_blocking=True)
         self._put_rates()
         self._graph.replay()
@@ -217,9 +217,5 @@ def _number(value: Any) -> Any:
     return value.item() if isinstance(value, Tensor) else value
 
 
-def _tensors(batch: Batch) -> tuple[Tensor, ...]:
-    return (*tensors(batch.inputs), batch.targets)
-
-
 def _shapes(batch: Batch) -> list[torch.Size]:
-    return [tensor.shape for tensor in _tensors(batch)]
+    return [tensor.shape for tensor in batch.columns]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, get_worker_info
 
-from tuner.data import Batch, DataError, Samples, is_of_shared_memory, tensors
+from tuner.data import Batch, DataError, Samples, is_of_shared_memory
 from tuner.errors import first_line
 from tuner.seeds import derive_seed, seed_everything
 
@@ -68,7 +68,7 @@ def read_batch(samples: Samples, rows: list[int], *, shared: bool = False) -> Ba
     try:
         batch = samples.read(rows).batch
         if shared:  # the queue would do it, but in a thread that drops what finds no room and lets all wait for ever
-            for tensor in (*tensors(batch.inputs), batch.targets):
+            for tensor in batch.columns:
                 tensor.share_memory_()
     except (DataError, MemoryError, OSError) as error:
         return error

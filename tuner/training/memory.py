@@ -6,6 +6,8 @@ import gc
 
 import torch
 
+from tuner.training.devices import empty_cache
+
 _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
 
@@ -19,7 +21,4 @@ def is_out_of_memory(error: BaseException) -> bool:
 def free_memory() -> None:
     """Give the memory of what is used no more back to the device, for other processes."""
     gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    elif torch.backends.mps.is_available():
-        torch.mps.empty_cache()
+    empty_cache()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import combinations
 
 import torch
@@ -13,22 +13,40 @@ LOOKED_AT_ROWS, LOOKED_AT_BYTES = 2_000_000, 2**30
 """How much data is looked at; that takes 2 s (2 cores, 2026-11), and more would take what nobody waits for."""
 
 
-def overlaps(data: Data) -> Iterator[str]:
-    """Yield a line for each two splits of tensors of which the second has rows with the inputs of some in the first.
+@dataclass(frozen=True, kw_only=True)
+class Overlap:
+    """Two splits of which `n` of the `n_rows` rows of the second have the inputs of some in the first."""
+
+    first: str
+    second: str
+    n: int
+    n_rows: int
+    is_identical: bool
+    """Whether both have the same rows, each as often."""
+
+    def __str__(self) -> str:
+        return (
+            f"{self.n:,} of {self.n_rows:,} rows of the {self.second} split have inputs that stand in {self.first} too:"
+            " it tells too much of what was learned by heart, unless load_data means them to"
+        )
+
+
+def overlaps(data: Data) -> list[Overlap]:
+    """Return each two splits of tensors that have rows in common, by their inputs.
 
     Samples are not looked at, as all of them would have to be read.
     """
     parts = {name: split for name, rows in data.splits() if (split := _in_memory(rows)) is not None}
     if sum(map(len, parts.values())) > LOOKED_AT_ROWS or sum(its.n_bytes for its in parts.values()) > LOOKED_AT_BYTES:
-        return
-    found = {name: _hashes(split) for name, split in parts.items()}
-    for first, second in combinations(found, 2):
-        known = set(found[first])
-        if n := sum(row in known for row in found[second]):
-            yield (
-                f"{n:,} of {len(found[second]):,} rows of the {second} split have inputs that stand in {first} too:"
-                " it tells too much of what was learned by heart, unless load_data means them to"
-            )
+        return []
+    hashes = {name: _hashes(split) for name, split in parts.items()}
+    found = []
+    for first, second in combinations(hashes, 2):
+        known, rows = set(hashes[first]), hashes[second]
+        if n := sum(row in known for row in rows):
+            is_identical = n == len(rows) == len(hashes[first]) and sorted(rows) == sorted(hashes[first])
+            found.append(Overlap(first=first, second=second, n=n, n_rows=len(rows), is_identical=is_identical))
+    return found
 
 
 def _in_memory(rows: Rows) -> Split | None:

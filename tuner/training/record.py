@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from tuner.training.devices import name_of, peak_of, start_peak
 from tuner.versions import versions
 
 if TYPE_CHECKING:
@@ -25,12 +26,21 @@ OWN_NAMES = frozenset(
 """What is recorded of a trial and of its epochs beside the metrics, which cannot have these names."""
 
 
+def count_weights(model: nn.Module) -> dict[str, int]:
+    """Return how many numbers the model's weights are, as `parameters`, and those trained, `trained_parameters`."""
+    weights = list(model.parameters())
+    return {
+        "parameters": sum(weight.numel() for weight in weights),
+        "trained_parameters": sum(weight.numel() for weight in weights if weight.requires_grad),
+    }
+
+
 class Record:
     """Collects what a trial cost while it runs: `peak_memory_mb` is the device's, on a CPU the whole process's.
 
-    On CUDA that is what tensors took, the data of the slot among them. `peak_reserved_mb` is what torch had taken from
-    the device for them, with what was free between them and what CUDA graphs keep: a device has to have that, and some
-    500 MB more for each process that uses it.
+    On CUDA and XPU that is what tensors took, the data of the slot among them. `peak_reserved_mb` is what torch had
+    taken from the device for them, with what was free between them and what CUDA graphs keep: a device has to have
+    that, and some 500 MB more for each process that uses it.
     """
 
     def __init__(self, device: torch.device, seed: int) -> None:
@@ -38,17 +48,11 @@ class Record:
         self._seed = seed
         self._epochs: list[Epoch] = []
         self._counts: dict[str, int] = {}
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
+        start_peak(device)
 
     def count(self, model: nn.Module) -> None:
         """Count the model's weights, all of them and those that are trained."""
-        if not self._counts:
-            weights = list(model.parameters())
-            self._counts = {
-                "parameters": sum(weight.numel() for weight in weights),
-                "trained_parameters": sum(weight.numel() for weight in weights if weight.requires_grad),
-            }
+        self._counts = self._counts or count_weights(model)
 
     def add(self, epoch: Epoch) -> None:
         """Take an epoch that ended into the sums."""
@@ -59,15 +63,16 @@ class Record:
 
         `rates` are the learning rates of each epoch under a schedule that follows a metric, to be replayed.
         """
+        peak = peak_of(self._device)
         always: dict[str, Any] = {
             "seed": self._seed,
             "device": str(self._device),
-            "peak_memory_mb": round(_peak_bytes(self._device) / 2**20, 1),
+            "peak_memory_mb": _mb(_process_peak() if peak is None else peak[0]),
             "versions": _recorded_versions(self._device),
             **self._counts,
         }
-        if self._device.type == "cuda":
-            always["peak_reserved_mb"] = round(torch.cuda.max_memory_reserved(self._device) / 2**20, 1)
+        if peak is not None and self._device.type != "mps":  # which tells of one figure only
+            always["peak_reserved_mb"] = _mb(peak[1])
         if not self._epochs:
             return always
         if any(epoch.rates for epoch in self._epochs):
@@ -86,12 +91,13 @@ class Record:
 
 def _recorded_versions(device: torch.device) -> dict[str, str]:
     known = {name: versions()[name] for name in ("python", "torch", "tuner")}
-    return {**known, "device": torch.cuda.get_device_name(device)} if device.type == "cuda" else known
+    name = name_of(device)
+    return known if name is None else {**known, "device": name}
 
 
-def _peak_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    if device.type == "mps":
-        return torch.mps.driver_allocated_memory()
+def _mb(n_bytes: int) -> float:
+    return round(n_bytes / 2**20, 1)
+
+
+def _process_peak() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -17,7 +17,7 @@ from tuner.errors import ObjectiveError, first_line
 from tuner.spec import Precision
 from tuner.training.graphs import CannotCaptureError, CapturedStep
 
-Loss: TypeAlias = Callable[[Any, Tensor], Tensor]
+Loss: TypeAlias = Callable[[Any, Any], Tensor]
 """A mean over the rows, of (what the model returned, targets)."""
 
 # Optimizers whose update does not depend on how many there were; a count on the host would be captured as it is.

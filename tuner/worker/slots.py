@@ -1,6 +1,7 @@
 """Which slots a worker has: `--slots`, the devices of this machine, and what each slot's process finds of them.
 
-Nothing here imports torch: the worker itself never touches a device.
+Nothing here imports torch: the worker itself never touches a device. NVIDIA's are counted by their driver; where torch
+is for others, a process of its own asks it.
 """
 
 from __future__ import annotations
@@ -11,11 +12,12 @@ import subprocess
 import sys
 from collections import Counter
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 from tuner.errors import UsageError
 
-_ITEM = re.compile(r"(?P<device>cpu|mps|cuda(?::[0-9]+)?)(?:\*(?P<count>[0-9]+))?")
+_ITEM = re.compile(r"(?P<device>cpu|mps|(?:cuda|xpu)(?::[0-9]+)?)(?:\*(?P<count>[0-9]+))?")
 _NUMBER = re.compile(r"[0-9]+")
 _WANTED = "--slots needs auto, a number, or devices such as cuda:0*3,cuda:1 or cpu*4"
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "TORCHINDUCTOR_COMPILE_THREADS")  # the last are processes
@@ -26,6 +28,13 @@ _CUDA = {
 }
 MAX_SLOTS = 1000
 """More is a slip of the finger: each is a process of some hundred megabytes."""
+ASK_S = 120.0
+"""How long torch may take to import and to count the devices."""
+_ASK = """
+import torch
+found = torch.accelerator.current_accelerator(check_available=True)
+print("cpu 0" if found is None else f"{found.type} {torch.accelerator.device_count()}")
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +61,7 @@ class SlotPlan:
     @property
     def own_device(self) -> str | None:
         """The device as the slot's process has to call it: the one that is visible is its first."""
-        if self.is_chosen:
+        if self.is_chosen and not (self.device or "").startswith("xpu"):
             return None
         return "cuda:0" if self.visible else self.device
 
@@ -70,13 +79,16 @@ class SlotPlan:
 def plan_slots(text: str, device: str | None = None, *, at_most: int | None = None) -> list[SlotPlan]:
     """Return the slots that `--slots` asks for, the first `at_most`; `device`, that of `--device`, is for a number.
 
-    `auto` is one slot for each CUDA device, or one for the best other device. Raises UsageError.
+    `auto` is one slot for each CUDA or XPU device, or one for the best other device. Raises UsageError.
     """
     is_named = text != "auto" and not _NUMBER.fullmatch(text)
     wanted = text if is_named else device
     gpus = visible_gpus() if wanted is None or "cuda" in wanted else []  # it may take seconds to tell
+    kind = "cuda"
+    if gpus is None:
+        kind, gpus = _counted_by_torch()
     if not is_named:
-        devices = _devices(text, device, gpus)
+        devices = _devices(text, device, kind, gpus)
     elif device is not None:
         raise UsageError(f"--slots names the devices already, got --slots {text} and --device {device}: leave one out")
     else:
@@ -92,7 +104,7 @@ def plan_slots(text: str, device: str | None = None, *, at_most: int | None = No
             device=found,
             share=1 / shares[found],
             threads=threads,
-            visible=_visible(found, gpus),
+            visible=_visible(found, gpus if kind == "cuda" else []),
             is_chosen=not is_named and device is None,
         )
         for number, found in enumerate(devices)
@@ -100,7 +112,7 @@ def plan_slots(text: str, device: str | None = None, *, at_most: int | None = No
 
 
 def visible_gpus() -> list[str] | None:
-    """Return the CUDA devices of this machine as CUDA_VISIBLE_DEVICES names them; None if they cannot be counted.
+    """Return the CUDA devices of this machine as CUDA_VISIBLE_DEVICES names them; None if torch has to count devices.
 
     Each instance (MIG) that a GPU is divided into is a device of its own, and the GPU itself is none.
     """
@@ -113,8 +125,24 @@ def visible_gpus() -> list[str] | None:
         found = Path("/proc/driver/nvidia/gpus")
         if found.is_dir():
             return [str(number) for number in range(len(list(found.iterdir())))]
-        return [] if sys.platform == "darwin" or not Path("/dev/kfd").exists() else None  # AMD's are not counted
+        return None if _has_others() else []
     return _listed(listed.stdout)
+
+
+def _has_others() -> bool:
+    """Whether there may be devices of AMD or Intel, for which torch has builds of their own."""
+    return Path("/dev/kfd").exists() or any(kind in version("torch") for kind in ("+rocm", "+xpu"))
+
+
+def _counted_by_torch() -> tuple[str, list[str] | None]:
+    """Return the kind of accelerator that torch finds, and the names of those; None for them where it finds none."""
+    try:
+        asked = [sys.executable, "-P", "-c", _ASK]
+        done = subprocess.run(asked, capture_output=True, text=True, timeout=ASK_S, check=True)
+        kind, count = done.stdout.split()
+    except (OSError, ValueError, subprocess.SubprocessError):
+        return "cuda", None
+    return (kind, [str(number) for number in range(int(count))]) if kind in ("cuda", "xpu") else ("cuda", None)
 
 
 def _listed(text: str) -> list[str]:
@@ -129,22 +157,22 @@ def _listed(text: str) -> list[str]:
     return [name for number, instances in enumerate(gpus) for name in instances or [str(number)]]
 
 
-def _devices(text: str, device: str | None, gpus: list[str] | None) -> list[str | None]:
+def _devices(text: str, device: str | None, kind: str, gpus: list[str] | None) -> list[str | None]:
     if text == "auto":
         if device is not None:
             return [device]
-        return [f"cuda:{number}" for number in range(len(gpus or ()))] or [None]
+        return [f"{kind}:{number}" for number in range(len(gpus or ()))] or [None]
     count = _count(text, text)
     if device is not None or not gpus:
         return [device] * count
-    return [f"cuda:{number % len(gpus)}" for number in range(count)]
+    return [f"{kind}:{number % len(gpus)}" for number in range(count)]
 
 
 def _named(item: str, text: str, gpus: list[str] | None) -> list[str | None]:
     match = _ITEM.fullmatch(item)
     if match is None:
         raise UsageError(f"{_WANTED}, got {text!r}")
-    device = "cuda:0" if match["device"] == "cuda" else match["device"]
+    device = f"{match['device']}:0" if match["device"] in ("cuda", "xpu") else match["device"]
     if device.startswith("cuda") and gpus is not None and int(device[5:]) >= len(gpus):
         has = f"{len(gpus)} CUDA device{'' if len(gpus) == 1 else 's'}"
         raise UsageError(f"--slots names {match['device']}, but this machine has {has}")

@@ -10,7 +10,7 @@ from torch import nn
 from tuner.data import Data, DataError, Split
 from tuner.errors import ObjectiveError
 from tuner.training import evaluate
-from tuner.training.classes import accuracy_of_classes, loss_of_classes
+from tuner.training.classes import accuracies_of_classes, loss_of_classes
 
 
 def data_of(outputs, targets, n_classes, ignored=None):
@@ -21,8 +21,8 @@ def data_of(outputs, targets, n_classes, ignored=None):
 def found(outputs, targets, n_classes, ignored=None, smoothing=0.0):
     """The loss and the accuracy of these outputs."""
     data = data_of(outputs, targets, n_classes, ignored)
-    loss = loss_of_classes(data.train, smoothing)(outputs, data.train.targets)
-    metrics = evaluate(nn.Identity(), data.train, {"accuracy": accuracy_of_classes(data)})
+    loss = loss_of_classes(data.train, {"label_smoothing": smoothing})(outputs, data.train.targets)
+    metrics = evaluate(nn.Identity(), data.train, accuracies_of_classes(data))
     return float(loss), metrics["accuracy"]
 
 
@@ -46,7 +46,7 @@ def test_labels_that_are_none_count_neither_in_the_loss_nor_in_the_metric(shape,
 def test_a_batch_without_labels_has_a_loss_of_0():
     targets = torch.full((4,), -100)
     rows = data_of(drawn(5, 2), torch.tensor([0, 1, -100, 0, 1]), 2, -100).train
-    assert float(loss_of_classes(rows, 0.0)(drawn(4, 2), targets)) == 0.0
+    assert float(loss_of_classes(rows, {})(drawn(4, 2), targets)) == 0.0
     assert math.isnan(float(nn.CrossEntropyLoss()(drawn(4, 2), targets)))
 
 
@@ -80,11 +80,11 @@ def test_one_of_two_classes_may_be_a_number_with_an_output_of_its_own(shape):
 def test_an_output_a_class_is_refused_for_labels_that_are_one_number():
     rows = data_of(drawn(6, 2), torch.tensor([0.0, 1, 0, 1, 0, 1]), 2).train
     with pytest.raises(ObjectiveError, match=r"need an output for each, of shape \[6\], got \[6, 2\]: let the model"):
-        loss_of_classes(rows, 0.0)(drawn(6, 2), rows.targets)
+        loss_of_classes(rows, {})(drawn(6, 2), rows.targets)
 
 
 def test_without_names_of_classes_the_loss_is_cross_entropy_and_there_is_no_metric():
     rows = Split(drawn(6, 2), torch.tensor([0, 1, 0, 1, 0, 1]))
-    assert isinstance(loss_of_classes(rows, 0.0), nn.CrossEntropyLoss)
+    assert isinstance(loss_of_classes(rows, {}), nn.CrossEntropyLoss)
     with pytest.raises(DataError, match="the default metric needs the names of the classes, got none"):
-        accuracy_of_classes(Data(rows, rows, rows))
+        accuracies_of_classes(Data(rows, rows, rows))

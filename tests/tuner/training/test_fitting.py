@@ -9,8 +9,7 @@ from torchmetrics import ClasswiseWrapper, MeanMetric, MeanSquaredError
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score, MulticlassRecall
 
 from tuner.data import Samples, Split
-from tuner.errors import UsageError
-from tuner.training import DivergedError, Options, Run, choose_device, evaluate, evaluation, fit, predict
+from tuner.training import DivergedError, Options, Run, evaluate, evaluation, fit, predict
 from tuner.training.steps import call
 
 
@@ -229,20 +228,6 @@ def test_a_model_of_several_inputs_gets_a_tuple_in_order_and_a_dict_by_name(monk
     inputs = (x, y) if kind is tuple else {"y": y, "x": x}
     assert torch.equal(call(_Sum(), inputs), x - 2 * y)
     assert torch.equal(predict(_Sum(), inputs), x - 2 * y)
-
-
-def test_a_device_that_was_named_is_taken():
-    assert str(choose_device("cpu")) == "cpu"
-
-
-@pytest.mark.parametrize("name", ["banana", "cuda:99"])
-def test_a_device_that_is_not_here_is_refused(name):
-    with pytest.raises(UsageError, match=f"--device needs a device of this machine, got '{name}'"):
-        choose_device(name)
-
-
-def test_without_a_name_the_best_device_that_works_is_taken():
-    assert float(torch.ones(2, device=choose_device()).sum()) == 2
 
 
 def ends(accuracies, *, patience, direction="maximize", metric="accuracy", epochs=9):

@@ -28,7 +28,7 @@ KINDS = {
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_rows_that_stand_in_two_splits_are_counted_for_each_two(kind):
-    lines = list(overlaps(data_of(KINDS[kind], shared=3)))
+    lines = list(map(str, overlaps(data_of(KINDS[kind], shared=3))))
     assert [line.partition(":")[0] for line in lines] == [
         "3 of 10 rows of the valid split have inputs that stand in train too",
         "3 of 10 rows of the test split have inputs that stand in train too",
@@ -46,3 +46,15 @@ def test_samples_are_not_read_for_it():
 def test_of_very_large_data_nothing_is_told(monkeypatch, limit):
     monkeypatch.setattr(overlap, limit, 30)
     assert list(overlaps(data_of(Split, shared=3))) == []
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("valid", "is_identical"),
+    [(torch.arange(20), True), (torch.arange(19, -1, -1), True), (torch.arange(19), False), (torch.zeros(20), False)],
+)
+def test_two_splits_of_the_same_rows_are_identical_in_whatever_order(kind, valid, is_identical):
+    rows = torch.arange(40.0).unsqueeze(1)
+    parts = rows[:20], rows[valid.long()], rows[20:]
+    data = Data(*(KINDS[kind](part, torch.rand(len(part))) for part in parts))
+    assert [(its.first, its.second, its.is_identical) for its in overlaps(data)] == [("train", "valid", is_identical)]

@@ -6,6 +6,7 @@ import sys
 import pytest
 
 from tuner.errors import UsageError
+from tuner.worker import slots
 from tuner.worker.slots import plan_slots, visible_gpus
 
 
@@ -164,3 +165,32 @@ def test_the_devices_are_counted_only_for_slots_that_may_have_one(smi, slots, de
     ran = smi("GPU 0: H100 (UUID: GPU-1)")
     plan_slots(slots, device)
     assert ran.exists() == asked
+
+
+@pytest.mark.parametrize(
+    ("counted", "planned"),
+    [
+        (("xpu", ["0", "1"]), [("xpu:0", None, "xpu:0"), ("xpu:1", None, "xpu:1")]),
+        (("cuda", ["0", "1"]), [("cuda:0", "0", None), ("cuda:1", "1", None)]),
+        (("cuda", None), [(None, None, None)]),
+    ],
+)
+def test_devices_that_only_torch_counts_get_a_slot_each(monkeypatch, counted, planned):
+    monkeypatch.setattr(slots, "visible_gpus", lambda: None)
+    monkeypatch.setattr(slots, "_counted_by_torch", lambda: counted)
+    assert [(plan.device, plan.visible, plan.own_device) for plan in plan_slots("auto")] == planned
+    n_devices = len(counted[1] or ())
+    assert len({plan.device for plan in plan_slots("4")}) == max(1, n_devices)
+
+
+def test_xpu_devices_may_be_named():
+    assert summary("xpu*2,xpu:1") == [("xpu:0", None, 0.5)] * 2 + [("xpu:1", None, 1.0)]
+
+
+@pytest.mark.slow
+def test_torch_is_asked_in_a_process_of_its_own():
+    import torch
+
+    kind, found = slots._counted_by_torch()
+    assert kind == "cuda"
+    assert found == ([str(n) for n in range(torch.cuda.device_count())] if torch.cuda.is_available() else None)
