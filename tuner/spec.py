@@ -1,4 +1,4 @@
-"""The spec: everything that defines a study, stored with it at its creation and never changed after."""
+"""The spec: everything that defines a study, stored with it at its creation. Only its budget changes after, by more."""
 
 from __future__ import annotations
 

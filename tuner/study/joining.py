@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import datetime as dt
+import shlex
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING
@@ -14,7 +15,8 @@ from sqlalchemy import Engine
 
 from storage.coordination import claims, studies
 from storage.coordination.studies import StudyRecord, TrialRecord
-from storage.database.errors import StudyExistsError
+from storage.database.errors import StudyExistsError, StudyNotFoundError
+from storage.database.sessions import Sessions
 from tuner.errors import TunerError, UsageError
 from tuner.spec import Budget, Direction, ObjectiveSpec, Spec, TrainingSpec, differences, first_problem, parse_spec
 from tuner.study.registry import ObjectiveKind, ObjectiveSource, build_objective, is_objective_class
@@ -58,6 +60,13 @@ class Study(AnyStudy):
 
     spec: Spec
 
+    def as_of(self, standing: claims.Standing) -> Study:
+        """Return the study with its budget as it stands: it may have been raised since the study was opened."""
+        if standing.budget is None:
+            return self
+        spec = self.spec.model_copy(update={"budget": Budget.model_validate(standing.budget)})
+        return replace(self, spec=spec)
+
     @property
     def budget(self) -> claims.Budget:
         """The spec's budget as claims are decided by it."""
@@ -68,6 +77,14 @@ class Study(AnyStudy):
             max_failures=budget.max_failures,
             max_attempts=self.spec.retry.max_attempts,
         )
+
+
+def budget_now(engine: Engine, study: Study) -> claims.Budget:
+    """Return the study's budget, which may have been raised since it was opened; as it was if it was deleted since."""
+    try:
+        return claims.look(Sessions(engine), study.study_id).now_of(study.budget)
+    except StudyNotFoundError:
+        return study.budget
 
 
 OBJECTIVE_CODE_HASH = "objective.code_hash"
@@ -122,12 +139,38 @@ def create_or_join(engine: Engine, name: str, spec: Spec, *, allow_code_change: 
             f"the code of the objective is not the one that study {name!r} was created with ({found[0]});"
             " --study NAME starts a study with it, --allow-code-change goes on with this one"
         )
+    if found and all(line.startswith("budget.") for line in found):
+        raise TunerError(_other_budget(study, spec.budget, found))
     if found:
         raise TunerError(
             f"study {name!r} exists with another spec ({'; '.join(found)});"
             " give the same options to join it, or --study NAME for a study of its own"
         )
     return study, False
+
+
+def _other_budget(study: Study, wanted: Budget, found: list[str]) -> str:
+    """Return what to say to who wants to join a study with another budget: how to raise it, or what to ask for."""
+    more, less = [], []
+    for option, here, there in (
+        ("--trials", study.spec.budget.trials, wanted.trials),
+        ("--max-failures", study.spec.budget.max_failures, wanted.max_failures),
+    ):
+        if there > here:
+            more.append(f"{option} +{there - here}")
+        elif there < here:
+            less.append(f"{option} {here}")
+    has_s, wants_s = study.spec.budget.timeout_s, wanted.timeout_s
+    if has_s is not None and wants_s is not None and wants_s > has_s:
+        more.append(f"--timeout {wants_s:g}s")
+    elif has_s != wants_s:
+        less.append("no --timeout" if has_s is None else f"--timeout {has_s:g}s")
+    says = []
+    if more:
+        says.append(f"'tuner extend {shlex.quote(study.name)} {' '.join(more)}' adds to it")
+    if less:
+        says.append(f"{' and '.join(less)} joins it")
+    return f"study {study.name!r} exists with another budget ({'; '.join(found)}); {', '.join(says)}"
 
 
 def checkpoint_directory(data_dir: Path, study: AnyStudy) -> Path:

@@ -1,0 +1,64 @@
+"""Studies that go on beyond what they were created for, with workers that run meanwhile."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import optuna
+from command import Tuner, wait_for
+from optuna.trial import TrialState
+
+from storage import open_storage
+
+# Waits for the file `gate` beside it in its trial 1.
+GATED = """
+import threading
+from pathlib import Path
+
+GATE = Path(__file__).with_name("gate")
+
+def objective(trial):
+    x = trial.suggest_float("x", 0, 1)
+    while trial.number == 1 and not GATE.exists():
+        threading.Event().wait(0.02)
+    return x
+"""
+
+
+def trials_of(database: str, name: str) -> list[optuna.trial.FrozenTrial]:
+    return optuna.load_study(study_name=name, storage=open_storage(database)).get_trials()
+
+
+def test_a_study_is_extended_under_a_running_worker_and_after_its_end(
+    tuner: Tuner, database: str, tmp_path: Path
+) -> None:
+    (tmp_path / "gated.py").write_text(GATED)
+    objective = f"{tmp_path / 'gated.py'}:objective"
+    worker = ("worker", "gated", "--objective", objective)
+    assert tuner("create", objective, "--trials", "2", "--direction", "minimize").code == 0
+    with tuner.start(*worker) as running:
+        wait_for(lambda: len(trials_of(database, "gated")) == 2, "the last trial of the budget runs")
+        extended = tuner("extend", "gated", "--trials", "+1")
+        assert extended.stdout == "study gated: 3 trials (2 before)\n"
+        assert "'tuner worker gated' starts one" in extended.stderr
+        (tmp_path / "gate").touch()
+        assert running.finish().code == 0
+    assert [trial.state for trial in trials_of(database, "gated")] == [TrialState.COMPLETE] * 3
+
+    refused = tuner("run", objective, "--trials", "5", "--direction", "minimize")
+    assert (refused.code, "'tuner extend gated --trials +2' adds to it" in refused.error()) == (1, True)
+    assert tuner("stop", "gated").code == 0
+    found = tuner("extend", "gated", "--trials", "+2", "--json").json()
+    assert (found["before"]["trials"], found["budget"]["trials"]) == (3, 5)
+    assert "the study was stopped; 'tuner resume' lets it go on" in found["closed"]
+    assert tuner("resume", "gated").code == 0
+    assert [tuner("enqueue", "gated", f"x=0.{n}").code for n in (1, 2)] == [0, 0]
+    assert tuner("cancel", "gated", "3").stdout == "trial 3 is cancelled\n"
+    assert "trial 3 is fail, and not waiting" in tuner("cancel", "gated", "3").error()
+    assert tuner(*worker).code == 0
+    trials = trials_of(database, "gated")
+    assert [trial.state.name for trial in trials] == [*["COMPLETE"] * 3, "FAIL", *["COMPLETE"] * 2]
+    assert (trials[3].params, trials[4].params) == ({}, {"x": 0.2})
+    assert tuner("extend", "gated").error() == (
+        "tuner: extend needs --trials, --timeout or --max-failures, such as --trials +20"
+    )
