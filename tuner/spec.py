@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator
 from typing import Any, Literal
 
@@ -111,7 +112,8 @@ def parse_spec(stored: object, study_name: str) -> Spec:
     if stored is None:
         raise TunerError(
             f"study {study_name!r} has no spec: it was not created by tuner;"
-            " 'tuner create' makes one that workers can join, 'tuner best' and 'tuner trials' read this one"
+            f" 'tuner adopt {shlex.quote(study_name)} OBJECTIVE' lets workers go on with it, 'tuner best' and"
+            " 'tuner trials' read it"
         )
     try:
         return Spec.model_validate(stored)

@@ -1,4 +1,4 @@
-"""What people do to a study from outside while workers run it: halt, extend or delete it, queue or cancel a trial."""
+"""What people do to a study from outside while workers run it: halt, extend, adopt or delete it, queue a trial."""
 
 from __future__ import annotations
 
@@ -8,10 +8,13 @@ from typing import Any, Final
 
 from sqlalchemy import ARRAY, Connection, Select, Text, cast, delete, func, insert, literal, select, text, update
 from sqlalchemy.dialects.postgresql import JSONB
+from sqlalchemy.dialects.postgresql import insert as upsert
+from sqlalchemy.exc import IntegrityError
 
 from storage.coordination import claims
 from storage.coordination.claims import CANCELLED, IS_EXPIRED, Standing, StudyState
-from storage.database.errors import LiveTrialsError, TrialNotWaitingError
+from storage.coordination.studies import METRIC_NAMES
+from storage.database.errors import LiveTrialsError, StudyExistsError, TrialNotWaitingError
 from storage.database.sessions import Sessions
 from storage.database.tables import (
     studies,
@@ -70,6 +73,39 @@ def extend(sessions: Sessions, study_id: int, decide: Callable[[Standing], Mappi
         path, value = cast(["budget"], ARRAY(Text)), literal(budget, JSONB)
         spec = func.jsonb_set(tuner_studies.c.spec, path, value)
         conn.execute(update(tuner_studies).where(tuner_studies.c.study_id == study_id).values(spec=spec))
+        return claims.standing_of(conn, study_id)
+
+    return sessions.transaction(work)
+
+
+def adopt(
+    sessions: Sessions,
+    study_id: int,
+    decide: Callable[[Standing], Mapping[str, Any]],
+    user_attrs: Mapping[str, Any],
+    metric: str,
+) -> Standing:
+    """Give a study that another program created the spec that `decide` makes of how it stands; how it stands then.
+
+    One transaction. Attributes that the study has stay; its time begins now. What `decide` raises is raised, and
+    nothing is changed. Raises StudyExistsError if it has a spec, StudyNotFoundError.
+    """
+
+    def work(conn: Connection) -> Standing:
+        claims.lock(conn, study_id)
+        spec = dict(decide(claims.standing_of(conn, study_id)))
+        try:
+            conn.execute(insert(tuner_studies).values(study_id=study_id, spec=spec))
+        except IntegrityError as error:
+            raise StudyExistsError(f"study id {study_id} has a spec already") from error
+        metric_names = {"study_id": study_id, "key": METRIC_NAMES, "value_json": json.dumps([metric])}
+        named = upsert(study_system_attributes).values(metric_names)
+        keys = ["study_id", "key"]
+        conn.execute(named.on_conflict_do_update(index_elements=keys, set_={"value_json": named.excluded.value_json}))
+        attributes = [
+            {"study_id": study_id, "key": key, "value_json": json.dumps(value)} for key, value in user_attrs.items()
+        ]
+        conn.execute(upsert(study_user_attributes).values(attributes).on_conflict_do_nothing(index_elements=keys))
         return claims.standing_of(conn, study_id)
 
     return sessions.transaction(work)

@@ -32,6 +32,7 @@ from sqlalchemy.dialects.postgresql import aggregate_order_by, distinct_on
 from sqlalchemy.exc import IntegrityError
 
 from storage.database.errors import StudyExistsError, StudyNotFoundError
+from storage.database.sessions import Sessions
 from storage.database.tables import (
     STUDY_NAME_MAX_LENGTH,
     studies,
@@ -49,7 +50,7 @@ from storage.database.tables import (
 from storage.database.url import mask_url
 from storage.database.values import json_values, number_of
 
-_METRIC_NAMES = "study:metric_names"  # where optuna.Study.set_metric_names keeps them
+METRIC_NAMES: Final = "study:metric_names"  # where optuna.Study.set_metric_names keeps them
 
 Ts = TypeVarTuple("Ts")
 
@@ -138,7 +139,7 @@ def create_study(
             conn.execute(insert(tuner_studies).values(study_id=study_id, spec=dict(spec)))
             conn.execute(
                 insert(study_system_attributes).values(
-                    study_id=study_id, key=_METRIC_NAMES, value_json=json.dumps([metric])
+                    study_id=study_id, key=METRIC_NAMES, value_json=json.dumps([metric])
                 )
             )
             attributes = [
@@ -149,6 +150,12 @@ def create_study(
     except IntegrityError as error:
         raise StudyExistsError(f"a study named {name!r} exists in {mask_url(engine.url)}") from error
     return find_study(engine, name)
+
+
+def numbers_in(sessions: Sessions, study_id: int, state: State) -> list[int]:
+    """Return the numbers of the study's trials in this state, in their order."""
+    query = select(trials.c.number).where(trials.c.study_id == study_id, trials.c.state == state)
+    return sessions.statement(lambda conn: list(conn.execute(query.order_by(trials.c.number)).scalars()))
 
 
 def find_study(engine: Engine, name: str) -> StudyRecord:
@@ -342,7 +349,7 @@ def _select_studies() -> Select[Any]:
         tuner_studies.c.created_at,
     ).select_from(
         studies.outerjoin(tuner_studies, tuner_studies.c.study_id == studies.c.study_id).outerjoin(
-            attributes, and_(attributes.c.study_id == studies.c.study_id, attributes.c.key == _METRIC_NAMES)
+            attributes, and_(attributes.c.study_id == studies.c.study_id, attributes.c.key == METRIC_NAMES)
         )
     )
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import optuna
 from command import Tuner, wait_for
+from optuna.storages import RDBStorage
 from optuna.trial import TrialState
 
 from storage import open_storage
@@ -62,3 +63,25 @@ def test_a_study_is_extended_under_a_running_worker_and_after_its_end(
     assert tuner("extend", "gated").error() == (
         "tuner: extend needs --trials, --timeout or --max-failures, such as --trials +20"
     )
+
+
+def test_a_study_of_stock_optuna_is_adopted_and_goes_on_by_workers(tuner: Tuner, database: str, tmp_path: Path) -> None:
+    (tmp_path / "gate").touch()
+    (tmp_path / "gated.py").write_text(GATED)
+    objective = f"{tmp_path / 'gated.py'}:objective"
+    stock = optuna.create_study(study_name="theirs", storage=RDBStorage(database), direction="maximize")
+    stock.optimize(lambda trial: trial.suggest_float("x", 0, 1), n_trials=2)
+    stock.enqueue_trial({"x": 1.0})
+    refused = tuner("worker", "theirs").error()
+    assert "'tuner adopt theirs OBJECTIVE' lets workers go on with it" in refused
+    adopted = tuner("adopt", "theirs", objective, "--trials", "+2", "--sampler", "random")
+    assert adopted.stdout == (
+        "study theirs has objective gated.py:objective: 2 of 4 trials are done; 'tuner worker theirs' goes on\n"
+    )
+    assert "has a spec already: 'tuner worker theirs' runs its trials" in tuner("adopt", "theirs", objective).error()
+    assert tuner("worker", "theirs", "--objective", objective).code == 0
+    trials = trials_of(database, "theirs")
+    assert [(trial.number, trial.state) for trial in trials] == [(n, TrialState.COMPLETE) for n in range(4)]
+    best = tuner("best", "theirs", "--json").json()
+    assert (best["number"], best["value"], best["direction"]) == (2, 1.0, "maximize")
+    assert "no study named 'nobody'" in tuner("adopt", "nobody", objective).error()

@@ -110,6 +110,11 @@ def extend(storage: PostgresStorage, study_id: int) -> Any:
     return control.extend(storage.sessions, study_id, more).budget
 
 
+def adopt(storage: PostgresStorage, study_id: int) -> Any:
+    spec = {"version": 1, "budget": {"trials": 30, "timeout_s": None, "max_failures": 10}}
+    return control.adopt(storage.sessions, study_id, lambda _: spec, {"seed": 0}, "loss").budget
+
+
 def in_study(call: Callable[[PostgresStorage, int], Any]) -> Write:
     return Write(prepare=lambda storage: _bound(call, storage, a_study(storage)))
 
@@ -172,6 +177,9 @@ WRITES = {
     "create_new_trial": creating(a_study, lambda storage, study: storage.create_new_trial(study)),
     "create_new_trial, template": creating(a_study, lambda storage, study: storage.create_new_trial(study, TEMPLATE)),
     "extend": in_trial(to_extend, extend),
+    "adopt": Write(
+        prepare=lambda storage: _bound(adopt, storage, storage.create_new_study([StudyDirection.MINIMIZE], "s"))
+    ),
     "enqueue": in_study(lambda storage, study: control.enqueue(storage.sessions, study, {"x": 0.5})),
     "cancel": in_trial(with_waiting, lambda storage, study: control.cancel(storage.sessions, study, 0)),
     "record_heartbeat": in_trial(running, lambda storage, trial: storage.record_heartbeat(trial)),

@@ -45,6 +45,7 @@ _PANELS: dict[str, dict[str, Callable[..., None]]] = {
         "enqueue": control.enqueue,
         "cancel": control.cancel,
         "extend": growing.extend,
+        "adopt": growing.adopt,
         "objectives": reading.objectives,
     },
     "Watch": {

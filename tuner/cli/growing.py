@@ -1,4 +1,4 @@
-"""`tuner extend`: a study that goes on beyond what it was created for."""
+"""`tuner extend` and `adopt`: studies that go on beyond what they were created for."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
-from tuner.cli.options import MAX_COUNT, seconds
+from tuner.cli.options import BUDGET, MAX_COUNT, ObjectiveName, SpecOptions, seconds
 from tuner.cli.reading import AsJson, StudyName
 from tuner.cli.settings import Settings, command
 from tuner.errors import UsageError
@@ -63,6 +63,56 @@ def extend(
         return
     print(f"study {study}: {_shown(found)}")
     print(_what_next(study, found), file=sys.stderr)
+
+
+@command
+def adopt(
+    settings: Settings,
+    study: StudyName,
+    objective: ObjectiveName,
+    options: SpecOptions,
+    trials: Annotated[
+        str,
+        typer.Option(
+            metavar="[+]N",
+            help="Trials to add to those that are done, or without a + to have in all.",
+            rich_help_panel=BUDGET,
+        ),
+    ] = "+30",
+    as_json: Annotated[bool, typer.Option("--json", help="Print the study as JSON.")] = False,
+) -> None:
+    """Let workers go on with STUDY, which another Optuna program made or tuner import copied, by OBJECTIVE.
+
+    Its trials stay, count towards the budget, and are what the sampler
+    learns from.
+    """
+    from tuner.study.adopting import adopt_study, check_adoptable
+    from tuner.study.joining import find_study, plan
+    from tuner.study.registry import find_objective, is_objective_class
+
+    amount = _count("--trials", trials)
+    assert amount is not None
+    wanted = options.plan()
+    engine = settings.open()
+    found = find_study(engine, study)
+    check_adoptable(found)
+    source = find_objective(objective)
+    kind = source.load()
+    if wanted["direction"] is None and not is_objective_class(kind):
+        wanted["direction"] = found.directions[0]
+    spec, model_class = plan(source, kind, **wanted)
+    adopted = adopt_study(engine, found, spec, model_class, amount)
+    for note in adopted.notes:
+        print(note, file=sys.stderr)
+    budget, standing = adopted.study.spec.budget, adopted.standing
+    if as_json:
+        spec_fields = adopted.study.spec.model_dump(mode="json")
+        print(json.dumps({"study": study, "done": standing.done, "notes": adopted.notes, "spec": spec_fields}))
+        return
+    print(
+        f"study {study} has objective {source.name}: {standing.done} of {budget.trials} trials are done;"
+        f" 'tuner worker {shlex.quote(study)}' goes on"
+    )
 
 
 def more(study: str, limit: Limit) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any, get_args
 
 import typer
@@ -17,6 +17,13 @@ _UNITS_S = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
 # The panels of options in the help of `run`, `create` and `worker`.
 STUDY, BUDGET, TRAINING, DATA = "Study", "Budget", "Training", "Data"
 WORKERS, LIMITS, RESULT = "Workers", "Limits", "Result"
+
+ObjectiveName = Annotated[
+    str,
+    typer.Argument(
+        metavar="OBJECTIVE", help="Name of an installed objective, path/to/file.py:NAME or package.module:NAME."
+    ),
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,6 +203,14 @@ class StudyOptions:
                 "prefetch": self.prefetch,
             }
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpecOptions(StudyOptions):
+    """What a study that is there gets: its name is given otherwise, and its trials count towards its budget."""
+
+    study: str | None = field(init=False, default=None)
+    trials: int = field(init=False, default=1)
 
 
 MAX_COUNT = 2**31 - 1

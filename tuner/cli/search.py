@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tuner.cli.model import OBJECTIVE_HELP, default_output, installed_name, print_exported
-from tuner.cli.options import LIMITS, RESULT, WORKERS, StudyOptions, check_positive, seconds
+from tuner.cli.options import LIMITS, RESULT, WORKERS, ObjectiveName, StudyOptions, check_positive, seconds
 from tuner.cli.settings import Settings, command
 from tuner.errors import TunerError, UsageError
 
@@ -20,12 +20,6 @@ if TYPE_CHECKING:
     from tuner.study.joining import Study
     from tuner.study.registry import ObjectiveKind, ObjectiveSource
 
-ObjectiveName = Annotated[
-    str,
-    typer.Argument(
-        metavar="OBJECTIVE", help="Name of an installed objective, path/to/file.py:NAME or package.module:NAME."
-    ),
-]
 Workers = Annotated[
     int | None, typer.Option(help="Local worker processes (default: half the cores, 2 to 8).", rich_help_panel=WORKERS)
 ]
