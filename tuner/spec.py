@@ -96,6 +96,8 @@ class Spec(_Frozen):
     budget: Budget
     epochs: PositiveInt
     seed: NonNegativeInt = Field(default=0, lt=2**63)
+    history: str | None = None
+    """The study whose finished trials the sampler was given to learn from, at the creation of this one."""
     retry: Retry = Retry()
     training: TrainingSpec = TrainingSpec()
     checkpoints: str = "database"

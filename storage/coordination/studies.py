@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime as dt
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, Final, Literal, TypeVarTuple
@@ -26,6 +26,7 @@ from sqlalchemy import (
     func,
     insert,
     literal,
+    null,
     select,
 )
 from sqlalchemy.dialects.postgresql import aggregate_order_by, distinct_on
@@ -123,11 +124,18 @@ class TrialRecord:
 
 
 def create_study(
-    engine: Engine, name: str, direction: str, spec: Mapping[str, Any], user_attrs: Mapping[str, Any], metric: str
+    engine: Engine,
+    name: str,
+    direction: str,
+    spec: Mapping[str, Any],
+    user_attrs: Mapping[str, Any],
+    metric: str,
+    history: Sequence[Mapping[str, Any]] | None = None,
 ) -> StudyRecord:
     """Create a study with its spec, in one transaction: no worker ever sees the one without the other.
 
-    `metric` is what Optuna and its dashboard call the study's value.
+    `metric` is what Optuna and its dashboard call the study's value, `history` what its sampler learns from beside its
+    own trials.
     Raises StudyExistsError if there is a study of that name, ValueError if PostgreSQL cannot hold the name.
     """
     if not name or "\0" in name or len(name) > STUDY_NAME_MAX_LENGTH:
@@ -136,7 +144,7 @@ def create_study(
         with engine.begin() as conn:
             study_id = conn.execute(insert(studies).values(study_name=name).returning(studies.c.study_id)).scalar_one()
             conn.execute(insert(study_directions).values(study_id=study_id, direction=direction.upper(), objective=0))
-            conn.execute(insert(tuner_studies).values(study_id=study_id, spec=dict(spec)))
+            conn.execute(insert(tuner_studies).values(study_id=study_id, spec=dict(spec), history=history or null()))
             conn.execute(
                 insert(study_system_attributes).values(
                     study_id=study_id, key=METRIC_NAMES, value_json=json.dumps([metric])
@@ -165,6 +173,12 @@ def find_study(engine: Engine, name: str) -> StudyRecord:
     if row is None:
         raise StudyNotFoundError(f"no study named {name!r} in {mask_url(engine.url)}; 'tuner studies' lists them")
     return _study(row)
+
+
+def history(sessions: Sessions, study_id: int) -> list[dict[str, Any]]:
+    """Return what the study was given to learn from at its creation."""
+    query = select(tuner_studies.c.history).where(tuner_studies.c.study_id == study_id)
+    return sessions.statement(lambda conn: conn.execute(query).scalar_one_or_none()) or []
 
 
 def delete_if_unused(engine: Engine, study_id: int) -> bool:

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import optuna
 from command import Tuner, wait_for
+from optuna.distributions import FloatDistribution
 from optuna.storages import RDBStorage
-from optuna.trial import TrialState
+from optuna.trial import TrialState, create_trial
 
 from storage import open_storage
 
@@ -85,3 +86,25 @@ def test_a_study_of_stock_optuna_is_adopted_and_goes_on_by_workers(tuner: Tuner,
     best = tuner("best", "theirs", "--json").json()
     assert (best["number"], best["value"], best["direction"]) == (2, 1.0, "maximize")
     assert "no study named 'nobody'" in tuner("adopt", "nobody", objective).error()
+
+
+def test_a_new_study_learns_from_another_ones_trials_and_has_none_of_them(
+    tuner: Tuner, database: str, tmp_path: Path
+) -> None:
+    (tmp_path / "gate").touch()
+    (tmp_path / "gated.py").write_text(GATED)
+    objective = f"{tmp_path / 'gated.py'}:objective"
+    old = optuna.create_study(study_name="old", storage=RDBStorage(database), direction="minimize")
+    space = {"x": FloatDistribution(0, 1), "gone": FloatDistribution(0, 1)}
+    for n in range(40):
+        old.add_trial(create_trial(params={"x": n / 40, "gone": 0.5}, distributions=space, value=abs(n / 40 - 0.7)))
+    run = ("run", objective, "--study", "new", "--from", "old", "--trials", "3", "--direction", "minimize")
+    assert "sampler random does not learn from other trials" in tuner(*run, "--sampler", "random").error()
+    done = tuner(*run, "--workers", "1", "--json")
+    assert "learns from 40 trials of study old" in done.stderr
+    trials = trials_of(database, "new")
+    assert [trial.number for trial in trials] == [0, 1, 2]
+    assert all(abs(trial.params["x"] - 0.7) < 0.25 for trial in trials), trials
+    assert done.json()["value"] == min(trial.value for trial in trials)
+    assert tuner("delete", "old").code == 0
+    assert tuner("create", *run[1:], "--json").json()["created"] is False

@@ -68,6 +68,15 @@ class StudyOptions:
     seed: Annotated[
         int, typer.Option(help="Everything random in the study follows from it.", rich_help_panel=STUDY)
     ] = 0
+    from_: Annotated[
+        str | None,
+        typer.Option(
+            "--from",
+            metavar="STUDY",
+            help="A study whose finished trials the sampler learns from as well.",
+            rich_help_panel=STUDY,
+        ),
+    ] = None
     trials: Annotated[int, typer.Option(help="Trials that have to complete or be pruned.", rich_help_panel=BUDGET)] = 30
     timeout: Annotated[
         str | None,
@@ -166,6 +175,7 @@ class StudyOptions:
             "pruner": self.pruner,
             "direction": self.direction,
             "seed": self.seed,
+            "history": self.from_,
             "training": self._training(),
             "checkpoints": checked_place(self.checkpoints),
             "checkpoint_every_s": seconds("--checkpoint-every", self.checkpoint_every),
@@ -210,6 +220,7 @@ class SpecOptions(StudyOptions):
     """What a study that is there gets: its name is given otherwise, and its trials count towards its budget."""
 
     study: str | None = field(init=False, default=None)
+    from_: str | None = field(init=False, default=None)
     trials: int = field(init=False, default=1)
 
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import datetime as dt
 import shlex
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 from sqlalchemy import Engine
@@ -105,8 +105,8 @@ def find_study(engine: Engine, name: str) -> AnyStudy:
     )
 
 
-def create_study(engine: Engine, name: str, spec: Spec) -> Study:
-    """Create the study. Raises StudyExistsError if there is one of that name."""
+def create_study(engine: Engine, name: str, spec: Spec, history: Sequence[Mapping[str, Any]] | None = None) -> Study:
+    """Create the study, whose sampler learns from `history` too. Raises StudyExistsError if the name is taken."""
     attrs = {
         "objective": spec.objective.name,
         "metric": spec.metric,
@@ -114,22 +114,33 @@ def create_study(engine: Engine, name: str, spec: Spec) -> Study:
         "seed": spec.seed,
     }
     try:
-        record = studies.create_study(engine, name, spec.direction, spec.model_dump(mode="json"), attrs, spec.metric)
+        stored = spec.model_dump(mode="json")
+        record = studies.create_study(engine, name, spec.direction, stored, attrs, spec.metric, history)
     except ValueError as error:
         raise UsageError(str(error)) from error
     return _study(record)
 
 
-def create_or_join(engine: Engine, name: str, spec: Spec, *, allow_code_change: bool = False) -> tuple[Study, bool]:
+def create_or_join(
+    engine: Engine,
+    name: str,
+    spec: Spec,
+    *,
+    allow_code_change: bool = False,
+    history: Callable[[], Sequence[Mapping[str, Any]]] | None = None,
+) -> tuple[Study, bool]:
     """Return the study of that name and whether it was created now.
 
+    `history` is asked for only to create it: the study that it is from need not be there any more to join this one.
     Raises TunerError that lists the differences if it exists with another spec; other code of the objective is
     none with `allow_code_change`.
     """
     try:
-        return create_study(engine, name, spec), True
+        if history is None or not _is_there(engine, name):
+            return create_study(engine, name, spec, None if history is None else history()), True
     except StudyExistsError:
-        study = open_study(engine, name)
+        pass
+    study = open_study(engine, name)
     found = differences(study.spec, spec)
     changed_code = f"{OBJECTIVE_CODE_HASH}: "
     if allow_code_change:
@@ -147,6 +158,14 @@ def create_or_join(engine: Engine, name: str, spec: Spec, *, allow_code_change: 
             " give the same options to join it, or --study NAME for a study of its own"
         )
     return study, False
+
+
+def _is_there(engine: Engine, name: str) -> bool:
+    try:
+        studies.find_study(engine, name)
+    except StudyNotFoundError:
+        return False
+    return True
 
 
 def _other_budget(study: Study, wanted: Budget, found: list[str]) -> str:
@@ -216,6 +235,7 @@ def plan(
     pruner: str,
     direction: Direction | None,
     seed: int,
+    history: str | None = None,
     training: TrainingSpec = TrainingSpec(),  # noqa: B008 - frozen
     checkpoints: str = Spec.model_fields["checkpoints"].default,
     checkpoint_every_s: float = Spec.model_fields["checkpoint_every_s"].default,
@@ -264,6 +284,7 @@ def plan(
         budget=budget.model_copy(update={"trials": min(budget.trials, grid_size(sampler_) or budget.trials)}),
         epochs=epochs,
         seed=seed,
+        history=history,
         training=training,
         checkpoints=checkpoints,
         checkpoint_every_s=checkpoint_every_s,
