@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         StudyHaltedError,
         StudyNotFoundError,
         TrialNotRunningError,
+        TrialNotWaitingError,
         UnreachableError,
     )
     from storage.database.schema import ensure_schema
@@ -52,6 +53,7 @@ __all__ = [
     "StudyHaltedError",
     "StudyNotFoundError",
     "TrialNotRunningError",
+    "TrialNotWaitingError",
     "UnreachableError",
     "ensure_schema",
     "mask_url",

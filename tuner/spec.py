@@ -1,7 +1,8 @@
-"""The spec: everything that defines a study, stored with it at its creation and never changed after."""
+"""The spec: everything that defines a study, stored with it at its creation. Only its budget changes after, by more."""
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator
 from typing import Any, Literal
 
@@ -95,6 +96,8 @@ class Spec(_Frozen):
     budget: Budget
     epochs: PositiveInt
     seed: NonNegativeInt = Field(default=0, lt=2**63)
+    history: str | None = None
+    """The study whose finished trials the sampler was given to learn from, at the creation of this one."""
     retry: Retry = Retry()
     training: TrainingSpec = TrainingSpec()
     checkpoints: str = "database"
@@ -111,7 +114,8 @@ def parse_spec(stored: object, study_name: str) -> Spec:
     if stored is None:
         raise TunerError(
             f"study {study_name!r} has no spec: it was not created by tuner;"
-            " 'tuner create' makes one that workers can join, 'tuner best' and 'tuner trials' read this one"
+            f" 'tuner adopt {shlex.quote(study_name)} OBJECTIVE' lets workers go on with it, 'tuner best' and"
+            " 'tuner trials' read it"
         )
     try:
         return Spec.model_validate(stored)

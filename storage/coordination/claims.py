@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime as dt
 import json
 import uuid
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from typing import Any, Final, Literal, TypeAlias
 
@@ -51,6 +51,12 @@ _NOT_DONE: Final = ("RUNNING", "WAITING", "FAIL")  # the states that ix_tuner_tr
 
 StudyState: TypeAlias = Literal["open", "paused", "stopped"]
 """Workers of a paused study wait, those of a stopped one end; of both, they give running trials back."""
+
+Limit: TypeAlias = Literal["trials", "max_failures", "timeout"]
+"""What of a budget can be used up."""
+
+CANCELLED: Final = "cancelled"
+"""The failure of a waiting trial that was taken back: nobody ran it, and it ends no study."""
 
 # A trial whose worker went silent runs again after this long; renewed every third of it.
 LEASE_S = 60.0
@@ -100,27 +106,32 @@ class Claim:
 class NothingToClaim:
     """No trial was handed out. `final` if none will be, unless somebody resumes the study.
 
-    Else the study is paused, which is `paused`, or trials of other workers hold the rest of the budget.
+    Else the study is paused, which is `paused`, or trials of other workers hold the rest of the budget. `limit` is what
+    of the budget is used up, if something is.
     """
 
     final: bool
     reason: str
     paused: bool = False
+    limit: Limit | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Standing:
     """What a claim is decided by. `age_s` is the study's, None for one that tuner did not create.
 
+    `budget` is what its spec says now, if it does. `cancelled` of the `failed` trials were taken back before they ran.
     `expired` of the `running` trials have lost their worker: the next claim of anybody puts them back.
     """
 
     state: StudyState
     age_s: float | None
+    budget: dict[str, Any] | None
     n_trials: int
     running: int
     waiting: int
     failed: int
+    cancelled: int
     oldest_waiting: int | None
     expired: int
 
@@ -128,6 +139,15 @@ class Standing:
     def done(self) -> int:
         """The trials that are complete or pruned."""
         return self.n_trials - self.running - self.waiting - self.failed
+
+    @property
+    def failures(self) -> int:
+        """The failed trials that count as such."""
+        return self.failed - self.cancelled
+
+    def now_of(self, known: Budget) -> Budget:
+        """Return a budget of the study that somebody has known for a while as it is now: it may have been raised."""
+        return known if self.budget is None else replace(known, **self.budget)
 
 
 def claim(
@@ -139,7 +159,8 @@ def claim(
     worker holds a trial, numbers are dense, and the budget is exact whatever the number of workers. Trials
     whose lease ran out are released first, unless `sweep` is off: somebody who could not reach the database a moment
     ago has to assume that the holders could not either. It reads the unfinished and the failed trials, never the
-    history. Raises StudyNotFoundError if the study was deleted.
+    history. `budget` is the study's as the caller knows it: where it was raised since, the study's own counts.
+    Raises StudyNotFoundError if the study was deleted.
     """
 
     def work(conn: Connection) -> Claim | NothingToClaim:
@@ -159,22 +180,27 @@ def look(sessions: Sessions, study_id: int) -> Standing:
 
 
 def closed(standing: Standing, budget: Budget) -> NothingToClaim | None:
-    """Return why no trial would be handed out now, None if one would."""
+    """Return why no trial would be handed out now, None if one would; `budget` as for `claim`."""
+    budget = standing.now_of(budget)
     if standing.state == "stopped":
         return NothingToClaim(final=True, reason="the study was stopped; 'tuner resume' lets it go on")
     if standing.done >= budget.trials:
-        return NothingToClaim(final=True, reason=f"the budget of {budget.trials} trials is used up")
-    if standing.failed > budget.max_failures:
-        return NothingToClaim(
-            final=True, reason=f"{standing.failed} trials failed, more than the {budget.max_failures} allowed"
+        return _used_up("trials", f"the budget of {budget.trials} trials is used up")
+    if standing.failures > budget.max_failures:
+        return _used_up(
+            "max_failures", f"{standing.failures} trials failed, more than the {budget.max_failures} allowed"
         )
     if budget.timeout_s is not None and standing.age_s is not None and standing.age_s > budget.timeout_s:
-        return NothingToClaim(final=True, reason=f"the study's time of {budget.timeout_s:g} s is over")
+        return _used_up("timeout", f"the study's time of {budget.timeout_s:g} s is over")
     if standing.state == "paused":
         return NothingToClaim(final=False, paused=True, reason="the study is paused; 'tuner resume' lets it go on")
     if standing.done + standing.running >= budget.trials:
         return NothingToClaim(final=False, reason=f"{standing.running} running trials hold the rest of the budget")
     return None
+
+
+def _used_up(limit: Limit, reason: str) -> NothingToClaim:
+    return NothingToClaim(final=True, reason=f"{reason}; 'tuner extend' adds to it", limit=limit)
 
 
 def renew(sessions: Sessions, held: Claim) -> bool:
@@ -247,16 +273,6 @@ def restart(sessions: Sessions, held: Claim) -> bool:
     return sessions.transaction(work)
 
 
-def live_leases(study_id: int) -> Select[int, str | None]:
-    """Select (number, worker) of the trials that are running under a lease that has not run out."""
-    return (
-        select(trials.c.number, tuner_leases.c.worker)
-        .join(tuner_leases, tuner_leases.c.trial_id == trials.c.trial_id)
-        .where(trials.c.study_id == study_id, trials.c.state == "RUNNING", ~IS_EXPIRED)
-        .order_by(trials.c.number)
-    )
-
-
 def lock(conn: Connection, study_id: int) -> None:
     """Lock the study's row until the transaction ends, as stock Optuna does to create a trial.
 
@@ -298,13 +314,25 @@ def _select_standing() -> Select[Any]:
         .select_from(trials.join(tuner_leases, tuner_leases.c.trial_id == trials.c.trial_id))
         .where(of_study, trials.c.state == "RUNNING", IS_EXPIRED)
     )
+    cancelled = (
+        select(func.count())
+        .select_from(trials.join(trial_user_attributes, trial_user_attributes.c.trial_id == trials.c.trial_id))
+        .where(
+            of_study,
+            trials.c.state == "FAIL",
+            trial_user_attributes.c.key == "failure",
+            trial_user_attributes.c.value_json == json.dumps(CANCELLED),
+        )
+    )
     age = func.clock_timestamp() - tuner_studies.c.created_at
     return (
         select(
             func.coalesce(tuner_studies.c.state, "open").label("state"),
             cast(func.extract("epoch", age), Double).label("age_s"),
+            tuner_studies.c.spec["budget"].label("budget"),
             n_trials.scalar_subquery().label("n_trials"),
             by_state,
+            cancelled.scalar_subquery().label("cancelled"),
             waiting.scalar_subquery().label("oldest_waiting"),
             expired.scalar_subquery().label("expired"),
         )
@@ -406,10 +434,7 @@ def _give_back(conn: Connection, whose: ColumnElement[bool], why: GivenBack, max
         return 0
     failed = {row.trial_id: row.attempts for row in rows if why.counts and row.attempts >= max_attempts}
     for trial_id, attempts in failed.items():
-        message = f"{why.reason} in the last of {attempts} attempts"
-        _set_user_attrs(conn, trial_id, {"failure": why.failure, "failure_message": message})
-    conn.execute(update(trials).where(trials.c.trial_id.in_(failed)).values(state="FAIL", datetime_complete=_utc_now()))
-    conn.execute(delete(tuner_checkpoints).where(tuner_checkpoints.c.trial_id.in_(failed)))
+        fail(conn, trial_id, why.failure, f"{why.reason} in the last of {attempts} attempts")
     _set_waiting(conn, [row.trial_id for row in rows if row.trial_id not in failed])
     conn.execute(
         update(tuner_attempts)
@@ -426,6 +451,13 @@ def _give_back(conn: Connection, whose: ColumnElement[bool], why: GivenBack, max
         .values(attempts=tuner_leases.c.attempts - int(not why.counts), token=None, worker=None, expires_at=None)
     )
     return len(rows)
+
+
+def fail(conn: Connection, trial_id: int, failure: str, message: str) -> None:
+    """End a trial that nobody runs, and whose row is locked, as failed of this class."""
+    _set_user_attrs(conn, trial_id, {"failure": failure, "failure_message": message})
+    conn.execute(update(trials).where(trials.c.trial_id == trial_id).values(state="FAIL", datetime_complete=_utc_now()))
+    conn.execute(delete(tuner_checkpoints).where(tuner_checkpoints.c.trial_id == trial_id))
 
 
 def _set_waiting(conn: Connection, trial_ids: list[int]) -> None:

@@ -1,16 +1,20 @@
-"""What people do to a study from outside while workers run it: halt it, let it go on, queue a trial, delete it."""
+"""What people do to a study from outside while workers run it: halt, extend, adopt or delete it, queue a trial."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Final
 
-from sqlalchemy import Connection, delete, func, insert, select, text, update
+from sqlalchemy import ARRAY, Connection, Select, Text, cast, delete, func, insert, literal, select, text, update
+from sqlalchemy.dialects.postgresql import JSONB
+from sqlalchemy.dialects.postgresql import insert as upsert
+from sqlalchemy.exc import IntegrityError
 
 from storage.coordination import claims
-from storage.coordination.claims import StudyState
-from storage.database.errors import LiveTrialsError
+from storage.coordination.claims import CANCELLED, IS_EXPIRED, Standing, StudyState
+from storage.coordination.studies import METRIC_NAMES
+from storage.database.errors import LiveTrialsError, StudyExistsError, TrialNotWaitingError
 from storage.database.sessions import Sessions
 from storage.database.tables import (
     studies,
@@ -24,6 +28,7 @@ from storage.database.tables import (
     trial_user_attributes,
     trial_values,
     trials,
+    tuner_leases,
     tuner_studies,
 )
 from storage.database.values import checked_name
@@ -50,9 +55,83 @@ def set_state(sessions: Sessions, study_id: int, state: StudyState) -> int:
     def work(conn: Connection) -> int:
         claims.lock(conn, study_id)
         conn.execute(update(tuner_studies).where(tuner_studies.c.study_id == study_id).values(state=state))
-        return len(conn.execute(claims.live_leases(study_id)).all())
+        return len(conn.execute(_live_leases(study_id)).all())
 
     return sessions.transaction(work)
+
+
+def extend(sessions: Sessions, study_id: int, decide: Callable[[Standing], Mapping[str, Any]]) -> Standing:
+    """Give a study that tuner created the budget that `decide` makes of how it stands; how it stands then.
+
+    One transaction: of two who extend a study at once, the second adds to what the first left, and the next claim of
+    anybody goes by it. What `decide` raises is raised, and nothing is changed. Raises StudyNotFoundError.
+    """
+
+    def work(conn: Connection) -> Standing:
+        claims.lock(conn, study_id)
+        budget = dict(decide(claims.standing_of(conn, study_id)))
+        path, value = cast(["budget"], ARRAY(Text)), literal(budget, JSONB)
+        spec = func.jsonb_set(tuner_studies.c.spec, path, value)
+        conn.execute(update(tuner_studies).where(tuner_studies.c.study_id == study_id).values(spec=spec))
+        return claims.standing_of(conn, study_id)
+
+    return sessions.transaction(work)
+
+
+def adopt(
+    sessions: Sessions,
+    study_id: int,
+    decide: Callable[[Standing], Mapping[str, Any]],
+    user_attrs: Mapping[str, Any],
+    metric: str,
+) -> Standing:
+    """Give a study that another program created the spec that `decide` makes of how it stands; how it stands then.
+
+    One transaction. Attributes that the study has stay; its time begins now. What `decide` raises is raised, and
+    nothing is changed. Raises StudyExistsError if it has a spec, StudyNotFoundError.
+    """
+
+    def work(conn: Connection) -> Standing:
+        claims.lock(conn, study_id)
+        spec = dict(decide(claims.standing_of(conn, study_id)))
+        try:
+            conn.execute(insert(tuner_studies).values(study_id=study_id, spec=spec))
+        except IntegrityError as error:
+            raise StudyExistsError(f"study id {study_id} has a spec already") from error
+        metric_names = {"study_id": study_id, "key": METRIC_NAMES, "value_json": json.dumps([metric])}
+        named = upsert(study_system_attributes).values(metric_names)
+        keys = ["study_id", "key"]
+        conn.execute(named.on_conflict_do_update(index_elements=keys, set_={"value_json": named.excluded.value_json}))
+        attributes = [
+            {"study_id": study_id, "key": key, "value_json": json.dumps(value)} for key, value in user_attrs.items()
+        ]
+        conn.execute(upsert(study_user_attributes).values(attributes).on_conflict_do_nothing(index_elements=keys))
+        return claims.standing_of(conn, study_id)
+
+    return sessions.transaction(work)
+
+
+def cancel(sessions: Sessions, study_id: int, number: int) -> None:
+    """Fail a waiting trial, of class CANCELLED: its number stays, and nobody runs it.
+
+    Raises TrialNotWaitingError, StudyNotFoundError.
+    """
+
+    def work(conn: Connection) -> None:
+        claims.lock(conn, study_id)
+        row = conn.execute(
+            select(trials.c.trial_id, trials.c.state)
+            .where(trials.c.study_id == study_id, trials.c.number == number)
+            .with_for_update()  # stock Optuna starts waiting trials without the study's lock
+        ).one_or_none()
+        if row is None:
+            raise TrialNotWaitingError(f"there is no trial {number}")
+        if row.state != "WAITING":
+            back = "; 'tuner release' puts it back to waiting" if row.state == "RUNNING" else ""
+            raise TrialNotWaitingError(f"trial {number} is {row.state.lower()}, and not waiting{back}")
+        claims.fail(conn, row.trial_id, CANCELLED, "taken back before it ran")
+
+    sessions.transaction(work)
 
 
 def enqueue(sessions: Sessions, study_id: int, params: Mapping[str, Any]) -> int:
@@ -85,7 +164,7 @@ def delete_study(sessions: Sessions, study_id: int, *, force: bool = False) -> N
 
     def work(conn: Connection) -> None:
         claims.lock(conn, study_id)
-        live = conn.execute(claims.live_leases(study_id)).all()
+        live = conn.execute(_live_leases(study_id)).all()
         if live and not force:
             numbers = ", ".join(str(row.number) for row in live[:5]) + (", ..." if len(live) > 5 else "")
             raise LiveTrialsError(
@@ -107,3 +186,13 @@ def delete_rows(conn: Connection, study_id: int) -> None:
         conn.execute(delete(table).where(table.c.trial_id.in_(of_study)))
     for table in (trials, *_OF_STUDY, studies):
         conn.execute(delete(table).where(table.c.study_id == study_id))
+
+
+def _live_leases(study_id: int) -> Select[int, str | None]:
+    """Select (number, worker) of the trials that are running under a lease that has not run out."""
+    return (
+        select(trials.c.number, tuner_leases.c.worker)
+        .join(tuner_leases, tuner_leases.c.trial_id == trials.c.trial_id)
+        .where(trials.c.study_id == study_id, trials.c.state == "RUNNING", ~IS_EXPIRED)
+        .order_by(trials.c.number)
+    )

@@ -89,7 +89,7 @@ def _attempt(conn: Connection, token: uuid.UUID) -> Row[Any] | None:
 
 def _has_room(conn: Connection, study_id: int, budget: Budget) -> bool:
     standing = claims.standing_of(conn, study_id)
-    return standing.done + standing.running < budget.trials
+    return standing.done + standing.running < standing.now_of(budget).trials
 
 
 def _take_back(conn: Connection, trial_id: int, token: uuid.UUID) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime as dt
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, Final, Literal, TypeVarTuple
@@ -26,12 +26,14 @@ from sqlalchemy import (
     func,
     insert,
     literal,
+    null,
     select,
 )
 from sqlalchemy.dialects.postgresql import aggregate_order_by, distinct_on
 from sqlalchemy.exc import IntegrityError
 
 from storage.database.errors import StudyExistsError, StudyNotFoundError
+from storage.database.sessions import Sessions
 from storage.database.tables import (
     STUDY_NAME_MAX_LENGTH,
     studies,
@@ -49,7 +51,7 @@ from storage.database.tables import (
 from storage.database.url import mask_url
 from storage.database.values import json_values, number_of
 
-_METRIC_NAMES = "study:metric_names"  # where optuna.Study.set_metric_names keeps them
+METRIC_NAMES: Final = "study:metric_names"  # where optuna.Study.set_metric_names keeps them
 
 Ts = TypeVarTuple("Ts")
 
@@ -122,11 +124,18 @@ class TrialRecord:
 
 
 def create_study(
-    engine: Engine, name: str, direction: str, spec: Mapping[str, Any], user_attrs: Mapping[str, Any], metric: str
+    engine: Engine,
+    name: str,
+    direction: str,
+    spec: Mapping[str, Any],
+    user_attrs: Mapping[str, Any],
+    metric: str,
+    history: Sequence[Mapping[str, Any]] | None = None,
 ) -> StudyRecord:
     """Create a study with its spec, in one transaction: no worker ever sees the one without the other.
 
-    `metric` is what Optuna and its dashboard call the study's value.
+    `metric` is what Optuna and its dashboard call the study's value, `history` what its sampler learns from beside its
+    own trials.
     Raises StudyExistsError if there is a study of that name, ValueError if PostgreSQL cannot hold the name.
     """
     if not name or "\0" in name or len(name) > STUDY_NAME_MAX_LENGTH:
@@ -135,10 +144,10 @@ def create_study(
         with engine.begin() as conn:
             study_id = conn.execute(insert(studies).values(study_name=name).returning(studies.c.study_id)).scalar_one()
             conn.execute(insert(study_directions).values(study_id=study_id, direction=direction.upper(), objective=0))
-            conn.execute(insert(tuner_studies).values(study_id=study_id, spec=dict(spec)))
+            conn.execute(insert(tuner_studies).values(study_id=study_id, spec=dict(spec), history=history or null()))
             conn.execute(
                 insert(study_system_attributes).values(
-                    study_id=study_id, key=_METRIC_NAMES, value_json=json.dumps([metric])
+                    study_id=study_id, key=METRIC_NAMES, value_json=json.dumps([metric])
                 )
             )
             attributes = [
@@ -151,6 +160,12 @@ def create_study(
     return find_study(engine, name)
 
 
+def numbers_in(sessions: Sessions, study_id: int, state: State) -> list[int]:
+    """Return the numbers of the study's trials in this state, in their order."""
+    query = select(trials.c.number).where(trials.c.study_id == study_id, trials.c.state == state)
+    return sessions.statement(lambda conn: list(conn.execute(query.order_by(trials.c.number)).scalars()))
+
+
 def find_study(engine: Engine, name: str) -> StudyRecord:
     """Return the study of that name. Raises StudyNotFoundError if there is none."""
     with engine.connect() as conn:
@@ -158,6 +173,12 @@ def find_study(engine: Engine, name: str) -> StudyRecord:
     if row is None:
         raise StudyNotFoundError(f"no study named {name!r} in {mask_url(engine.url)}; 'tuner studies' lists them")
     return _study(row)
+
+
+def history(sessions: Sessions, study_id: int) -> list[dict[str, Any]]:
+    """Return what the study was given to learn from at its creation."""
+    query = select(tuner_studies.c.history).where(tuner_studies.c.study_id == study_id)
+    return sessions.statement(lambda conn: conn.execute(query).scalar_one_or_none()) or []
 
 
 def delete_if_unused(engine: Engine, study_id: int) -> bool:
@@ -342,7 +363,7 @@ def _select_studies() -> Select[Any]:
         tuner_studies.c.created_at,
     ).select_from(
         studies.outerjoin(tuner_studies, tuner_studies.c.study_id == studies.c.study_id).outerjoin(
-            attributes, and_(attributes.c.study_id == studies.c.study_id, attributes.c.key == _METRIC_NAMES)
+            attributes, and_(attributes.c.study_id == studies.c.study_id, attributes.c.key == METRIC_NAMES)
         )
     )
 

@@ -67,5 +67,9 @@ class TrialNotRunningError(StorageError):
     """The study has no running trial of that number."""
 
 
+class TrialNotWaitingError(StorageError):
+    """The study has no waiting trial of that number."""
+
+
 class InvalidWriteError(ValueError):
     """What was to be written is nothing that the tables can hold; nothing was sent to the database."""

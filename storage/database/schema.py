@@ -116,6 +116,8 @@ _MIGRATIONS: Final[tuple[tuple[str, ...], ...]] = (
         )
         """,
     ),
+    # The trials of another study that a study's sampler learns from.
+    ("ALTER TABLE tuner_studies ADD COLUMN history jsonb",),
 )
 SCHEMA_VERSION: Final = len(_MIGRATIONS)
 

@@ -137,6 +137,7 @@ tuner_studies = Table(
     Column("spec", JSONB, nullable=False),
     Column("created_at", DateTime(timezone=True), nullable=False, server_default=func.now()),
     Column("state", Text, nullable=False, server_default="open"),  # or paused, or stopped
+    Column("history", JSONB),  # of another study, for the sampler to learn from
 )
 # One row a trial that tuner has handed out. `token` is that of the attempt that runs the trial, or that ended it;
 # NULL for a trial that was given back. `expires_at` is NULL unless the trial runs.

@@ -125,7 +125,12 @@ def test_an_enqueued_trial_runs_before_any_new_one_and_within_the_budget(
     assert [trial.state for trial in trials_of(database)] == [TrialState.COMPLETE] * 3
     assert trials_of(database)[1].params == {"x": 0.25, "kind": "b"}
     late = tuner("enqueue", "gated", "x=0.5")
-    assert (late.code, late.stderr) == (0, "trial 3 waits, but the budget of 3 trials is used up\n")
+    assert late.code == 1
+    assert late.error() == (
+        "tuner: study 'gated' is finished, and would not run it: the budget of 3 trials is used up;"
+        " 'tuner extend gated --trials +20' lets it go on"
+    )
+    assert len(trials_of(database)) == 3
 
 
 @pytest.mark.parametrize(

@@ -40,7 +40,7 @@ def test_commands_are_grouped_by_what_they_are_for(tuner: Tuner) -> None:
     assert found == {
         "Options": ["--version", "--install-completion", "--show-completion", "--help"],
         "Options of every command": EVERY_COMMAND,
-        "Search": ["run", "create", "worker", "enqueue", "objectives"],
+        "Search": ["run", "create", "worker", "enqueue", "cancel", "extend", "adopt", "objectives"],
         "Watch": ["status", "studies", "trials", "dashboard"],
         "Results": ["best", "export"],
         "Operate": ["pause", "resume", "stop", "release", "delete", "import", "doctor", "db"],

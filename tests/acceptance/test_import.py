@@ -50,7 +50,7 @@ def test_an_imported_study_is_read_by_the_commands_and_run_by_none(tuner: Tuner,
     assert [row["best"] for row in tuner("studies", "--json").json()] == [0.75, None]
     refused = tuner("worker", "one")
     assert (refused.code, refused.stdout) == (1, "")
-    assert "study 'one' has no spec: it was not created by tuner; 'tuner create' makes one" in refused.error()
+    assert "study 'one' has no spec: it was not created by tuner; 'tuner adopt one OBJECTIVE' lets" in refused.error()
 
 
 def test_a_study_of_two_objectives_is_shown_and_has_no_best_trial(tuner: Tuner, journal: Path) -> None:

@@ -21,7 +21,7 @@ from proxy import Loss, Proxy
 from sqlalchemy import Engine, select, text
 
 from storage import BusyError, EmbeddedServer, PostgresStorage, UnreachableError, ensure_schema, open_engine, parse_url
-from storage.coordination import claims, studies
+from storage.coordination import claims, control, studies
 from storage.coordination.claims import Budget, Claim
 from storage.database.sessions import Backoff
 from storage.database.tables import optuna_metadata, tuner_metadata, tuner_operations
@@ -97,6 +97,24 @@ def with_lost_workers(storage: PostgresStorage) -> int:
     return study_id
 
 
+def to_extend(storage: PostgresStorage) -> int:
+    spec = {"version": 1, "budget": {"trials": 30, "timeout_s": None, "max_failures": 10}}
+    return studies.create_study(storage.engine, "s", "minimize", spec, {}, "value").study_id
+
+
+def extend(storage: PostgresStorage, study_id: int) -> Any:
+    def more(standing: claims.Standing) -> dict[str, Any]:
+        assert standing.budget is not None
+        return {**standing.budget, "trials": standing.budget["trials"] + 20}
+
+    return control.extend(storage.sessions, study_id, more).budget
+
+
+def adopt(storage: PostgresStorage, study_id: int) -> Any:
+    spec = {"version": 1, "budget": {"trials": 30, "timeout_s": None, "max_failures": 10}}
+    return control.adopt(storage.sessions, study_id, lambda _: spec, {"seed": 0}, "loss").budget
+
+
 def in_study(call: Callable[[PostgresStorage, int], Any]) -> Write:
     return Write(prepare=lambda storage: _bound(call, storage, a_study(storage)))
 
@@ -158,6 +176,12 @@ WRITES = {
     "set_study_system_attr": in_study(lambda storage, study: storage.set_study_system_attr(study, "key", 1)),
     "create_new_trial": creating(a_study, lambda storage, study: storage.create_new_trial(study)),
     "create_new_trial, template": creating(a_study, lambda storage, study: storage.create_new_trial(study, TEMPLATE)),
+    "extend": in_trial(to_extend, extend),
+    "adopt": Write(
+        prepare=lambda storage: _bound(adopt, storage, storage.create_new_study([StudyDirection.MINIMIZE], "s"))
+    ),
+    "enqueue": in_study(lambda storage, study: control.enqueue(storage.sessions, study, {"x": 0.5})),
+    "cancel": in_trial(with_waiting, lambda storage, study: control.cancel(storage.sessions, study, 0)),
     "record_heartbeat": in_trial(running, lambda storage, trial: storage.record_heartbeat(trial)),
     "start": in_trial(waiting, lambda storage, trial: storage.set_trial_state_values(trial, TrialState.RUNNING)),
     "start, held": in_trial(

@@ -22,6 +22,7 @@ def test_the_public_surface_is_what_all_says():
         "StudyHaltedError",
         "StudyNotFoundError",
         "TrialNotRunningError",
+        "TrialNotWaitingError",
         "UnreachableError",
         "ensure_schema",
         "mask_url",

@@ -87,7 +87,7 @@ def test_a_spec_that_cannot_work_is_refused_at_its_place(changes, place):
 @pytest.mark.parametrize(
     ("stored", "told"),
     [
-        (None, "study 'fmnist' has no spec: it was not created by tuner; 'tuner create' makes one"),
+        (None, "study 'fmnist' has no spec: it was not created by tuner; 'tuner adopt fmnist OBJECTIVE' lets"),
         ({**a_spec().model_dump(), "version": 2}, "a spec of version 2, this tuner reads version 1: version: "),
         ({"version": 1}, "study 'fmnist' has a spec of version 1"),
         ([], "study 'fmnist' has a spec of version None"),

@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from sqlalchemy.exc import DBAPIError
 
 from storage.database.errors import InvalidURLError, StorageError, UnreachableError
-from tuner.cli import control, db, importing, model, reading, search, service, status
+from tuner.cli import control, db, growing, importing, model, reading, search, service, status
 from tuner.cli.settings import DataDir, Debug, Format, PasswordFile, Settings, Storage
 from tuner.cli.streams import flush_streams, open_streams
 from tuner.errors import (
@@ -43,6 +43,9 @@ _PANELS: dict[str, dict[str, Callable[..., None]]] = {
         "create": search.create,
         "worker": search.worker,
         "enqueue": control.enqueue,
+        "cancel": control.cancel,
+        "extend": growing.extend,
+        "adopt": growing.adopt,
         "objectives": reading.objectives,
     },
     "Watch": {

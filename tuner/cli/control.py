@@ -1,14 +1,16 @@
-"""`tuner enqueue`, `stop`, `pause`, `resume`, `release` and `delete`: what people do to a study from any machine."""
+"""`tuner enqueue`, `cancel`, `stop`, `pause`, `resume`, `release`, `delete`: what people do to a study."""
 
 from __future__ import annotations
 
 import difflib
 import json
 import sys
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from tuner.cli.growing import more
 from tuner.cli.reading import AsJson, StudyName
 from tuner.cli.settings import Settings, command
 from tuner.errors import TunerError, UsageError
@@ -43,7 +45,14 @@ def enqueue(
     engine = settings.open()
     opened = open_study(engine, study)
     sessions = Sessions(engine)
-    closed = claims.closed(claims.look(sessions, opened.study_id), opened.budget)
+    standing = claims.look(sessions, opened.study_id)
+    closed = claims.closed(standing, opened.budget)
+    ended = claims.closed(replace(standing, state="open"), opened.budget)  # whether or not it was stopped as well
+    if ended is not None and ended.limit is not None:
+        raise TunerError(
+            f"study {study!r} is finished, and would not run it: {ended.reason.partition(';')[0]};"
+            f" '{more(study, ended.limit)}' lets it go on"
+        )
     try:
         wanted = _checked(engine, opened, _pairs(params), force=force)
         number = control.enqueue(sessions, opened.study_id, wanted)
@@ -104,6 +113,35 @@ def release(
         print(f"trial {number} waits; no worker of tuner ran it, and whoever did may go on writing to it")
     else:
         print(f"trial {number} waits; {printable(worker)} ran it, and drops it at its next report")
+
+
+@command
+def cancel(
+    settings: Settings,
+    study: StudyName,
+    number: Annotated[int, typer.Argument(metavar="NUMBER", help="Number of a waiting trial.")],
+    as_json: AsJson = False,
+) -> None:
+    """Take a waiting trial of STUDY back, such as one that was enqueued by mistake.
+
+    It ends as failed, of class cancelled, and counts neither as a trial nor
+    as a failure.
+    """
+    from storage import TrialNotWaitingError
+    from storage.coordination import control
+    from storage.database.sessions import Sessions
+    from tuner.study.joining import find_study
+
+    engine = settings.open()
+    opened = find_study(engine, study)
+    try:
+        control.cancel(Sessions(engine), opened.study_id, number)
+    except TrialNotWaitingError as error:
+        raise TunerError(f"study {study!r}: {error}; 'tuner trials' lists them") from error
+    if as_json:
+        print(json.dumps({"study": study, "number": number, "cancelled": True}))
+    else:
+        print(f"trial {number} is cancelled")
 
 
 @command

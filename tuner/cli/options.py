@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any, get_args
 
 import typer
@@ -17,6 +17,13 @@ _UNITS_S = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
 # The panels of options in the help of `run`, `create` and `worker`.
 STUDY, BUDGET, TRAINING, DATA = "Study", "Budget", "Training", "Data"
 WORKERS, LIMITS, RESULT = "Workers", "Limits", "Result"
+
+ObjectiveName = Annotated[
+    str,
+    typer.Argument(
+        metavar="OBJECTIVE", help="Name of an installed objective, path/to/file.py:NAME or package.module:NAME."
+    ),
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +68,15 @@ class StudyOptions:
     seed: Annotated[
         int, typer.Option(help="Everything random in the study follows from it.", rich_help_panel=STUDY)
     ] = 0
+    from_: Annotated[
+        str | None,
+        typer.Option(
+            "--from",
+            metavar="STUDY",
+            help="A study whose finished trials the sampler learns from as well.",
+            rich_help_panel=STUDY,
+        ),
+    ] = None
     trials: Annotated[int, typer.Option(help="Trials that have to complete or be pruned.", rich_help_panel=BUDGET)] = 30
     timeout: Annotated[
         str | None,
@@ -159,6 +175,7 @@ class StudyOptions:
             "pruner": self.pruner,
             "direction": self.direction,
             "seed": self.seed,
+            "history": self.from_,
             "training": self._training(),
             "checkpoints": checked_place(self.checkpoints),
             "checkpoint_every_s": seconds("--checkpoint-every", self.checkpoint_every),
@@ -196,6 +213,15 @@ class StudyOptions:
                 "prefetch": self.prefetch,
             }
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpecOptions(StudyOptions):
+    """What a study that is there gets: its name is given otherwise, and its trials count towards its budget."""
+
+    study: str | None = field(init=False, default=None)
+    from_: str | None = field(init=False, default=None)
+    trials: int = field(init=False, default=1)
 
 
 MAX_COUNT = 2**31 - 1

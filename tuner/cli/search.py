@@ -12,20 +12,20 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tuner.cli.model import OBJECTIVE_HELP, default_output, installed_name, print_exported
-from tuner.cli.options import LIMITS, RESULT, WORKERS, StudyOptions, check_positive, seconds
+from tuner.cli.options import LIMITS, RESULT, WORKERS, ObjectiveName, StudyOptions, check_positive, seconds
 from tuner.cli.settings import Settings, command
 from tuner.errors import TunerError, UsageError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from sqlalchemy import Engine
+
+    from tuner.objective import Objective
+    from tuner.spec import Spec
     from tuner.study.joining import Study
     from tuner.study.registry import ObjectiveKind, ObjectiveSource
 
-ObjectiveName = Annotated[
-    str,
-    typer.Argument(
-        metavar="OBJECTIVE", help="Name of an installed objective, path/to/file.py:NAME or package.module:NAME."
-    ),
-]
 Workers = Annotated[
     int | None, typer.Option(help="Local worker processes (default: half the cores, 2 to 8).", rich_help_panel=WORKERS)
 ]
@@ -112,6 +112,7 @@ def run(
             source.study_name if options.study is None else options.study,
             spec,
             allow_code_change=allow_code_change,
+            history=_history(settings, engine, spec, model_class),
         )
         log = settings.log(worker=_worker_name(), study=joined.name)
         log.event("study", f"{'created' if created else 'joined'} study {joined.name}: {_outline(joined)}")
@@ -170,9 +171,13 @@ def create(
     wanted = options.plan()
     source = find_objective(objective)
     kind = source.load()
-    spec, _ = plan(source, kind, **_with_direction(settings, wanted, kind, source.name))
+    spec, model_class = plan(source, kind, **_with_direction(settings, wanted, kind, source.name))
+    engine = settings.open()
     joined, created = create_or_join(
-        settings.open(), source.study_name if options.study is None else options.study, spec
+        engine,
+        source.study_name if options.study is None else options.study,
+        spec,
+        history=_history(settings, engine, spec, model_class),
     )
     if as_json:
         print(json.dumps({"study": joined.name, "created": created, "spec": joined.spec.model_dump(mode="json")}))
@@ -269,6 +274,25 @@ def _with_direction(settings: Settings, wanted: dict[str, Any], kind: ObjectiveK
         return {**wanted, "direction": answer}
     settings.log().event("direction", f"minimizing what {name} returns; --direction maximize does otherwise")
     return wanted
+
+
+def _history(
+    settings: Settings, engine: Engine, spec: Spec, model_class: Objective | None
+) -> Callable[[], list[dict[str, Any]]] | None:
+    """Return what reads the trials that a new study is to learn from, and tells of them; None if there are none."""
+    name = spec.history
+    if name is None:
+        return None
+
+    def read() -> list[dict[str, Any]]:
+        from tuner.study.history import history_of
+
+        found = history_of(engine, name, spec, model_class)
+        for note in found.notes:
+            settings.log().event("history", note)
+        return found.trials
+
+    return read
 
 
 def _workers(count: int | None) -> int:

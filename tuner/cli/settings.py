@@ -211,7 +211,7 @@ def command(function: Callable[..., None], group: str = "") -> Callable[..., Non
         settings = Settings.of(**{name: given.pop(name) for name in _OPTIONS if name in given}).over(outer)
         given = {name: absolute(value) for name, value in given.items()}
         for name, kind in groups.items():
-            given[name] = kind(**{field.name: given.pop(field.name) for field in fields(kind)})
+            given[name] = kind(**{field.name: given.pop(field.name) for field in fields(kind) if field.init})
         function(settings, **given)
 
     parameters = [context, *own, *shared]
@@ -222,13 +222,14 @@ def command(function: Callable[..., None], group: str = "") -> Callable[..., Non
 
 
 def _fields(kind: Any) -> list[inspect.Parameter]:
-    """Return the fields of a dataclass as parameters."""
+    """Return the fields of a dataclass as parameters, apart from those that cannot be given."""
     hints = get_type_hints(kind, include_extras=True)
     return [
         inspect.Parameter(
             field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=hints[field.name]
         )
         for field in fields(kind)
+        if field.init
     ]
 
 

@@ -165,7 +165,9 @@ class TrialObjective:
         """
         if self.checkpoints is None:
             return None
-        apart = dict.fromkeys(("budget", "retry", "sampler", "pruner", "checkpoints", "checkpoint_every_s"), True)
+        apart = dict.fromkeys(
+            ("budget", "history", "retry", "sampler", "pruner", "checkpoints", "checkpoint_every_s"), True
+        )
         of_reading = {"readers", "prefetch"}  # whoever reads, the rows are the same
         fixed = self.spec.model_dump(mode="json", exclude={**apart, "training": of_reading})
         text = json.dumps([number, params, fixed], sort_keys=True, default=str)

@@ -59,9 +59,10 @@ from tuner.slot.reports import Reports
 from tuner.slot.shared_checkpoints import shared_checkpoint, sweep
 from tuner.slot.spool import Spool
 from tuner.spec import PrunerSpec
+from tuner.study.history import samplers
 from tuner.study.joining import Study, check_code, checkpoint_directory, open_study
 from tuner.study.registry import build_objective, find_objective, is_objective_class
-from tuner.study.sampling import build_pruner, build_sampler
+from tuner.study.sampling import build_pruner
 from tuner.training import Interrupted, choose_device
 from tuner.training.memory import free_memory
 
@@ -161,10 +162,11 @@ class Slot:
             worker=self._config.worker, slot=self._config.slot, device=shown, share=self._config.share
         )
         sweep(study, self._config.data_dir, self._storage.sessions, what.log)
+        self._sampler_of = samplers(self._storage.sessions, study)
         optuna_study = StoppableStudy(
             study.name,
             self._storage,
-            sampler=build_sampler(study.spec.sampler, study.spec.seed, 0),
+            sampler=self._sampler_of(0),
             pruner=pruner_on(self._storage, study.study_id, study.spec.pruner),
         )
         if isinstance(what.objective, Objective):
@@ -280,7 +282,7 @@ class Slot:
     ) -> None:
         what = replace(what, shared=shared_checkpoint(study, self._storage, held))
         optuna_study.stop_asked = False
-        optuna_study.sampler = build_sampler(study.spec.sampler, study.spec.seed, held.number)
+        optuna_study.sampler = self._sampler_of(held.number)
         trial, outcome, is_written = self._attempt(optuna_study, what, held, lease)
         if outcome.failure == "oom" and self._config.share < 1:
             told: dict[str, Any] = {"trial": held.number, "attempt": held.attempt}
@@ -290,7 +292,7 @@ class Slot:
             if not claims.restart(self._storage.sessions, held):
                 raise LeaseLostError(f"trial {held.number} was taken while it waited for the device")
             self._storage.hold(held)
-            optuna_study.sampler = build_sampler(study.spec.sampler, study.spec.seed, held.number)
+            optuna_study.sampler = self._sampler_of(held.number)
             trial, outcome, is_written = self._attempt(optuna_study, what, held, lease)
         if outcome.failure == "infrastructure":
             self._give_up(study, held, outcome)

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import datetime as dt
-from collections.abc import Mapping
-from dataclasses import dataclass
+import shlex
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 from sqlalchemy import Engine
 
 from storage.coordination import claims, studies
 from storage.coordination.studies import StudyRecord, TrialRecord
-from storage.database.errors import StudyExistsError
+from storage.database.errors import StudyExistsError, StudyNotFoundError
+from storage.database.sessions import Sessions
 from tuner.errors import TunerError, UsageError
 from tuner.spec import Budget, Direction, ObjectiveSpec, Spec, TrainingSpec, differences, first_problem, parse_spec
 from tuner.study.registry import ObjectiveKind, ObjectiveSource, build_objective, is_objective_class
@@ -58,6 +60,13 @@ class Study(AnyStudy):
 
     spec: Spec
 
+    def as_of(self, standing: claims.Standing) -> Study:
+        """Return the study with its budget as it stands: it may have been raised since the study was opened."""
+        if standing.budget is None:
+            return self
+        spec = self.spec.model_copy(update={"budget": Budget.model_validate(standing.budget)})
+        return replace(self, spec=spec)
+
     @property
     def budget(self) -> claims.Budget:
         """The spec's budget as claims are decided by it."""
@@ -68,6 +77,14 @@ class Study(AnyStudy):
             max_failures=budget.max_failures,
             max_attempts=self.spec.retry.max_attempts,
         )
+
+
+def budget_now(engine: Engine, study: Study) -> claims.Budget:
+    """Return the study's budget, which may have been raised since it was opened; as it was if it was deleted since."""
+    try:
+        return claims.look(Sessions(engine), study.study_id).now_of(study.budget)
+    except StudyNotFoundError:
+        return study.budget
 
 
 OBJECTIVE_CODE_HASH = "objective.code_hash"
@@ -88,8 +105,8 @@ def find_study(engine: Engine, name: str) -> AnyStudy:
     )
 
 
-def create_study(engine: Engine, name: str, spec: Spec) -> Study:
-    """Create the study. Raises StudyExistsError if there is one of that name."""
+def create_study(engine: Engine, name: str, spec: Spec, history: Sequence[Mapping[str, Any]] | None = None) -> Study:
+    """Create the study, whose sampler learns from `history` too. Raises StudyExistsError if the name is taken."""
     attrs = {
         "objective": spec.objective.name,
         "metric": spec.metric,
@@ -97,22 +114,33 @@ def create_study(engine: Engine, name: str, spec: Spec) -> Study:
         "seed": spec.seed,
     }
     try:
-        record = studies.create_study(engine, name, spec.direction, spec.model_dump(mode="json"), attrs, spec.metric)
+        stored = spec.model_dump(mode="json")
+        record = studies.create_study(engine, name, spec.direction, stored, attrs, spec.metric, history)
     except ValueError as error:
         raise UsageError(str(error)) from error
     return _study(record)
 
 
-def create_or_join(engine: Engine, name: str, spec: Spec, *, allow_code_change: bool = False) -> tuple[Study, bool]:
+def create_or_join(
+    engine: Engine,
+    name: str,
+    spec: Spec,
+    *,
+    allow_code_change: bool = False,
+    history: Callable[[], Sequence[Mapping[str, Any]]] | None = None,
+) -> tuple[Study, bool]:
     """Return the study of that name and whether it was created now.
 
+    `history` is asked for only to create it: the study that it is from need not be there any more to join this one.
     Raises TunerError that lists the differences if it exists with another spec; other code of the objective is
     none with `allow_code_change`.
     """
     try:
-        return create_study(engine, name, spec), True
+        if history is None or not _is_there(engine, name):
+            return create_study(engine, name, spec, None if history is None else history()), True
     except StudyExistsError:
-        study = open_study(engine, name)
+        pass
+    study = open_study(engine, name)
     found = differences(study.spec, spec)
     changed_code = f"{OBJECTIVE_CODE_HASH}: "
     if allow_code_change:
@@ -122,12 +150,46 @@ def create_or_join(engine: Engine, name: str, spec: Spec, *, allow_code_change: 
             f"the code of the objective is not the one that study {name!r} was created with ({found[0]});"
             " --study NAME starts a study with it, --allow-code-change goes on with this one"
         )
+    if found and all(line.startswith("budget.") for line in found):
+        raise TunerError(_other_budget(study, spec.budget, found))
     if found:
         raise TunerError(
             f"study {name!r} exists with another spec ({'; '.join(found)});"
             " give the same options to join it, or --study NAME for a study of its own"
         )
     return study, False
+
+
+def _is_there(engine: Engine, name: str) -> bool:
+    try:
+        studies.find_study(engine, name)
+    except StudyNotFoundError:
+        return False
+    return True
+
+
+def _other_budget(study: Study, wanted: Budget, found: list[str]) -> str:
+    """Return what to say to who wants to join a study with another budget: how to raise it, or what to ask for."""
+    more, less = [], []
+    for option, here, there in (
+        ("--trials", study.spec.budget.trials, wanted.trials),
+        ("--max-failures", study.spec.budget.max_failures, wanted.max_failures),
+    ):
+        if there > here:
+            more.append(f"{option} +{there - here}")
+        elif there < here:
+            less.append(f"{option} {here}")
+    has_s, wants_s = study.spec.budget.timeout_s, wanted.timeout_s
+    if has_s is not None and wants_s is not None and wants_s > has_s:
+        more.append(f"--timeout {wants_s:g}s")
+    elif has_s != wants_s:
+        less.append("no --timeout" if has_s is None else f"--timeout {has_s:g}s")
+    says = []
+    if more:
+        says.append(f"'tuner extend {shlex.quote(study.name)} {' '.join(more)}' adds to it")
+    if less:
+        says.append(f"{' and '.join(less)} joins it")
+    return f"study {study.name!r} exists with another budget ({'; '.join(found)}); {', '.join(says)}"
 
 
 def checkpoint_directory(data_dir: Path, study: AnyStudy) -> Path:
@@ -173,6 +235,7 @@ def plan(
     pruner: str,
     direction: Direction | None,
     seed: int,
+    history: str | None = None,
     training: TrainingSpec = TrainingSpec(),  # noqa: B008 - frozen
     checkpoints: str = Spec.model_fields["checkpoints"].default,
     checkpoint_every_s: float = Spec.model_fields["checkpoint_every_s"].default,
@@ -221,6 +284,7 @@ def plan(
         budget=budget.model_copy(update={"trials": min(budget.trials, grid_size(sampler_) or budget.trials)}),
         epochs=epochs,
         seed=seed,
+        history=history,
         training=training,
         checkpoints=checkpoints,
         checkpoint_every_s=checkpoint_every_s,

@@ -48,6 +48,8 @@ def look(engine: Engine, study: AnyStudy) -> Status:
     """Return how the study stands. Raises StudyNotFoundError if it was deleted."""
     sessions, study_id = Sessions(engine), study.study_id
     standing = claims.look(sessions, study_id)
+    if isinstance(study, Study):
+        study = study.as_of(standing)
     counts = studies.count_states(engine, study_id)
     state, reason = _state(standing, study)
 

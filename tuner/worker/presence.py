@@ -17,7 +17,7 @@ from storage.database.engine import is_outage
 from storage.database.errors import StorageError
 from storage.database.sessions import Sessions
 from tuner.log import Log
-from tuner.study.joining import Study
+from tuner.study.joining import Study, budget_now
 from tuner.worker.progress import Snapshot
 
 PROGRESS_S = 5.0
@@ -146,10 +146,11 @@ class Presence:
         study = self._study
         counts = studies.count_states(self._engine, study.study_id)
         best = studies.best_trial(self._engine, study.study_id, study.spec.direction)
+        trials = budget_now(self._engine, study).trials
         if self._done_at_start is None:
             self._done_at_start = counts.done
         done_here, left_s = counts.done - self._done_at_start, None
-        if done_here > 0 and counts.done < study.spec.budget.trials:
+        if done_here > 0 and counts.done < trials:
             per_trial_s = (time.monotonic() - self._started_at) / done_here
-            left_s = per_trial_s * max(0, study.spec.budget.trials - counts.done)
-        return Snapshot(counts=counts, trials=study.spec.budget.trials, best=best, left_s=left_s)
+            left_s = per_trial_s * (trials - counts.done)
+        return Snapshot(counts=counts, trials=trials, best=best, left_s=left_s)

@@ -20,7 +20,8 @@ from sqlalchemy.exc import SQLAlchemyError
 from storage.coordination import claims, studies
 from storage.coordination.workers import SlotSeen, SlotState, WorkerSeen
 from storage.database.engine import is_outage
-from storage.database.errors import StorageError
+from storage.database.errors import StorageError, StudyNotFoundError
+from storage.database.sessions import Sessions
 from tuner.errors import TunerError, WorkerInterrupted
 from tuner.log import Log
 from tuner.slot import prints
@@ -469,13 +470,15 @@ class Worker:
     def _raise_if_failed(self) -> None:
         """Raise TunerError if the study ended by its failures."""
         try:
-            failed = studies.count_states(self._engine, self._study.study_id).failed
+            standing = claims.look(Sessions(self._engine), self._study.study_id)
             failures = studies.count_failures(self._engine, self._study.study_id)
+        except StudyNotFoundError:
+            return
         except (StorageError, SQLAlchemyError) as error:
             if not is_outage(error):
                 raise
             return
-        allowed = self._study.spec.budget.max_failures
+        failed, allowed = standing.failures, standing.now_of(self._study.budget).max_failures
         if failed > allowed:
             last = list(failures.values())[-1][1]
             raise TunerError(

@@ -151,7 +151,7 @@ def test_complete_and_pruned_trials_use_the_budget_up(engine: Engine, study_id: 
     refused = claims.claim(Sessions(engine), study_id, budget, claims.Holder(worker="test"))
     assert isinstance(refused, NothingToClaim)
     assert refused.final
-    assert end_of_budget(engine, study_id, budget) == "the budget of 1 trials is used up"
+    assert end_of_budget(engine, study_id, budget) == "the budget of 1 trials is used up; 'tuner extend' adds to it"
 
 
 def test_more_failures_than_allowed_end_the_study(engine: Engine, study_id: int) -> None:
@@ -159,7 +159,8 @@ def test_more_failures_than_allowed_end_the_study(engine: Engine, study_id: int)
     finish(engine, claim(engine, study_id, budget), "FAIL")
     finish(engine, claim(engine, study_id, budget), "FAIL")
     refused = claims.claim(Sessions(engine), study_id, budget, claims.Holder(worker="test"))
-    assert refused == NothingToClaim(final=True, reason="2 trials failed, more than the 1 allowed")
+    reason = "2 trials failed, more than the 1 allowed; 'tuner extend' adds to it"
+    assert refused == NothingToClaim(final=True, reason=reason, limit="max_failures")
 
 
 def test_no_trial_starts_after_the_timeout_by_the_databases_clock(engine: Engine, study_id: int) -> None:
@@ -168,7 +169,8 @@ def test_no_trial_starts_after_the_timeout_by_the_databases_clock(engine: Engine
     with engine.begin() as conn:
         conn.execute(text("update tuner_studies set created_at = now() - interval '101 seconds'"))
     refused = claims.claim(Sessions(engine), study_id, budget, claims.Holder(worker="test"))
-    assert refused == NothingToClaim(final=True, reason="the study's time of 100 s is over")
+    reason = "the study's time of 100 s is over; 'tuner extend' adds to it"
+    assert refused == NothingToClaim(final=True, reason=reason, limit="timeout")
 
 
 def test_waiting_trials_are_handed_out_first_oldest_first(engine: Engine, study_id: int, database: str) -> None:

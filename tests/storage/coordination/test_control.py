@@ -9,8 +9,15 @@ import pytest
 from optuna.trial import TrialState
 from sqlalchemy import func, select
 
-from storage import InvalidWriteError, LiveTrialsError, PostgresStorage, StudyHaltedError, StudyNotFoundError
-from storage.coordination import claims, control, studies
+from storage import (
+    InvalidWriteError,
+    LiveTrialsError,
+    PostgresStorage,
+    StudyHaltedError,
+    StudyNotFoundError,
+    TrialNotWaitingError,
+)
+from storage.coordination import checkpoints, claims, control, studies
 from storage.coordination.claims import Budget, Claim, NothingToClaim
 from storage.database import tables
 
@@ -72,6 +79,31 @@ def test_an_enqueued_trial_is_optunas_own_and_is_handed_out_first(storage, study
     assert first.number == 0
 
 
+def test_a_cancelled_trial_keeps_its_number_and_counts_neither_as_done_nor_as_a_failure(storage, study_id):
+    for _ in range(BUDGET.max_failures + 2):
+        control.cancel(storage.sessions, study_id, control.enqueue(storage.sessions, study_id, {"x": 1}))
+    standing = claims.look(storage.sessions, study_id)
+    assert (standing.done, standing.failures, standing.cancelled, standing.waiting) == (0, 0, 5, 0)
+    assert studies.count_failures(storage.engine, study_id) == {"cancelled": (5, "taken back before it ran")}
+    assert claim(storage, study_id).number == 5
+    first = storage.get_all_trials(study_id)[0]
+    assert (first.state, first.values, first.datetime_complete is None) == (TrialState.FAIL, None, False)
+
+
+def test_only_a_waiting_trial_is_cancelled_one_with_a_checkpoint_too(storage, study_id):
+    held = claim(storage, study_id)
+    with pytest.raises(TrialNotWaitingError, match="trial 0 is running, and not waiting; 'tuner release' puts it back"):
+        control.cancel(storage.sessions, study_id, 0)
+    checkpoints.save(storage.sessions, held, b"state")
+    assert claims.release(storage.sessions, held, BY_HAND, 2)
+    control.cancel(storage.sessions, study_id, 0)
+    with storage.engine.connect() as conn:
+        assert conn.scalar(select(func.count()).select_from(tables.tuner_checkpoints)) == 0
+    for number, told in ((0, "trial 0 is fail, and not waiting$"), (7, "there is no trial 7")):
+        with pytest.raises(TrialNotWaitingError, match=told):
+            control.cancel(storage.sessions, study_id, number)
+
+
 def test_a_name_that_the_database_cannot_hold_enqueues_nothing(storage, study_id):
     with pytest.raises(InvalidWriteError, match="a param's name"):
         control.enqueue(storage.sessions, study_id, {"a\0b": 1})
@@ -103,6 +135,8 @@ def test_deleting_by_force_takes_the_trial_from_its_holder(storage, study_id):
     [
         lambda sessions: control.set_state(sessions, 7, "paused"),
         lambda sessions: control.enqueue(sessions, 7, {"x": 1}),
+        lambda sessions: control.cancel(sessions, 7, 0),
+        lambda sessions: control.extend(sessions, 7, lambda _: {"trials": 1}),
         lambda sessions: control.delete_study(sessions, 7),
     ],
 )
