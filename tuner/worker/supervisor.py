@@ -480,7 +480,7 @@ class Worker:
             return
         failed, allowed = standing.failures, standing.now_of(self._study.budget).max_failures
         if failed > allowed:
-            last = list(failures.values())[-1][1]
+            last = [message for kind, (_, message) in failures.items() if kind != claims.CANCELLED][-1]
             raise TunerError(
                 f"study {self._study.name!r} ended: {failed} trials failed, more than the {allowed} allowed;"
                 f" the last: {last}; 'tuner trials {self._study.name}' lists them"
