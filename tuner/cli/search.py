@@ -90,7 +90,7 @@ def run(
     Goes on with the study if it exists: what is not given is as the study has it.
     """
     from storage.coordination import studies
-    from tuner.model.output import check_output
+    from tuner.model.output import check_output, link_by_name
     from tuner.study.joining import Wanted
     from tuner.study.registry import find_objective, is_objective_class
     from tuner.worker.slots import plan_slots
@@ -131,7 +131,7 @@ def run(
         slots.close()
     if export and not has_model:
         log.event("not_exported", f"not exported: {source.name} is a plain function and has no model")
-    exported = None
+    exported = link = None
     if export and has_model:
         from tuner.model.export import export_study
 
@@ -145,7 +145,8 @@ def run(
             log=log,
             full_schedule=full_schedule,
         )
-    print_exported(settings, engine, joined, exported, as_json=as_json)
+        link = link_by_name(target, joined.name) if output is None else None
+    print_exported(settings, engine, joined, exported, as_json=as_json, link=link)
 
 
 @command
