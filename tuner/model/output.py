@@ -1,4 +1,4 @@
-"""Where a model goes, without importing torch: whether that can be written, known before hours of search, and its name."""
+"""Where a model goes, without importing torch: whether that can be written, and a link by the study's name."""
 
 from __future__ import annotations
 
