@@ -271,7 +271,7 @@ def _create_or_join(
     except StudyNotFoundError:
         wanted = _with_direction(settings, wanted)
     named = "" if name is None else f" --study {shlex.quote(name)}"
-    again = f"tuner {command_name} {shlex.quote(reference)}{named}"
+    again = f"tuner {command_name} {shlex.quote(reference)}{named}{settings.options()}"
     joined = create_or_join(engine, study_name, wanted, command=again, allow_code_change=allow_code_change)
     if joined.replaced is not None:
         why = f": {joined.why}" if joined.why else ""
