@@ -106,6 +106,9 @@ class Spec(_Frozen):
     """A trial saves its state at most so often; what it trained since is lost with its process."""
 
 
+CODE_HASH = "objective.code_hash"
+
+
 def parse_spec(stored: object, study_name: str) -> Spec:
     """Return the spec as the database holds it for `study_name`.
 
@@ -128,14 +131,19 @@ def parse_spec(stored: object, study_name: str) -> Spec:
 
 
 def differences(stored: Spec, wanted: Spec) -> list[str]:
-    """Return one line for each setting in which the study's spec and the wanted one differ."""
+    """Return one line for each setting in which the study's spec and the wanted one differ; hashes by 12 digits."""
     ours, theirs = dict(_leaves(wanted.model_dump())), dict(_leaves(stored.model_dump()))
     both = ours.keys() & theirs.keys()
     return [
-        f"{name}: the study has {theirs.get(name, 'none')}, this command says {ours.get(name, 'none')}"
+        f"{name}: the study has {_shown(name, theirs)}, this command says {_shown(name, ours)}"
         for name in sorted(ours.keys() | theirs.keys())
         if name not in both or ours[name] != theirs[name]
     ]
+
+
+def _shown(name: str, leaves: dict[str, Any]) -> Any:
+    value = leaves.get(name, "none")
+    return value[:12] if name == CODE_HASH else value
 
 
 def first_problem(error: ValidationError) -> str:

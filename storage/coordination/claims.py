@@ -34,6 +34,7 @@ from sqlalchemy.dialects.postgresql import UUID
 from sqlalchemy.dialects.postgresql import insert as upsert
 from sqlalchemy.sql.dml import ReturningInsert
 
+from storage.coordination.alike import N_ALIKE, failed_alike
 from storage.database.errors import StudyNotFoundError, TrialNotRunningError
 from storage.database.sessions import OUTAGE_S, Sessions
 from storage.database.tables import (
@@ -121,7 +122,8 @@ class Standing:
     """What a claim is decided by. `age_s` is the study's, None for one that tuner did not create.
 
     `budget` is what its spec says now, if it does. `cancelled` of the `failed` trials were taken back before they ran.
-    `expired` of the `running` trials have lost their worker: the next claim of anybody puts them back.
+    `expired` of the `running` trials have lost their worker: the next claim of anybody puts them back. `alike` is what
+    trials failed by, one like the other, while none is done.
     """
 
     state: StudyState
@@ -134,6 +136,7 @@ class Standing:
     cancelled: int
     oldest_waiting: int | None
     expired: int
+    alike: str | None = None
 
     @property
     def done(self) -> int:
@@ -189,6 +192,10 @@ def closed(standing: Standing, budget: Budget) -> NothingToClaim | None:
     if standing.failures > budget.max_failures:
         return _used_up(
             "max_failures", f"{standing.failures} trials failed, more than the {budget.max_failures} allowed"
+        )
+    if standing.alike is not None:
+        return NothingToClaim(
+            final=True, reason=f"{N_ALIKE} trials failed alike, and none is complete: {standing.alike}"
         )
     if budget.timeout_s is not None and standing.age_s is not None and standing.age_s > budget.timeout_s:
         return _used_up("timeout", f"the study's time of {budget.timeout_s:g} s is over")
@@ -347,7 +354,10 @@ def standing_of(conn: Connection, study_id: int) -> Standing:
     row = conn.execute(_select_standing(), {"study_id": study_id}).one_or_none()
     if row is None:
         raise _deleted(study_id)
-    return Standing(**row._mapping)
+    standing = Standing(**row._mapping)
+    if standing.done == 0 and standing.failed >= N_ALIKE:
+        return replace(standing, alike=failed_alike(conn, study_id))
+    return standing
 
 
 def _hand_out(conn: Connection, study_id: int, standing: Standing, holder: Holder) -> Claim:

@@ -11,7 +11,7 @@ from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.dialects.postgresql import insert as upsert
 from sqlalchemy.exc import IntegrityError
 
-from storage.coordination import claims
+from storage.coordination import claims, workers
 from storage.coordination.claims import CANCELLED, IS_EXPIRED, Standing, StudyState
 from storage.coordination.studies import METRIC_NAMES
 from storage.database.errors import LiveTrialsError, StudyExistsError, TrialNotWaitingError
@@ -32,6 +32,7 @@ from storage.database.tables import (
     tuner_studies,
 )
 from storage.database.values import checked_name
+from storage.trials.queued import FIXED_PARAMS, queued_params
 
 _OF_TRIAL: Final = (
     trial_params,
@@ -42,7 +43,6 @@ _OF_TRIAL: Final = (
     trial_heartbeats,
 )
 _OF_STUDY: Final = (study_directions, study_user_attributes, study_system_attributes)
-_FIXED_PARAMS: Final = "fixed_params"  # where optuna.Study.enqueue_trial keeps them
 
 
 def set_state(sessions: Sessions, study_id: int, state: StudyState) -> int:
@@ -147,7 +147,7 @@ def enqueue(sessions: Sessions, study_id: int, params: Mapping[str, Any]) -> int
         next_number = select(func.coalesce(func.max(trials.c.number) + 1, 0)).where(trials.c.study_id == study_id)
         values = {"study_id": study_id, "number": next_number.scalar_subquery(), "state": "WAITING"}
         trial = conn.execute(insert(trials).values(values).returning(trials.c.trial_id, trials.c.number)).one()
-        attribute = {"trial_id": trial.trial_id, "key": _FIXED_PARAMS, "value_json": fixed}
+        attribute = {"trial_id": trial.trial_id, "key": FIXED_PARAMS, "value_json": fixed}
         conn.execute(insert(trial_system_attributes).values(attribute))
         number: int = trial.number
         return number
@@ -174,6 +174,25 @@ def delete_study(sessions: Sessions, study_id: int, *, force: bool = False) -> N
         delete_rows(conn, study_id)
 
     sessions.transaction(work)
+
+
+def delete_if_nothing_done(sessions: Sessions, study_id: int) -> list[dict[str, Any]] | None:
+    """Delete the study if none of its trials is complete or pruned and no worker is there; what had been enqueued.
+
+    None if it stays. Raises StudyNotFoundError.
+    """
+
+    def work(conn: Connection) -> list[dict[str, Any]] | None:
+        claims.lock(conn, study_id)
+        standing = claims.standing_of(conn, study_id)
+        is_lost = [worker.is_lost for worker in workers.present(conn, study_id)]
+        if standing.done or standing.running > standing.expired or not all(is_lost):
+            return None
+        kept = list(queued_params(conn, study_id).values())
+        delete_rows(conn, study_id)
+        return kept
+
+    return sessions.transaction(work)
 
 
 def delete_rows(conn: Connection, study_id: int) -> None:

@@ -50,6 +50,7 @@ from storage.database.tables import (
 )
 from storage.database.url import mask_url
 from storage.database.values import json_values, number_of
+from storage.trials.queued import queued_params
 
 METRIC_NAMES: Final = "study:metric_names"  # where optuna.Study.set_metric_names keeps them
 
@@ -108,7 +109,8 @@ class Summary:
 class TrialRecord:
     """A trial as it stands. `value` is infinite where the trial's is; None without one. Times are UTC.
 
-    `last_step` and `last_value` are the latest intermediate value's, `last_value` NaN where that is.
+    `last_step` and `last_value` are the latest intermediate value's, `last_value` NaN where that is. The params of a
+    trial that waits are those that it was enqueued with.
     """
 
     trial_id: int
@@ -241,6 +243,9 @@ def list_trials(engine: Engine, study_id: int) -> list[TrialRecord]:
         params = _params(conn, in_study)
         attrs = _user_attrs(conn, in_study)
         latest = _latest_reports(conn, in_study)
+        if any(row.state == "WAITING" for row in found):
+            for trial_id, queued in queued_params(conn, study_id).items():
+                params[trial_id] = queued | params.get(trial_id, {})
     return [_trial(row, params, attrs, latest) for row in found]
 
 

@@ -41,7 +41,7 @@ def test_commands_are_grouped_by_what_they_are_for(tuner: Tuner) -> None:
         "Options": ["--version", "--install-completion", "--show-completion", "--help"],
         "Options of every command": EVERY_COMMAND,
         "Search": ["run", "create", "worker", "enqueue", "cancel", "extend", "adopt", "objectives"],
-        "Watch": ["status", "studies", "trials", "dashboard"],
+        "Watch": ["status", "studies", "show", "trials", "compare", "dashboard"],
         "Results": ["best", "export"],
         "Operate": ["pause", "resume", "stop", "release", "delete", "import", "doctor", "db"],
     }

@@ -136,6 +136,9 @@ def test_status_studies_and_trials_agree(job: Finished, tuner: Tuner) -> None:
     assert "12/12 done" in tuner("status", "digits").stdout
     assert tuner("studies").stdout.splitlines()[1].startswith("digits")
     assert len(tuner("trials", "digits").stdout.splitlines()) == 13
+    models = Path(tuner.environment["TUNER_DATA_DIR"]) / "models"
+    (directory,) = [path for path in models.iterdir() if not path.is_symlink()]
+    assert (models / "digits").resolve() == directory.resolve()
 
 
 def test_a_worker_on_the_finished_study_runs_nothing(job: Finished, tuner: Tuner) -> None:

@@ -1,9 +1,11 @@
 import inspect
+import pydoc
+import re
 
 import pytest
 
 import tuner
-from tuner import training
+from tuner import Objective, training
 
 
 def test_the_public_surface_is_what_all_says():
@@ -36,6 +38,18 @@ def test_training_keeps_its_names():
     ]
     assert all(hasattr(training, name) for name in training.__all__)
     assert inspect.isfunction(training.fit)  # and no module of that name
+
+
+def test_the_help_of_an_objective_is_its_own():
+    class Mine(Objective):
+        width: int = 3
+
+    for kind in (Objective, Mine):
+        told = pydoc.plain(pydoc.render_doc(kind))
+        assert "build_model(self, params" in told
+        assert not re.search(r"model_dump|model_config|__pydantic|__fields_set__|parse_obj", told)
+        assert len(told.splitlines()) < 150
+    assert {"width", "suggest", "epochs"} <= {*dir(Objective), *Mine.model_fields}
 
 
 @pytest.mark.slow

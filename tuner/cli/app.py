@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from sqlalchemy.exc import DBAPIError
 
 from storage.database.errors import InvalidURLError, StorageError, UnreachableError
-from tuner.cli import control, db, growing, importing, model, reading, search, service, status
+from tuner.cli import comparing, control, db, growing, importing, model, reading, search, service, status
 from tuner.cli.settings import DataDir, Debug, Format, PasswordFile, Settings, Storage
 from tuner.cli.streams import flush_streams, open_streams
 from tuner.errors import (
@@ -51,7 +51,9 @@ _PANELS: dict[str, dict[str, Callable[..., None]]] = {
     "Watch": {
         "status": status.status,
         "studies": reading.studies,
+        "show": comparing.show,
         "trials": reading.trials,
+        "compare": comparing.compare,
         "dashboard": service.dashboard,
     },
     "Results": {"best": reading.best, "export": model.export},

@@ -44,7 +44,7 @@ def export(
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Retrain the best trial of STUDY on train + valid, evaluate it on test and write the model."""
-    from tuner.model.output import check_output
+    from tuner.model.output import check_output, link_by_name
     from tuner.study.joining import best_of, check_code, open_study
     from tuner.study.registry import find_objective
 
@@ -67,7 +67,8 @@ def export(
         log=settings.log(study=opened.name),
         full_schedule=full_schedule,
     )
-    print_exported(settings, engine, opened, exported, as_json=as_json)
+    link = link_by_name(target, opened.name) if output is None else None
+    print_exported(settings, engine, opened, exported, as_json=as_json, link=link)
 
 
 def installed_name(study: Study) -> str:
@@ -98,9 +99,15 @@ def default_output(settings: Settings, study: Study) -> Path:
 
 
 def print_exported(
-    settings: Settings, engine: Engine, study: Study, exported: Exported | None, *, as_json: bool
+    settings: Settings,
+    engine: Engine,
+    study: Study,
+    exported: Exported | None,
+    *,
+    as_json: bool,
+    link: Path | None = None,
 ) -> None:
-    """Print the best trial, its figures, and where the model lies if there is one."""
+    """Print the best trial, its figures, and where the model lies if there is one, with the `link` to it."""
     from tuner.cli.reading import best_fields, print_json
     from tuner.text import number_text, params_text
 
@@ -119,6 +126,8 @@ def print_exported(
     if exported is not None:
         lines += [(f"test {name}", number_text(value)) for name, value in exported.manifest.test.items()]
         lines.append(("model", exported.directory))
+        if link is not None:
+            lines.append(("as well", link))
         lines += [(f"without {name}", reason) for name, reason in exported.manifest.missing.items()]
     lines.append(("dashboard", f"tuner dashboard{settings.options()}"))
     width = max(len(name) for name, _ in lines) + 2

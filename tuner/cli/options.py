@@ -28,8 +28,12 @@ ObjectiveName = Annotated[
 
 @dataclass(frozen=True, kw_only=True)
 class StudyOptions:
-    """What a study is created with. Each field is an option of the command that has such a parameter."""
+    """What a study is created with. Each field is an option of the command that has such a parameter.
 
+    But for `given`, the names of those that were given.
+    """
+
+    given: frozenset[str] = frozenset()
     study: Annotated[
         str | None,
         typer.Option("--study", help="Name of the study (default: the objective's).", rich_help_panel=STUDY),
@@ -181,6 +185,10 @@ class StudyOptions:
             "checkpoint_every_s": seconds("--checkpoint-every", self.checkpoint_every),
         }
 
+    def given_settings(self) -> frozenset[str]:
+        """Return which of `plan`'s settings, or of their fields, were given."""
+        return frozenset(_SETTINGS.get(name, name) for name in self.given)
+
     def _budget(self) -> Budget:
         check_positive("--trials", self.trials)
         if not 0 <= self.max_failures <= MAX_COUNT:
@@ -224,6 +232,13 @@ class SpecOptions(StudyOptions):
     trials: int = field(init=False, default=1)
 
 
+_SETTINGS = {
+    "timeout": "timeout_s",
+    "compile_": "compile",
+    "checkpoint_every": "checkpoint_every_s",
+    "from_": "history",
+}
+"""What an option is called in a spec, where its name is another."""
 MAX_COUNT = 2**31 - 1
 """PostgreSQL's largest number of a trial or a step."""
 MAX_DAYS = 10_000

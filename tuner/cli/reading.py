@@ -13,7 +13,7 @@ import typer
 
 from tuner.cli.settings import Settings, command
 from tuner.errors import UsageError
-from tuner.text import number_text, params_text, table
+from tuner.text import number_text, table
 
 if TYPE_CHECKING:
     from sqlalchemy import Engine
@@ -72,33 +72,33 @@ def studies(settings: Settings, as_json: AsJson = False) -> None:
 
 
 @command
-def trials(settings: Settings, study: StudyName, as_json: AsJson = False) -> None:
+def trials(
+    settings: Settings,
+    study: StudyName,
+    sort: Annotated[
+        str, typer.Option(metavar="number|value", help="By number, or by value with the best first.")
+    ] = "number",
+    as_json: AsJson = False,
+) -> None:
     """List the trials of STUDY."""
     from storage.coordination import studies
+    from tuner.cli import trials_view
     from tuner.study.joining import find_study
 
+    if sort not in ("number", "value"):
+        raise UsageError(f"--sort needs number or value, got {sort!r}")
     engine = settings.open()
     opened = find_study(engine, study)
     found = studies.list_trials(engine, opened.study_id)
     values = studies.all_values(engine, opened.study_id) if len(opened.directions) > 1 else {}
+    if sort == "value":
+        found = trials_view.best_first(found, opened.directions[0])
     if as_json:
         print_json([_trial_fields(trial) | _all_values(opened, trial, values) for trial in found])
         return
-    _print_table(
-        ["number", "state", "value", "step", "seconds", "params"],
-        [
-            [
-                trial.number,
-                trial.state.lower(),
-                " ".join(map(number_text, values.get(trial.number, [trial.value]))),
-                "-" if trial.last_step is None else trial.last_step,
-                trial.user_attrs.get("seconds", "-"),
-                trial.user_attrs.get("failure_message") or params_text(trial.params),
-            ]
-            for trial in found
-        ],
-        empty=f"no trials yet; 'tuner worker {opened.name}' runs some",
-    )
+    empty = f"no trials yet; 'tuner worker {opened.name}' runs some"
+    for line in trials_view.lines(found, values) if found else [empty]:
+        print(line)
 
 
 @command

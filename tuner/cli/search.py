@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import socket
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -21,10 +23,9 @@ if TYPE_CHECKING:
 
     from sqlalchemy import Engine
 
-    from tuner.objective import Objective
-    from tuner.spec import Spec
-    from tuner.study.joining import Study
-    from tuner.study.registry import ObjectiveKind, ObjectiveSource
+    from tuner.log import Log
+    from tuner.study.joining import Study, Wanted
+    from tuner.study.registry import ObjectiveSource
 
 Workers = Annotated[
     int | None, typer.Option(help="Local worker processes (default: half the cores, 2 to 8).", rich_help_panel=WORKERS)
@@ -88,38 +89,36 @@ def run(
 ) -> None:
     """Search OBJECTIVE with local workers, then retrain and export the best trial.
 
-    Goes on with the study if it exists with the same settings.
+    Goes on with the study if it exists: what is not given is as the study has it.
     """
     from storage.coordination import studies
-    from tuner.model.output import check_output
-    from tuner.study.joining import create_or_join, plan
-    from tuner.study.registry import find_objective
+    from tuner.model.output import check_output, link_by_name
+    from tuner.study.joining import Wanted
+    from tuner.study.registry import find_objective, is_objective_class
     from tuner.worker.slots import plan_slots
     from tuner.worker.supervisor import Slots, Worker
 
     plans = plan_slots(str(_workers(workers)), device)
-    wanted = options.plan()
+    planned = options.plan()
     source = find_objective(objective)
     if export and output is not None:
         check_output(output)
     slots = Slots(plans, objective)  # they import torch and the objective while this process does
     try:
         kind = source.load()
-        spec, model_class = plan(source, kind, **_with_direction(settings, wanted, kind, source.name))
-        engine = settings.open_for_work()
-        joined, created = create_or_join(
-            engine,
-            source.study_name if options.study is None else options.study,
-            spec,
-            allow_code_change=allow_code_change,
-            history=_history(settings, engine, spec, model_class),
+        wanted = Wanted(source=source, kind=kind, settings=planned, given=options.given_settings())
+        has_model = is_objective_class(kind)
+        engine, (joined, created) = _create_or_join(
+            settings, "run", objective, options.study, wanted, allow_code_change=allow_code_change
         )
         log = settings.log(worker=_worker_name(), study=joined.name)
         log.event("study", f"{'created' if created else 'joined'} study {joined.name}: {_outline(joined)}")
+        if created:
+            _tell_random_start(log, joined)
         target = output or default_output(settings, joined)
-        if export and model_class is not None:
+        if export and has_model:
             check_output(target)
-        if studies.count_states(engine, joined.study_id).done < spec.budget.trials:
+        if studies.count_states(engine, joined.study_id).done < joined.spec.budget.trials:
             config = _slot_config(
                 settings,
                 joined,
@@ -138,10 +137,10 @@ def run(
                 raise
     finally:
         slots.close()
-    if export and model_class is None:
+    if export and not has_model:
         log.event("not_exported", f"not exported: {source.name} is a plain function and has no model")
-    exported = None
-    if export and model_class is not None:
+    exported = link = None
+    if export and has_model:
         from tuner.model.export import export_study
 
         exported = export_study(
@@ -154,7 +153,8 @@ def run(
             log=log,
             full_schedule=full_schedule,
         )
-    print_exported(settings, engine, joined, exported, as_json=as_json)
+        link = link_by_name(target, joined.name) if output is None else None
+    print_exported(settings, engine, joined, exported, as_json=as_json, link=link)
 
 
 @command
@@ -164,21 +164,19 @@ def create(
     options: StudyOptions,
     as_json: Annotated[bool, typer.Option("--json", help="Print the study as JSON.")] = False,
 ) -> None:
-    """Create a study of OBJECTIVE for workers to join; running it again with the same settings does nothing."""
-    from tuner.study.joining import create_or_join, plan
+    """Create a study of OBJECTIVE for workers to join; running it again does nothing.
+
+    What is not given is then as the study has it.
+    """
+    from tuner.study.joining import Wanted
     from tuner.study.registry import find_objective
 
-    wanted = options.plan()
+    planned = options.plan()
     source = find_objective(objective)
-    kind = source.load()
-    spec, model_class = plan(source, kind, **_with_direction(settings, wanted, kind, source.name))
-    engine = settings.open()
-    joined, created = create_or_join(
-        engine,
-        source.study_name if options.study is None else options.study,
-        spec,
-        history=_history(settings, engine, spec, model_class),
-    )
+    wanted = Wanted(source=source, kind=source.load(), settings=planned, given=options.given_settings())
+    _, (joined, created) = _create_or_join(settings, "create", objective, options.study, wanted)
+    if created:
+        _tell_random_start(settings.log(study=joined.name), joined)
     if as_json:
         print(json.dumps({"study": joined.name, "created": created, "spec": joined.spec.model_dump(mode="json")}))
         return
@@ -225,7 +223,7 @@ def worker(
     ] = None,
 ) -> None:
     """Run trials of STUDY until its budget is used up. Sampler, pruner and objective are the study's."""
-    from tuner.study.joining import check_code, open_study
+    from tuner.study.joining import check_code, open_study, why_failed
     from tuner.study.registry import find_objective
     from tuner.worker.slots import plan_slots
     from tuner.worker.supervisor import Limits, Slots, Worker
@@ -240,6 +238,8 @@ def worker(
     plans = plan_slots(slots, device, at_most=trials)
     engine = settings.open_for_work()
     joined = open_study(engine, study)
+    if (why := why_failed(engine, joined)) is not None:  # whatever code is here
+        raise TunerError(why)
     reference = objective or installed_name(joined)
     source = find_objective(reference)
     check_code(joined, source, allow_code_change=allow_code_change)
@@ -261,38 +261,92 @@ def worker(
         processes.close()
 
 
-def _with_direction(settings: Settings, wanted: dict[str, Any], kind: ObjectiveKind, name: str) -> dict[str, Any]:
+def _create_or_join(
+    settings: Settings,
+    command_name: str,
+    reference: str,
+    name: str | None,
+    wanted: Wanted,
+    *,
+    allow_code_change: bool | None = None,
+) -> tuple[Engine, tuple[Study, bool]]:
+    """Return the database, the study and whether it was created now; tell in a line of one that this replaced.
+
+    A plain function's direction is asked for if the study is a new one and nothing says it.
+    """
+    from storage import StudyNotFoundError
+    from tuner.slot.shared_checkpoints import delete_checkpoints
+    from tuner.study.joining import create_or_join, find_study
+
+    _ = wanted.spec  # whatever is wrong with it is told without a database
+    engine = settings.open() if command_name == "create" else settings.open_for_work()
+    study_name = wanted.source.study_name if name is None else name
+    try:
+        find_study(engine, study_name)
+    except StudyNotFoundError:
+        wanted = _with_direction(settings, wanted)
+    named = "" if name is None else f" --study {shlex.quote(name)}"
+    again = f"tuner {command_name} {shlex.quote(reference)}{named}{settings.options()}"
+    joined = create_or_join(
+        engine,
+        study_name,
+        wanted,
+        command=again,
+        allow_code_change=allow_code_change,
+        history=_history(settings, engine, wanted),
+    )
+    if joined.replaced is not None:
+        why = f": {joined.why}" if joined.why else ""
+        log = settings.log(study=study_name)
+        log.event("replaced", f"study {study_name}, of which nothing was complete, is deleted and created anew{why}")
+        for line in delete_checkpoints(joined.replaced, settings.data_dir):
+            log.event("note", line)
+    return engine, (joined.study, joined.created)
+
+
+def _with_direction(settings: Settings, wanted: Wanted) -> Wanted:
     """Ask on a terminal for the direction of a plain function if nothing says it; elsewhere tell which is taken."""
     from tuner.study.registry import is_objective_class
 
-    if wanted["direction"] is not None or is_objective_class(kind):
+    if wanted.settings["direction"] is not None or is_objective_class(wanted.kind):
         return wanted
+    name = wanted.source.name
     if all(stream is not None and stream.isatty() for stream in (sys.stdin, sys.stderr)):
         answer = typer.prompt(f"Is what {name} returns to be minimized or maximized?", default="minimize", err=True)
         if answer not in ("minimize", "maximize"):
             raise UsageError(f"--direction needs minimize or maximize, got {answer!r}")
-        return {**wanted, "direction": answer}
+        return replace(wanted, settings={**wanted.settings, "direction": answer})
     settings.log().event("direction", f"minimizing what {name} returns; --direction maximize does otherwise")
     return wanted
 
 
-def _history(
-    settings: Settings, engine: Engine, spec: Spec, model_class: Objective | None
-) -> Callable[[], list[dict[str, Any]]] | None:
-    """Return what reads the trials that a new study is to learn from, and tells of them; None if there are none."""
-    name = spec.history
-    if name is None:
-        return None
+def _history(settings: Settings, engine: Engine, wanted: Wanted) -> Callable[[], list[dict[str, Any]] | None]:
+    """Return what reads the trials that a new study is to learn from, None without any, and tells of them."""
 
-    def read() -> list[dict[str, Any]]:
+    def read() -> list[dict[str, Any]] | None:
         from tuner.study.history import history_of
 
-        found = history_of(engine, name, spec, model_class)
+        name = wanted.spec.history
+        if name is None:
+            return None
+        found = history_of(engine, name, wanted.spec, wanted.objective)
         for note in found.notes:
             settings.log().event("history", note)
         return found.trials
 
     return read
+
+
+def _tell_random_start(log: Log, study: Study) -> None:
+    from tuner.study.sampling import random_start
+
+    spec = study.spec
+    if spec.sampler.name == "tpe" and (drawn := random_start(spec.sampler)) >= spec.budget.trials:
+        log.event(
+            "random_start",
+            f"all {spec.budget.trials} trials are drawn at random, as tpe looks at others only after {drawn} of them:"
+            " more --trials, or --sampler tpe:n_startup_trials=N with a smaller one, would search",
+        )
 
 
 def _workers(count: int | None) -> int:

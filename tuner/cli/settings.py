@@ -8,7 +8,7 @@ import inspect
 import os
 import shlex
 from collections.abc import Callable
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import Field, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints, overload
 
@@ -185,7 +185,8 @@ def command(function: Callable[..., None], group: str = "") -> Callable[..., Non
     """Give a command the options of every command: its first parameter becomes the `Settings` they make.
 
     Each of its own options gets a variable: `--max-failures` of `run` is TUNER_RUN_MAX_FAILURES. A parameter that
-    is a dataclass stands for an option for each of its fields.
+    is a dataclass stands for an option for each of its fields, but for `given`: the names of those that the command
+    line or a variable said.
     """
     prefix = f"TUNER_{group}{function.__name__.rstrip('_')}".upper()
     declared = list(inspect.signature(function, eval_str=True).parameters.values())[1:]
@@ -206,12 +207,14 @@ def command(function: Callable[..., None], group: str = "") -> Callable[..., Non
 
     @functools.wraps(function)
     def run(**given: Any) -> None:
-        outer: Settings = given.pop("context").obj
+        context: typer.Context = given.pop("context")
+        outer: Settings = context.obj
         given.pop("debug")  # `main` has looked for it, as it has to before there are any settings
         settings = Settings.of(**{name: given.pop(name) for name in _OPTIONS if name in given}).over(outer)
         given = {name: absolute(value) for name, value in given.items()}
         for name, kind in groups.items():
-            given[name] = kind(**{field.name: given.pop(field.name) for field in fields(kind) if field.init})
+            own = {field.name: given.pop(field.name) for field in _options(kind)}
+            given[name] = kind(**own, given=frozenset(field for field in own if _is_said(context, field)))
         function(settings, **given)
 
     parameters = [context, *own, *shared]
@@ -228,9 +231,17 @@ def _fields(kind: Any) -> list[inspect.Parameter]:
         inspect.Parameter(
             field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=hints[field.name]
         )
-        for field in fields(kind)
-        if field.init
+        for field in _options(kind)
     ]
+
+
+def _options(kind: Any) -> list[Field[Any]]:
+    return [field for field in fields(kind) if field.init and field.name != "given"]
+
+
+def _is_said(context: typer.Context, name: str) -> bool:
+    source = context.get_parameter_source(name)
+    return source is not None and source.name in ("COMMANDLINE", "ENVIRONMENT", "PROMPT")
 
 
 def _with_variable(annotation: Any, prefix: str, name: str) -> Any:

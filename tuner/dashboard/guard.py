@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qsl, quote, urlencode, urlsplit
 from wsgiref.headers import Headers
 
+from tuner.dashboard import page
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
     from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
@@ -27,7 +29,7 @@ __all__ = ["Guard"]
 # What we let through of optuna-dashboard 0.21, as lists of what is allowed: a route that a later version adds
 # stays shut until somebody has looked at it. None of these pages writes (dated 2026-11).
 _PAGES = re.compile(
-    r"""/? | /dashboard(/.*)? | /favicon\.ico | /static/[\w.-]+ | /incompatible-rdb-schema
+    r"""/? | /dashboard(/.*)? | /tuner\.js | /favicon\.ico | /static/[\w.-]+ | /incompatible-rdb-schema
     | /api/meta | /api/studies | /api/studies/[0-9]+(/param_importances | /plot/[a-z_]+)?
     | /csv/[0-9]+ | /artifacts(/[0-9]+){1,2}/[0-9a-fA-F-]+""",
     re.ASCII | re.VERBOSE,
@@ -102,6 +104,10 @@ class Guard:
         environ.setdefault("HTTP_ACCEPT_ENCODING", "identity")
         if path.startswith("/csv/") and environ["REQUEST_METHOD"] == "GET":
             return _csv_without_formulas(self._app, environ, start_hardened)
+        if path == page.SCRIPT_PATH:
+            return page.script(start_hardened)
+        if re.fullmatch("/dashboard(/.*)?", path):
+            return page.page(self._app, environ, start_hardened, allow_edit=self._allow_edit)
         return self._app(environ, start_hardened)
 
     def _check_host(self, environ: WSGIEnvironment) -> None:

@@ -1,8 +1,11 @@
-"""Whether a directory for a model can be written, known before hours of search and without importing torch."""
+"""Where a model goes, without importing torch: whether that can be written, and a link by the study's name."""
 
 from __future__ import annotations
 
+import os
+import re
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 from tuner.errors import TunerError
@@ -22,3 +25,35 @@ def check_output(output: Path) -> None:
             pass
     except OSError as error:
         raise TunerError(f"cannot write to {place}: {error.strerror}; choose another --output") from error
+
+
+MAX_NAME_BYTES = 255
+# What no file of that name could be made of, or would be hidden or be taken for an option.
+_ODD = re.compile(r"[/%\x00-\x1f\x7f]|^[.-]")
+
+
+def link_by_name(directory: Path, name: str) -> Path | None:
+    """Make a link to a study's model beside it that is called like the study, and return it.
+
+    It is the latest model exported under that name; links to this model by another name of the study go. None where a
+    directory, or somebody's own link, has the name, or there can be no link. Odd characters are written as in a URL.
+    """
+    link = directory.with_name(_ODD.sub(lambda odd: f"%{ord(odd[0]):02X}", name))
+    if len(os.fsencode(link.name)) > MAX_NAME_BYTES:
+        return None
+    with suppress(OSError):
+        if link.name == directory.name or ((link.exists() or link.is_symlink()) and not _is_ours(link)):
+            return None
+        for other in directory.parent.iterdir():
+            if other.name != link.name and other.is_symlink() and os.readlink(other) == directory.name:
+                other.unlink()
+        with tempfile.TemporaryDirectory(dir=directory.parent, prefix=".tuner-") as aside:
+            made = Path(aside) / "link"
+            made.symlink_to(directory.name)
+            os.replace(made, link)
+        return link
+    return None
+
+
+def _is_ours(link: Path) -> bool:
+    return link.is_symlink() and re.fullmatch(r"study-\d+(-[0-9a-f]{8})?", os.readlink(link)) is not None

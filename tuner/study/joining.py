@@ -6,6 +6,7 @@ import datetime as dt
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -13,12 +14,25 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 from sqlalchemy import Engine
 
-from storage.coordination import claims, studies
+from storage.coordination import claims, control, studies
+from storage.coordination.alike import N_ALIKE
 from storage.coordination.studies import StudyRecord, TrialRecord
 from storage.database.errors import StudyExistsError, StudyNotFoundError
 from storage.database.sessions import Sessions
 from tuner.errors import TunerError, UsageError
-from tuner.spec import Budget, Direction, ObjectiveSpec, Spec, TrainingSpec, differences, first_problem, parse_spec
+from tuner.spec import (
+    CODE_HASH,
+    Budget,
+    Direction,
+    ObjectiveSpec,
+    PrunerSpec,
+    SamplerSpec,
+    Spec,
+    TrainingSpec,
+    differences,
+    first_problem,
+    parse_spec,
+)
 from tuner.study.registry import ObjectiveKind, ObjectiveSource, build_objective, is_objective_class
 
 if TYPE_CHECKING:
@@ -87,9 +101,6 @@ def budget_now(engine: Engine, study: Study) -> claims.Budget:
         return study.budget
 
 
-OBJECTIVE_CODE_HASH = "objective.code_hash"
-
-
 def open_study(engine: Engine, name: str) -> Study:
     """Return the study of that name. Raises StudyNotFoundError, or TunerError if tuner did not create it."""
     return _study(studies.find_study(engine, name))
@@ -121,43 +132,145 @@ def create_study(engine: Engine, name: str, spec: Spec, history: Sequence[Mappin
     return _study(record)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Wanted:
+    """A study as a command wants it: the arguments of `plan`, and which of these, or of their fields, it `given`."""
+
+    source: ObjectiveSource
+    kind: ObjectiveKind
+    settings: Mapping[str, Any]
+    given: frozenset[str]
+
+    @cached_property
+    def _planned(self) -> tuple[Spec, Objective | None]:
+        return plan(self.source, self.kind, **self.settings)
+
+    @property
+    def spec(self) -> Spec:
+        """The spec of a new study. Raises UsageError."""
+        return self._planned[0]
+
+    @property
+    def objective(self) -> Objective | None:
+        """The objective of a new study, None for a plain function. Raises UsageError."""
+        return self._planned[1]
+
+    def spec_beside(self, stored: Spec) -> Spec:
+        """Return the spec with all that was not given as a study has it. Raises UsageError."""
+        ours: dict[str, Any] = {name: its for name, its in self.settings.items() if name in self.given}
+        is_class = is_objective_class(self.kind)
+        known = self.kind.model_fields if is_objective_class(self.kind) else {}
+        theirs: dict[str, Any] = {
+            "epochs": stored.epochs if is_class else None,
+            "sampler": stored.sampler,
+            "pruner": stored.pruner,
+            "direction": None if is_class else stored.direction,
+            "seed": stored.seed,
+            "history": stored.history,
+            "checkpoints": stored.checkpoints,
+            "checkpoint_every_s": stored.checkpoint_every_s,
+        }
+        for name, fields in (("budget", stored.budget), ("training", stored.training)):
+            said = {field: its for field, its in self.settings[name] if field in self.given}
+            theirs[name] = fields.model_copy(update=said)
+        options = {name: its for name, its in stored.objective.options.items() if name in known}
+        both = {"options": {**options, **self.settings["options"]}, "option_texts": self.settings["option_texts"]}
+        return plan(self.source, self.kind, **{**theirs, **ours, **both})[0]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Joined:
+    """A study that a command created or joined; `replaced` is the one that it took the place of, with `why`."""
+
+    study: Study
+    created: bool
+    replaced: Study | None = None
+    why: str = ""
+
+
 def create_or_join(
     engine: Engine,
     name: str,
-    spec: Spec,
+    wanted: Wanted,
     *,
-    allow_code_change: bool = False,
-    history: Callable[[], Sequence[Mapping[str, Any]]] | None = None,
-) -> tuple[Study, bool]:
-    """Return the study of that name and whether it was created now.
+    command: str,
+    allow_code_change: bool | None = False,
+    history: Callable[[], Sequence[Mapping[str, Any]] | None] = lambda: None,
+) -> Joined:
+    """Create the study of that name, or join it: what is not given is as the study has it.
 
-    `history` is asked for only to create it: the study that it is from need not be there any more to join this one.
-    Raises TunerError that lists the differences if it exists with another spec; other code of the objective is
-    none with `allow_code_change`.
+    A study of which nothing is complete, and which nobody runs, is replaced if other code of its objective is here,
+    or if it ended by its failures. `command` joins the study when nothing is given; `allow_code_change` is None where
+    there is no such option. `history` is asked for only to create it: the study that it is from need not be there any
+    more to join this one. Raises TunerError that lists the differences if it exists with another spec; other code of
+    the objective is none with `allow_code_change`.
     """
+    spec = wanted.spec
     try:
-        if history is None or not _is_there(engine, name):
-            return create_study(engine, name, spec, None if history is None else history()), True
-    except StudyExistsError:
+        if spec.history is None or not _is_there(engine, name):
+            return Joined(study=create_study(engine, name, spec, history()), created=True)
+    except StudyExistsError:  # since
         pass
     study = open_study(engine, name)
-    found = differences(study.spec, spec)
-    changed_code = f"{OBJECTIVE_CODE_HASH}: "
-    if allow_code_change:
-        found = [line for line in found if not line.startswith(changed_code)]
-    if len(found) == 1 and found[0].startswith(changed_code):
+    is_same = spec.objective.name == study.spec.objective.name
+    is_other_code = spec.objective.code_hash != study.spec.objective.code_hash
+    ended = why_failed(engine, study)
+    if is_same and (ended or (is_other_code and not allow_code_change)):
+        replaced = _replaced(engine, study, wanted, history)
+        if replaced is not None:
+            return replaced
+    if is_same and is_other_code and not allow_code_change:
+        goes_on = "" if ended or allow_code_change is None else ", --allow-code-change goes on with this one"
         raise TunerError(
-            f"the code of the objective is not the one that study {name!r} was created with ({found[0]});"
-            " --study NAME starts a study with it, --allow-code-change goes on with this one"
+            f"{wanted.source.file} is not what study {name!r} was created with: it has changed from"
+            f" {study.spec.objective.code_hash[:12]} to {spec.objective.code_hash[:12]};"
+            f" --study NAME starts a study with it{goes_on}"
         )
+    found = differences(study.spec, wanted.spec_beside(study.spec))
+    if allow_code_change:
+        found = [line for line in found if not line.startswith(f"{CODE_HASH}: ")]
     if found and all(line.startswith("budget.") for line in found):
-        raise TunerError(_other_budget(study, spec.budget, found))
+        raise TunerError(_other_budget(study, wanted.spec_beside(study.spec).budget, found))
     if found:
+        joins = f"{command!r} joins it as it is, " if is_same else ""
         raise TunerError(
             f"study {name!r} exists with another spec ({'; '.join(found)});"
-            " give the same options to join it, or --study NAME for a study of its own"
+            f" {joins}--study NAME makes a study of its own"
         )
-    return study, False
+    return Joined(study=study, created=False)
+
+
+def _replaced(
+    engine: Engine, study: Study, wanted: Wanted, history: Callable[[], Sequence[Mapping[str, Any]] | None]
+) -> Joined | None:
+    """Delete the study and create it anew, with what was enqueued; None if any of it is done or somebody runs it."""
+    spec, past, sessions = wanted.spec, history(), Sessions(engine)
+    enqueued = control.delete_if_nothing_done(sessions, study.study_id)
+    if enqueued is None:
+        return None
+    if wanted.settings["direction"] is None and not is_objective_class(wanted.kind):  # it was asked for
+        spec = spec.model_copy(update={"direction": study.spec.direction})
+    new = create_study(engine, study.name, spec, past)
+    for params in enqueued:
+        control.enqueue(sessions, new.study_id, params)
+    return Joined(study=new, created=True, replaced=study, why="; ".join(differences(study.spec, spec)))
+
+
+def why_failed(engine: Engine, study: Study) -> str | None:
+    """Return why the study ended by its failures, None if it did not."""
+    with engine.connect() as conn:
+        standing = claims.standing_of(conn, study.study_id)
+    failed, allowed = standing.failures, standing.now_of(study.budget).max_failures
+    if failed > allowed:
+        failures = studies.count_failures(engine, study.study_id)
+        last = [message for kind, (_, message) in failures.items() if kind != claims.CANCELLED][-1]
+        why = f"{failed} trials failed, more than the {allowed} allowed; the last: {last}"
+    elif standing.alike is not None:
+        why = f"{N_ALIKE} trials failed alike, and none is complete: {standing.alike}"
+    else:
+        return None
+    again = "" if standing.done else "; once that is mended, the same 'tuner run' or 'tuner create' replaces the study"
+    return f"study {study.name!r} ended: {why}; 'tuner trials {study.name}' lists them{again}"
 
 
 def _is_there(engine: Engine, name: str) -> bool:
@@ -231,8 +344,8 @@ def plan(
     options: Mapping[str, JsonValue],
     budget: Budget,
     epochs: int | None,
-    sampler: str,
-    pruner: str,
+    sampler: str | SamplerSpec,
+    pruner: str | PrunerSpec,
     direction: Direction | None,
     seed: int,
     history: str | None = None,
@@ -243,7 +356,8 @@ def plan(
 ) -> tuple[Spec, Objective | None]:
     """Return the checked spec of a study of `kind`, and the objective (None for a plain function).
 
-    A grid smaller than the budget's trials is the budget. `option_texts` are the options as they were typed. The
+    Sampler and pruner are texts as they were typed, or those of a study. A grid smaller than the budget's trials is the
+    budget. `option_texts` are the options as they were typed. The
     objective suggests params once, so that a space that cannot be is told now. Raises UsageError that names the
     option or the line at fault.
     """
@@ -270,7 +384,7 @@ def plan(
                 option = name.removesuffix("_s").replace("_", "-")
                 raise UsageError(f"--{option}: the plain function {source.name} keeps no checkpoints")
         metric, direction, epochs = "value", direction or "minimize", 1
-    sampler_ = sampler_spec(sampler, objective)
+    sampler_ = sampler_spec(sampler, objective) if isinstance(sampler, str) else sampler
     spec = Spec(
         objective=ObjectiveSpec(
             name=source.name,
@@ -280,7 +394,7 @@ def plan(
         metric=metric,
         direction=direction,
         sampler=sampler_,
-        pruner=pruner_spec(pruner, epochs if objective is not None else None),
+        pruner=(pruner_spec(pruner, epochs if objective is not None else None) if isinstance(pruner, str) else pruner),
         budget=budget.model_copy(update={"trials": min(budget.trials, grid_size(sampler_) or budget.trials)}),
         epochs=epochs,
         seed=seed,

@@ -270,6 +270,14 @@ def grid_size(spec: SamplerSpec) -> int | None:
     return math.prod(len(values) for values in space.values() if isinstance(values, list))
 
 
+def random_start(spec: SamplerSpec) -> int:
+    """Return how many trials have to be done before the sampler looks at any; 0 for one that does not wait."""
+    parameters = inspect.signature(_SAMPLERS[spec.name]).parameters
+    default = parameters["n_startup_trials"].default if "n_startup_trials" in parameters else 0
+    count: Any = spec.settings.get("n_startup_trials", default)
+    return int(count)
+
+
 def discover(objective: Objective) -> dict[str, BaseDistribution]:
     """Return the params that the objective suggests, conditional ones included, by name.
 

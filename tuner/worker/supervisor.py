@@ -17,15 +17,14 @@ from typing import Any
 from sqlalchemy import Engine
 from sqlalchemy.exc import SQLAlchemyError
 
-from storage.coordination import claims, studies
+from storage.coordination import claims
 from storage.coordination.workers import SlotSeen, SlotState, WorkerSeen
 from storage.database.engine import is_outage
 from storage.database.errors import StorageError, StudyNotFoundError
-from storage.database.sessions import Sessions
 from tuner.errors import TunerError, WorkerInterrupted
 from tuner.log import Log
 from tuner.slot import prints
-from tuner.study.joining import Study
+from tuner.study.joining import Study, why_failed
 from tuner.versions import versions
 from tuner.worker.breaker import Breaker
 from tuner.worker.presence import LIVE_PROGRESS_S, PROGRESS_S, Presence
@@ -470,21 +469,15 @@ class Worker:
     def _raise_if_failed(self) -> None:
         """Raise TunerError if the study ended by its failures."""
         try:
-            standing = claims.look(Sessions(self._engine), self._study.study_id)
-            failures = studies.count_failures(self._engine, self._study.study_id)
+            why = why_failed(self._engine, self._study)
         except StudyNotFoundError:
             return
         except (StorageError, SQLAlchemyError) as error:
             if not is_outage(error):
                 raise
             return
-        failed, allowed = standing.failures, standing.now_of(self._study.budget).max_failures
-        if failed > allowed:
-            last = [message for kind, (_, message) in failures.items() if kind != claims.CANCELLED][-1]
-            raise TunerError(
-                f"study {self._study.name!r} ended: {failed} trials failed, more than the {allowed} allowed;"
-                f" the last: {last}; 'tuner trials {self._study.name}' lists them"
-            )
+        if why is not None:
+            raise TunerError(why)
 
 
 def _current_directory() -> str:

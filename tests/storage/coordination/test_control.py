@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from typing import TYPE_CHECKING
 
 import optuna
@@ -17,8 +18,9 @@ from storage import (
     StudyNotFoundError,
     TrialNotWaitingError,
 )
-from storage.coordination import checkpoints, claims, control, studies
+from storage.coordination import checkpoints, claims, control, studies, workers
 from storage.coordination.claims import Budget, Claim, NothingToClaim
+from storage.coordination.workers import WorkerSeen
 from storage.database import tables
 
 if TYPE_CHECKING:
@@ -102,6 +104,28 @@ def test_only_a_waiting_trial_is_cancelled_one_with_a_checkpoint_too(storage, st
     for number, told in ((0, "trial 0 is fail, and not waiting$"), (7, "there is no trial 7")):
         with pytest.raises(TrialNotWaitingError, match=told):
             control.cancel(storage.sessions, study_id, number)
+
+
+def test_a_waiting_trial_is_listed_with_what_it_was_enqueued_with(storage, study_id):
+    control.enqueue(storage.sessions, study_id, {"lr": 0.1, "units": 8})
+    assert [trial.params for trial in studies.list_trials(storage.engine, study_id)] == [{"lr": 0.1, "units": 8}]
+    claim(storage, study_id)
+    assert [trial.params for trial in studies.list_trials(storage.engine, study_id)] == [{}]
+
+
+def test_a_study_is_deleted_only_if_nothing_of_it_is_done_and_nobody_is_there(storage, study_id):
+    held = claim(storage, study_id)
+    assert control.delete_if_nothing_done(storage.sessions, study_id) is None
+    assert claims.release(storage.sessions, held, BY_HAND, 2)
+    storage.let_go(held)
+    worker = WorkerSeen(worker_id=uuid.uuid4(), study_id=study_id, name="w", slots=[], versions={})
+    workers.seen(storage.sessions, worker)
+    assert control.delete_if_nothing_done(storage.sessions, study_id) is None
+    workers.ended(storage.sessions, worker.worker_id)
+    control.enqueue(storage.sessions, study_id, {"lr": 0.1})
+    assert control.delete_if_nothing_done(storage.sessions, study_id) == [{"lr": 0.1}]
+    with pytest.raises(StudyNotFoundError):
+        control.delete_if_nothing_done(storage.sessions, study_id)
 
 
 def test_a_name_that_the_database_cannot_hold_enqueues_nothing(storage, study_id):

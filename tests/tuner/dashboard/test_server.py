@@ -217,3 +217,25 @@ def test_the_study_page_shows_its_name_and_learning_curves_and_asks_nobody_else(
         assert f"{url}api/studies" in asked
         assert all(address.startswith((url, "data:", "blob:")) for address in asked)
         assert errors == []
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(chromium.executable() is None, reason="no Chromium or Chrome is installed")
+def test_a_read_only_page_hides_what_it_would_refuse_and_says_why(database: str) -> None:
+    study_id = a_study(database)
+    with served(database) as (_, url), chromium.a_page() as page:
+        page.goto(f"{url}dashboard")
+        expect(page.get_by_role("link", name=STUDY_NAME)).to_be_visible()
+        expect(page.get_by_role("button", name="Reload")).to_be_visible()
+        for name in ("Create", "rename study", "delete study"):
+            expect(page.get_by_role("button", name=name)).to_have_count(0)
+        expect(page.locator("#tuner-read-only")).to_contain_text("--allow-edit")
+        expect(page.get_by_role("link", name="Compare")).to_be_visible()
+        page.evaluate("id => { fetch(`/api/studies/${id}`, { method: 'DELETE' }) }", study_id)
+        expect(page.get_by_role("alert")).to_contain_text("this dashboard is read-only; start it with '--allow-edit'")
+    with served(database, allow_edit=True) as (_, url), chromium.a_page() as page:
+        page.goto(f"{url}dashboard")
+        for name in ("Create", "delete study"):
+            expect(page.get_by_role("button", name=name)).to_be_visible()
+        expect(page.get_by_role("button", name="rename study")).to_have_count(0)
+        expect(page.locator("#tuner-read-only")).to_have_count(0)

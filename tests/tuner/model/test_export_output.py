@@ -12,6 +12,7 @@ import tuner
 from tuner.errors import TunerError
 from tuner.model.export import check_output
 from tuner.model.loading import MANIFEST, PROGRAM, WEIGHTS, read_manifest, sha256_of
+from tuner.model.output import link_by_name
 
 
 def test_the_manifest_is_moved_last(exporting, monkeypatch):
@@ -37,6 +38,40 @@ def test_a_second_export_takes_the_place_of_the_first_and_leaves_other_files(exp
     names = sorted(path.name for path in exporting.output.iterdir())
     assert names == sorted([WEIGHTS, PROGRAM, MANIFEST, "notes.txt"])
     tuner.load_model(exporting.output)
+
+
+@pytest.mark.parametrize(
+    ("name", "link"),
+    [
+        ("digits", "digits"),
+        ("ümläut 🔥", "ümläut 🔥"),
+        ("a/b%c\n", "a%2Fb%25c%0A"),
+        ("../../etc", "%2E.%2F..%2Fetc"),
+        ("-x", "%2Dx"),
+    ],
+)
+def test_a_model_is_found_by_its_studys_name(tmp_path, name, link):
+    directory = tmp_path / "models" / "study-7"
+    directory.mkdir(parents=True)
+    (directory / MANIFEST).write_text("7")
+    assert link_by_name(directory, "before it was renamed") is not None
+    found = link_by_name(directory, name)
+    assert found == tmp_path / "models" / link
+    assert (found / MANIFEST).read_text() == "7"
+    assert sorted(path.name for path in directory.parent.iterdir()) == sorted(["study-7", link])
+
+
+def test_a_models_name_is_the_latest_of_that_name_and_takes_nobodys_place(tmp_path):
+    for study_id in (1, 2, 3):
+        (tmp_path / f"study-{study_id}").mkdir()
+    link_by_name(tmp_path / "study-1", "digits")
+    assert link_by_name(tmp_path / "study-2", "digits").resolve() == tmp_path / "study-2"
+    shutil.rmtree(tmp_path / "study-2")  # and leaves the link behind
+    assert link_by_name(tmp_path / "study-3", "digits").resolve() == tmp_path / "study-3"
+    (tmp_path / "mine").symlink_to(tmp_path)
+    for name in ("study-1", "study-3", "mine", "x" * 300):
+        assert link_by_name(tmp_path / "study-3", name) is None
+    assert (tmp_path / "mine").resolve() == tmp_path
 
 
 @pytest.fixture

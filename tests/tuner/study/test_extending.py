@@ -12,10 +12,10 @@ from storage import open_engine
 from storage.coordination import claims
 from storage.coordination.claims import Claim, NothingToClaim
 from storage.database.sessions import Sessions
-from tuner.errors import TunerError, UsageError
+from tuner.errors import UsageError
 from tuner.spec import Budget, ObjectiveSpec, SamplerSpec, Spec
 from tuner.study.extending import Amount, extend_study
-from tuner.study.joining import Study, create_or_join, create_study, open_study
+from tuner.study.joining import Study, create_study, open_study
 from tuner.study.status import look
 
 
@@ -136,22 +136,3 @@ def test_of_two_who_extend_at_once_each_adds(engine):
     for thread in threads:
         thread.join()
     assert open_study(engine, "s").spec.budget.trials == 22
-
-
-@pytest.mark.parametrize(
-    ("wanted", "told"),
-    [
-        ({"trials": 50}, "'tuner extend s --trials +48' adds to it"),
-        ({"trials": 1}, "--trials 2 joins it"),
-        (
-            {"trials": 3, "timeout_s": 7200, "max_failures": 3},
-            "'tuner extend s --trials +1 --timeout 7200s' adds to it, --max-failures 10 joins it",
-        ),
-    ],
-)
-def test_to_join_with_another_budget_is_refused_with_the_command_that_extends(engine, wanted, told):
-    create_study(engine, "s", a_spec(timeout_s=60))
-    with pytest.raises(TunerError) as caught:
-        create_or_join(engine, "s", a_spec(**{"timeout_s": 60, **wanted}))
-    assert str(caught.value).startswith("study 's' exists with another budget (budget.")
-    assert str(caught.value).endswith(f"; {told}")

@@ -16,7 +16,7 @@ from tuner.errors import TunerError, UsageError
 from tuner.objective import Objective
 from tuner.spec import Budget, ObjectiveSpec, SamplerSpec, Spec
 from tuner.study.history import Learned, history_of, samplers
-from tuner.study.joining import best_of, create_or_join
+from tuner.study.joining import best_of, create_study
 
 X = FloatDistribution(0, 1)
 
@@ -74,10 +74,7 @@ def add(study: optuna.Study, count: int = 20, **others: tuple[Any, Any]) -> None
 
 
 def create(engine, spec: Spec, objective: Any = None):
-    study, created = create_or_join(
-        engine, "new", spec, history=lambda: history_of(engine, "other", spec, objective).trials
-    )
-    return study, created
+    return create_study(engine, "new", spec, history_of(engine, "other", spec, objective).trials)
 
 
 def suggested(engine, study, in_study: optuna.Study, number: int, space: dict[str, Any]) -> dict[str, Any]:
@@ -89,28 +86,24 @@ def suggested(engine, study, in_study: optuna.Study, number: int, space: dict[st
 @pytest.mark.parametrize("sampler", ["tpe", "gp"])
 def test_the_sampler_starts_from_what_the_other_study_found(engine, other, sampler):
     add(other)
-    study, _ = create(engine, a_spec(sampler))
+    study = create(engine, a_spec(sampler))
     own = optuna.create_study(direction="maximize")
     own.add_trial(create_trial(params={"x": 0.1}, distributions={"x": X}, value=0.3))  # gp's space is its own trials'
     assert suggested(engine, study, own, 1, {"x": X})["x"] == pytest.approx(0.8, abs=0.1)
-    alone, _ = create_or_join(engine, "alone", a_spec(sampler, history=None))
+    alone = create_study(engine, "alone", a_spec(sampler, history=None))
     assert suggested(engine, alone, own, 1, {"x": X})["x"] != pytest.approx(0.8, abs=0.1)
 
 
 def test_past_trials_are_none_of_the_study(engine, other):
     add(other)
-    study, created = create(engine, a_spec())
-    assert created
+    study = create(engine, a_spec())
     standing = claims.look(Sessions(engine), study.study_id)
     assert (standing.n_trials, standing.done) == (0, 0)
     assert studies.list_trials(engine, study.study_id) == []
     with pytest.raises(TunerError, match="has no complete trial yet"):
         best_of(engine, study)
     other._storage.delete_study(other._study_id)
-    assert create(engine, a_spec()) == (study, False)
     assert len(studies.history(Sessions(engine), study.study_id)) == 20
-    with pytest.raises(TunerError, match="history: the study has other, this command says None"):
-        create_or_join(engine, "new", a_spec(history=None))
 
 
 def test_what_is_dropped_new_or_out_of_range_is_told_and_not_kept(engine, other):

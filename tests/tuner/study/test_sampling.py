@@ -23,6 +23,7 @@ from tuner.study.sampling import (
     grid_size,
     parse_choice,
     pruner_spec,
+    random_start,
     sampler_spec,
 )
 
@@ -463,3 +464,10 @@ def test_a_grid_has_values_of_the_distribution_each_once_and_its_ends(distributi
 )
 def test_a_continuous_range_is_cut_into_four_values(distribution, values):
     assert _grid_values(distribution, 4) == pytest.approx(values)
+
+
+@pytest.mark.parametrize(
+    ("text", "drawn"), [("tpe", 10), ("tpe:n_startup_trials=3", 3), ("cmaes", 1), ("random", 0), ("qmc", 0)]
+)
+def test_a_sampler_says_how_many_trials_it_draws_at_random_first(text, drawn):
+    assert random_start(sampler_spec(text, None)) == drawn
