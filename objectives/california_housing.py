@@ -43,15 +43,15 @@ class CaliforniaHousing(Tabular):
 
     max_layers: int = Field(default=3, ge=0)
     batch: Literal["searched", "full"] = "searched"
-    """`full`: each step is one of L-BFGS on all rows, which for a linear model soon is least squares."""
+    """`full`: each step is one of L-BFGS on all rows, of the mean squared error: a linear model's is least squares."""
 
     def suggest(self, trial: optuna.Trial) -> None:
         is_full = self.batch == "full"  # L-BFGS compares losses, which dropout would make random
         layers = (self.min_layers, self.max_layers)
         suggest_hidden_layers(trial, layers=layers, units=(16, 256), dropout=not is_full)
-        trial.suggest_categorical("loss", ["mse", "huber"])
         if is_full:
             return
+        trial.suggest_categorical("loss", ["mse", "huber"])
         trial.suggest_float("lr", 1e-4, 1e-1, log=True)
         trial.suggest_float("weight_decay", 1e-6, 1e-1, log=True)
         trial.suggest_float("max_grad_norm", 0.1, 10.0, log=True)
@@ -70,7 +70,7 @@ class CaliforniaHousing(Tabular):
         return nn.Sequential(Standardize(8), *layers, nn.Linear(width, 1), nn.Flatten(0))  # (n,), as the targets
 
     def build_loss(self, params: Params, train: Rows) -> Loss:  # noqa: ARG002
-        return nn.HuberLoss() if params["loss"] == "huber" else nn.MSELoss()
+        return nn.HuberLoss() if params.get("loss") == "huber" else nn.MSELoss()
 
     def build_optimizer(self, model: nn.Module, params: Params) -> Optimizer:
         if self.batch == "full":

@@ -67,15 +67,23 @@ def test_the_splits_follow_from_the_study_s_seed(data, real_data):
     assert counted(other.test) == counted(data.test)
 
 
-@pytest.mark.parametrize("layers", [0, 2])
-def test_the_textbook_s_own_space_is_an_option(data, layers):
+def test_the_textbook_s_own_space_is_an_option(data):
     objective = FashionMNIST(models="mlp")
-    assert discover(objective).keys() == {"layers", "units", "lr", "optimizer"}
-    (params,) = some_params(objective, {"layers": layers, "units": 20, "optimizer": "sgd"})
-    model, history = train(objective, a_slice(data), params)
+    space = discover(objective)
+    assert {name: (its.low, its.high, its.log) for name, its in space.items()} == {
+        "lr": (1e-5, 1e-1, True),
+        "units": (20, 300, False),
+    }
+    (params,) = some_params(objective, {"units": 20, "lr": 0.05})
+    model, history = train(objective, a_slice(data), params, epochs=2)
     widths = [layer.out_features for layer in model.modules() if isinstance(layer, nn.Linear)]
-    assert widths == [*[20] * layers, 10]
-    assert history[-1].metrics["accuracy"] >= 0
+    assert widths == [20, 20, 10]
+    optimizer = objective.build_optimizer(model, params)
+    assert type(optimizer) is torch.optim.SGD
+    assert (optimizer.defaults["momentum"], optimizer.defaults["weight_decay"]) == (0, 0)
+    assert objective.build_scheduler(optimizer, params, 2) is None
+    assert objective.batch_size(params) == 32
+    assert history[1].train_loss < history[0].train_loss
 
 
 def test_the_space_has_the_models_of_the_textbook():

@@ -200,7 +200,8 @@ def _prediction(model: nn.Module, inputs: Inputs, predictions: Predictions | Non
     if not parts or not all(isinstance(part, Tensor) for part in parts):
         found = type(predicted if len(parts) != 1 else parts[0]).__name__
         raise ObjectiveError(
-            f"a prediction needs to be one tensor, or a tuple or dict of them for several targets, got {found}"
+            f"a prediction needs to be one tensor, got {found}: override prediction(outputs), which gives a tuple or a"
+            " dict of tensors where there are several targets"
         )
     return predicted
 

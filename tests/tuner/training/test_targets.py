@@ -102,7 +102,7 @@ def test_several_outputs_for_one_target_want_a_prediction():
     rows = Split(data.valid.inputs, data.valid.targets["kind"])
     with pytest.raises(ObjectiveError, match=r"as there is one target, got tuple: override prediction\(outputs\)"):
         evaluate(Answers("tuple"), rows, {"accuracy": MulticlassAccuracy(3)})
-    with pytest.raises(ObjectiveError, match="a prediction needs to be one tensor, or a tuple or dict of them"):
+    with pytest.raises(ObjectiveError, match="a prediction needs to be one tensor, got list: override"):
         predict(Answers("tuple"), rows.inputs, lambda outputs: [outputs])
 
 
