@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 import logging
 import re
 import traceback
 import warnings
-import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,7 @@ from torch import Tensor, nn
 from tuner import training
 from tuner.data import Inputs, Rows, Tensors, tensors
 from tuner.errors import FormatError, TunerError
+from tuner.formats.plain_program import plain_archive
 from tuner.places import own_place, place_of
 from tuner.training.steps import call
 
@@ -27,14 +26,6 @@ PROGRAM = "model.pt2"
 CHECKED_ROWS = 256
 """How many rows a program that was read back is compared with the model on."""
 MAX_REASON_CHARS = 600
-
-# What torch 2.15 reads without unpickling; of its other kinds, some are pickles and some compiled code.
-_PLAIN_CONTENT = re.compile(
-    r"[^/]+/(models/model\.json|data/weights/(weight_\d+|model_weights_config\.json)"
-    r"|data/constants/(tensor_\d+|model_constants_config\.json)"
-    r"|archive_format|archive_version|byteorder|\.data/(version|serialization_id))"
-)
-_SAMPLE_INPUTS = re.compile(r"[^/]+/data/sample_inputs/model\.pt")
 
 _SHAPES = "torch.fx.experimental.symbolic_shapes"
 """The logger by which torch tells of each condition on a size at the moment that the code makes it (2.10 to 2.15)."""
@@ -70,21 +61,14 @@ def program_file(model: nn.Module, rows: Rows) -> bytes:
 
 
 def load_program(file: Path | io.BytesIO, name: str | None = None) -> nn.Module:
-    """Return the exported program in a file. Raises FormatError if torch would have to unpickle a part of it."""
-    with zipfile.ZipFile(file) as archive:
-        for entry in archive.infolist():
-            plain = _PLAIN_CONTENT.fullmatch(entry.filename)
-            empty = _SAMPLE_INPUTS.fullmatch(entry.filename) and entry.file_size == 0
-            if not (plain or empty) or (entry.filename.endswith("_config.json") and _has_pickles(archive.read(entry))):
-                raise FormatError(
-                    f"{name or file} needs to hold plain tensors and a program, got {entry.filename}:"
-                    " loading it would unpickle, or run code that came with it"
-                )
-    if not isinstance(file, Path):
-        file.seek(0)
+    """Return the exported program in a file. Raises FormatError if reading it could run or unpickle a part of it."""
+    archive = plain_archive(file, name or str(file))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The given buffer is not writable")  # torch's own, up to 2.11
-        return torch.export.load(file).module()
+        try:
+            return torch.export.load(archive).module()
+        except Exception as error:
+            raise FormatError(f"{name or file} needs to hold a program, got parts that make none: {error!r}") from error
 
 
 def _traced(model: nn.Module, inputs: Inputs) -> bytes:
@@ -183,7 +167,3 @@ def _why_not(error: Exception, conditions: list[str]) -> str:
         told = told[: MAX_REASON_CHARS - 3] + "..."
     place = place_of(error) or (conditions[0] if conditions else None)
     return f"{type(error).__name__}: {told}{'' if place is None else f' ({place})'}"
-
-
-def _has_pickles(payload_config: bytes) -> bool:
-    return any(meta["use_pickle"] for meta in json.loads(payload_config)["config"].values())
