@@ -81,6 +81,7 @@ class TrainingSpec(_Frozen):
     data: DataPlace = "auto"
     readers: NonNegativeInt | None = None
     prefetch: PositiveInt | None = None
+    train_metrics: bool = False
 
 
 class Spec(_Frozen):

@@ -43,6 +43,7 @@ from storage.database.tables import (
     trials,
     tuner_attempts,
     tuner_checkpoints,
+    tuner_curves,
     tuner_leases,
     tuner_studies,
 )
@@ -240,8 +241,7 @@ def restart(sessions: Sessions, held: Claim) -> bool:
         query = select(tuner_leases.c.trial_id).where(_holds(held)).with_for_update()
         if conn.execute(query).one_or_none() is None:
             return False
-        reports = trial_intermediate_values
-        conn.execute(delete(reports).where(reports.c.trial_id == held.trial_id))
+        _drop_reports(conn, [held.trial_id])
         return True
 
     return sessions.transaction(work)
@@ -429,9 +429,13 @@ def _give_back(conn: Connection, whose: ColumnElement[bool], why: GivenBack, max
 
 
 def _set_waiting(conn: Connection, trial_ids: list[int]) -> None:
-    reports = trial_intermediate_values
     conn.execute(update(trials).where(trials.c.trial_id.in_(trial_ids)).values(state="WAITING"))
-    conn.execute(delete(reports).where(reports.c.trial_id.in_(trial_ids)))
+    _drop_reports(conn, trial_ids)
+
+
+def _drop_reports(conn: Connection, trial_ids: list[int]) -> None:
+    for table in (trial_intermediate_values, tuner_curves):
+        conn.execute(delete(table).where(table.c.trial_id.in_(trial_ids)))
 
 
 def _set_user_attrs(conn: Connection, trial_id: int, attrs: dict[str, Any]) -> None:

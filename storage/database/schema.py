@@ -116,6 +116,27 @@ _MIGRATIONS: Final[tuple[tuple[str, ...], ...]] = (
         )
         """,
     ),
+    # Learning curves, and attempts that hung. Numbers as they are written: as json, and not jsonb, whose are of
+    # another kind.
+    (
+        """
+        CREATE TABLE tuner_curves (
+            trial_id integer NOT NULL REFERENCES trials (trial_id) ON DELETE CASCADE,
+            step integer NOT NULL,
+            train_loss double precision,
+            seconds double precision,
+            rates double precision[] NOT NULL,
+            metrics json NOT NULL,
+            train_metrics json,
+            PRIMARY KEY (trial_id, step)
+        )
+        """,
+        "ALTER TABLE tuner_attempts DROP CONSTRAINT tuner_attempts_outcome_check",
+        """
+        ALTER TABLE tuner_attempts ADD CONSTRAINT tuner_attempts_outcome_check
+        CHECK (outcome IN ('complete', 'pruned', 'fail', 'released', 'lost', 'hung'))
+        """,
+    ),
 )
 SCHEMA_VERSION: Final = len(_MIGRATIONS)
 

@@ -103,6 +103,14 @@ class StudyOptions:
             rich_help_panel=TRAINING,
         ),
     ] = False
+    train_metrics: Annotated[
+        bool,
+        typer.Option(
+            "--train-metrics",
+            help="Evaluate the training split too, after each epoch, for the learning curves.",
+            rich_help_panel=TRAINING,
+        ),
+    ] = False
     data: Annotated[
         str,
         typer.Option(
@@ -194,6 +202,7 @@ class StudyOptions:
                 "data": self.data,
                 "readers": self.readers,
                 "prefetch": self.prefetch,
+                "train_metrics": self.train_metrics,
             }
         )
 

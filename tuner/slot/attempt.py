@@ -27,6 +27,7 @@ from tuner.errors import BrokenDeviceError, ObjectiveError, TunerError, first_li
 from tuner.objective import Objective
 from tuner.seeds import derive_seed, seed_everything, set_deterministic
 from tuner.slot.checked_trial import CheckedTrial, InvalidReportError
+from tuner.slot.curve import Curve
 from tuner.slot.doubles import check_doubles
 from tuner.slot.read_params import ReadParams
 from tuner.slot.where import with_line
@@ -267,21 +268,21 @@ def _train(
     model = built_model(objective, params, what.device)
 
     def on_epoch(epoch: training.Epoch) -> None:
-        value = _value_of(epoch, metric)
+        _value_of(epoch, metric)
         record.count(model)  # lazy layers have no weights before
         record.add(epoch)
-        trial.losses[epoch.number] = float(epoch.train_loss)
-        trial.report(value, epoch.number)
+        trial.report_point(curve.point(epoch))
         if epoch.number < epochs and trial.should_prune():
             raise optuna.TrialPruned
 
     def on_resume(history: Sequence[training.Epoch]) -> None:
         for epoch in history:  # the reports of an attempt go when its trial is given back
             record.add(epoch)
-            trial.report(epoch.metrics[metric], epoch.number)
+            trial.report_point(curve.point(epoch))
 
     metrics = built_metrics(objective, what.data, metric)
     epochs = epochs_of(params, what.spec)
+    curve = Curve(metric)
     history = objective.fit(
         model,
         what.data.train,

@@ -8,7 +8,6 @@ its trial back and exits. On its standard output the slot writes one line of JSO
 from __future__ import annotations
 
 import json
-import math
 import os
 import signal
 import sys
@@ -38,6 +37,7 @@ from storage.database.errors import InvalidWriteError, LeaseLostError, StorageEr
 from storage.database.sessions import OUTAGE_S, Backoff, Sessions
 from storage.optuna_storage.pruning import IndexedPercentilePruner
 from storage.optuna_storage.storage import PostgresStorage
+from storage.trials.curves import CurvePoint, finite
 from tuner.errors import EXIT_UNREACHABLE, BrokenDeviceError, TunerError
 from tuner.objective import Objective
 from tuner.seeds import set_deterministic
@@ -302,13 +302,13 @@ class Slot:
     ) -> tuple[CheckedTrial, Outcome, bool]:
         """Run the trial from its start or its checkpoint; also returns whether all that it reported is written."""
 
-        def write(step: int, value: float) -> None:
-            self._storage.set_trial_intermediate_value(held.trial_id, step, value)
+        def write(point: CurvePoint) -> None:
+            self._storage.report(held.trial_id, point)
 
-        def written(step: int, value: float) -> None:
-            loss = trial.losses.get(step, math.nan)
-            told: dict[str, Any] = {"trial": held.number, "attempt": held.attempt, "epoch": step, "value": value}
-            self._emit(Event(event="report", loss=loss if math.isfinite(loss) else None, **told))
+        def written(point: CurvePoint) -> None:
+            told: dict[str, Any] = {"trial": held.number, "attempt": held.attempt, "epoch": point.step}
+            loss = finite(point.train_loss)
+            self._emit(Event(event="report", value=point.value, loss=loss, seconds=point.seconds, **told))
 
         with Reports(write, written) as reports:
 
@@ -366,8 +366,8 @@ class Slot:
         )
 
     def _keep(self, optuna_study: StoppableStudy, held: claims.Claim, trial: CheckedTrial, outcome: Outcome) -> None:
-        reports = sorted(trial.reported.items())
-        value = reports[-1][1] if outcome.state == TrialState.PRUNED and reports else outcome.value
+        reports = [point for _, point in sorted(trial.reported.items())]
+        value = reports[-1].value if outcome.state == TrialState.PRUNED and reports else outcome.value
         result = Result(token=held.token, state=outcome.state, value=value, attrs=outcome.attrs, reports=reports)
         told: dict[str, Any] = {"trial": held.number, "attempt": held.attempt}
         try:
