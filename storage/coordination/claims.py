@@ -188,13 +188,14 @@ def renew(sessions: Sessions, held: Claim) -> bool:
 class GivenBack:
     """Why a trial goes back to waiting, and whether its attempt counts towards `max_attempts`.
 
-    Once they are used up it fails instead, of class `failure`.
+    Once they are used up it fails instead, of class `failure`; at once if that `is_final`.
     """
 
-    outcome: Literal["released", "lost"]
+    outcome: Literal["released", "lost", "hung"]
     reason: str
     counts: bool
     failure: str = "lost"
+    is_final: bool = False
 
 
 LOST: Final = GivenBack(outcome="lost", reason="its worker was lost", counts=True)
@@ -404,9 +405,10 @@ def _give_back(conn: Connection, whose: ColumnElement[bool], why: GivenBack, max
     ).all()
     if not rows:
         return 0
-    failed = {row.trial_id: row.attempts for row in rows if why.counts and row.attempts >= max_attempts}
+    last = 0 if why.is_final else max_attempts
+    failed = {row.trial_id: row.attempts for row in rows if why.counts and row.attempts >= last}
     for trial_id, attempts in failed.items():
-        message = f"{why.reason} in the last of {attempts} attempts"
+        message = why.reason if why.is_final else f"{why.reason} in the last of {attempts} attempts"
         _set_user_attrs(conn, trial_id, {"failure": why.failure, "failure_message": message})
     conn.execute(update(trials).where(trials.c.trial_id.in_(failed)).values(state="FAIL", datetime_complete=_utc_now()))
     conn.execute(delete(tuner_checkpoints).where(tuner_checkpoints.c.trial_id.in_(failed)))

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from sqlalchemy import Connection, and_, select
+from sqlalchemy import Connection, and_, func, select
 
 from storage.database.tables import trial_intermediate_values, trials, tuner_curves
 from storage.database.values import checked_name, number_of
@@ -94,6 +94,13 @@ def curves(conn: Connection, study_id: int, numbers: Iterable[int] | None = None
         )
         found.setdefault(row.number, []).append(point)
     return found
+
+
+def slowest_epoch_s(conn: Connection, study_id: int) -> float:
+    """Return how long the slowest epoch of the study took, 0 while none has ended."""
+    query = select(func.coalesce(func.max(tuner_curves.c.seconds), 0.0))
+    of_study = query.join(trials, trials.c.trial_id == tuner_curves.c.trial_id).where(trials.c.study_id == study_id)
+    return float(conn.execute(of_study).scalar_one())
 
 
 def _json(metrics: Mapping[str, float | None]) -> str:

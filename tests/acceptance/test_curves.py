@@ -158,8 +158,9 @@ def opened() -> Iterator[Any]:
 
 
 def asked(url: str, path: str, body: dict[str, Any] | None = None) -> Any:
-    request = urllib.request.Request(url + path, None if body is None else json.dumps(body).encode())
-    with urllib.request.urlopen(request, timeout=30) as answer:
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(url + path, data, {"Content-Type": "application/json"})  # noqa: S310 - its own
+    with urllib.request.urlopen(request, timeout=30) as answer:  # noqa: S310
         return json.load(answer)
 
 

@@ -73,6 +73,23 @@ class StudyOptions:
     max_failures: Annotated[
         int, typer.Option(help="Failed trials that do not end the study.", rich_help_panel=BUDGET)
     ] = 10
+    trial_timeout: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TIME",
+            help="Kill a trial that takes longer, which fails (default: it may take as long as it likes).",
+            rich_help_panel=BUDGET,
+        ),
+    ] = None
+    watchdog: Annotated[
+        bool | None,
+        typer.Option(
+            "--watchdog/--no-watchdog",
+            help="Kill a trial that tells nothing for 10 times the slowest epoch so far, at least a minute, and run it"
+            " again (default: where batches are told of, which plain functions do not).",
+            rich_help_panel=BUDGET,
+        ),
+    ] = None
     epochs: Annotated[
         int | None, typer.Option(help="Epochs of a trial (default: the objective's).", rich_help_panel=BUDGET)
     ] = None
@@ -169,6 +186,8 @@ class StudyOptions:
             "seed": self.seed,
             "training": self._training(),
             "checkpoints": checked_place(self.checkpoints),
+            "trial_timeout_s": None if self.trial_timeout is None else seconds("--trial-timeout", self.trial_timeout),
+            "watchdog": self.watchdog,
             "checkpoint_every_s": seconds("--checkpoint-every", self.checkpoint_every),
         }
 

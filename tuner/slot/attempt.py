@@ -63,6 +63,10 @@ _FULL_BELOW = 0.05
 """The part of a device's memory below which it is full: such libraries want some hundred megabytes."""
 
 
+_APART = ("budget", "retry", "sampler", "pruner", "checkpoints", "checkpoint_every_s", "trial_timeout_s", "watchdog")
+"""The settings of a study that no training follows from."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
     """How an attempt ended: the trial's state and value, and the attributes to record with it.
@@ -153,8 +157,8 @@ class TrialObjective:
         """
         if self.checkpoints is None:
             return None
-        apart = dict.fromkeys(("budget", "retry", "sampler", "pruner", "checkpoints", "checkpoint_every_s"), True)
-        of_reading = {"readers", "prefetch"}  # whoever reads, the rows are the same
+        apart = dict.fromkeys(_APART, True)
+        of_reading = {"readers", "prefetch", "train_metrics"}  # whoever reads, the rows are the same
         fixed = self.spec.model_dump(mode="json", exclude={**apart, "training": of_reading})
         text = json.dumps([number, params, fixed], sort_keys=True, default=str)
         return Checkpoint(
@@ -299,6 +303,7 @@ def _train(
             checkpoint=what.checkpoint(trial.number, trial.params),
             resumable=(Interrupted, StudyHaltedError, UnreachableError),
             check=trial.check,
+            alive=trial.alive,
             on_resume=on_resume,
             log=lambda line: what.log(f"trial {trial.number}: {line}"),
         ),

@@ -44,9 +44,12 @@ class CheckedTrial(optuna.Trial):
         check: Callable[[], None],
         reports: Reports | None = None,
         retry: Backoff | None = None,
+        alive: Callable[[], None] = lambda: None,
     ) -> None:
         """`reports` writes the reports, which are written at once without; `retry` is the study's storage's."""
         super().__init__(study, trial_id)
+        self.alive = alive
+        """To be called with each batch, for who watches."""
         self.check = check
         """Raises Interrupted or LeaseLostError if the attempt has to end."""
         self.reported: dict[int, CurvePoint] = {}

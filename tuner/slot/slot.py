@@ -18,7 +18,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 
 import optuna
 import torch
@@ -51,6 +51,7 @@ from tuner.slot.attempt import (
     warm_up,
 )
 from tuner.slot.checked_trial import CheckedTrial, StoppableStudy
+from tuner.slot.ending import end_group, end_in_time, exit_again
 from tuner.slot.lease import Lease
 from tuner.slot.orders import Orders
 from tuner.slot.preflight import preflight
@@ -67,10 +68,8 @@ from tuner.training.memory import free_memory
 FIRST_POLL_S, POLL_S = 0.05, 1.0
 """How soon a slot asks again while other workers' trials hold the rest of the budget, or the study is paused: at first,
 as the other's trial may be about to end, and at last, after twice as long each time."""
-LAST_S = 10.0
-"""How long a slot takes at most to end once it was to stop, should its worker be gone, which would have killed it."""
-EXIT_AGAIN = 75
-"""The exit code of a slot that can go on only in a new process: its device failed."""
+ALIVE_S = 5.0
+"""How often at most a slot tells that its trial goes on."""
 
 
 class SlotConfig(BaseModel):
@@ -102,6 +101,8 @@ class Event(BaseModel):
         "wants_trial",
         "nothing",
         "trial_started",
+        "batch",
+        "waiting",
         "report",
         "out_of_memory",
         "trial_ended",
@@ -138,6 +139,7 @@ class Slot:
         self._orders = orders
         self._parent = os.getppid()
         self._away_at = -OUTAGE_S
+        self._alive_at = -ALIVE_S
         self._code_hash = ""
         self._poisoned: Outcome | None = None  # by a device that failed: this process can use it no more
         self._retry = Backoff(stop=orders.stop, notice=self._tell_outage, is_away=self._note_outage)
@@ -267,7 +269,7 @@ class Slot:
             prints.mark(None)
             self._storage.let_go(held)
         if self._poisoned is not None:
-            _exit_again(self._parent)  # whatever became of the trial
+            exit_again(self._parent)  # whatever became of the trial
         if what.device.type == "cuda":
             free_memory()  # of a trial that was given back, too
 
@@ -319,7 +321,10 @@ class Slot:
                 if self._is_abandoned():
                     raise Interrupted
 
-            trial = CheckedTrial(optuna_study, held.trial_id, check, reports, self._retry)
+            def alive() -> None:
+                self._tell_alive("batch")
+
+            trial = CheckedTrial(optuna_study, held.trial_id, check, reports, self._retry, alive)
             outcome = run_attempt(what, trial)
             if outcome.is_poisoned:
                 self._poisoned = outcome  # for as long as this process lives: see `Outcome.error`
@@ -415,8 +420,15 @@ class Slot:
     def _note_outage(self, error: BaseException) -> bool:
         if is_outage(error):
             self._away_at = time.monotonic()
+            self._tell_alive("waiting")
             return True
         return False
+
+    def _tell_alive(self, how: Literal["batch", "waiting"]) -> None:
+        now = time.monotonic()
+        if now - self._alive_at >= ALIVE_S:
+            self._alive_at = now
+            self._emit(Event(event=how))
 
 
 def pruner_on(storage: PostgresStorage, study_id: int, spec: PrunerSpec) -> BasePruner:
@@ -458,39 +470,16 @@ def main() -> None:
     if not line:
         return
     orders, worker = Orders(stream), os.getppid()
-    threading.Thread(target=_end_in_time, args=(orders.stop,), daemon=True).start()
+    threading.Thread(target=end_in_time, args=(orders.stop,), daemon=True).start()
     try:
         Slot(SlotConfig.model_validate_json(line), emit, orders).run()
     except BrokenDeviceError as error:
         emit(Event(event="broken", message=str(error)))
-        _exit_again(worker)
+        exit_again(worker)
     except (TunerError, StorageError, ValidationError) as error:
         code = EXIT_UNREACHABLE if isinstance(error, UnreachableError) else getattr(error, "exit_code", 1)
         emit(Event(event="refused", message=str(error), exit_code=code))
         sys.exit(code)
     finally:
         if os.getppid() != worker:
-            _end_group()
-
-
-def _exit_again(worker: int) -> NoReturn:
-    """End this process at once: to free what is left on a device that failed could abort it."""
-    if os.getppid() != worker:
-        _end_group()
-    with suppress(OSError, ValueError, AttributeError):  # nobody reads it, or the objective did away with it
-        sys.stdout.flush()
-        sys.stderr.flush()
-    os._exit(EXIT_AGAIN)
-
-
-def _end_in_time(stop: threading.Event) -> None:
-    """End this process, whatever its trial does, if it was to stop and nobody has ended it by then."""
-    stop.wait()
-    threading.Event().wait(LAST_S)
-    _end_group()
-
-
-def _end_group() -> None:
-    """End this process and all that it started at once, as its worker does for one that has ended."""
-    with suppress(ProcessLookupError):  # started by hand, and in the group of somebody else
-        os.killpg(os.getpid(), signal.SIGKILL)
+            end_group()

@@ -95,9 +95,10 @@ class Run:
 
     `metric` and `direction` say which epoch is best, for `patience`. Training ends after the epoch `until` of the
     schedule's; `rates`, of each epoch, are what one that follows a metric gave before, and gives again. `check` is
-    called before each batch, and ends the training by what it raises. With a `checkpoint` the training goes on where it
-    was saved; `on_resume` is called once with the epochs that had ended then. What is `resumable` and raised by a
-    callback has the checkpoint written before it passes through. `log` takes a line for people.
+    called before each batch, and ends the training by what it raises; `alive` before each that is trained or evaluated.
+    With a `checkpoint` the training goes on where it was saved; `on_resume` is called once with the epochs that had
+    ended then. What is `resumable` and raised by a callback has the checkpoint written before it passes through. `log`
+    takes a line for people.
     """
 
     options: Options = Options()
@@ -108,6 +109,7 @@ class Run:
     checkpoint: Checkpoint | None = None
     resumable: tuple[type[Exception], ...] = (Interrupted,)
     check: Callable[[], None] = _nothing
+    alive: Callable[[], None] = _nothing
     on_resume: Callable[[Sequence[Epoch]], None] = _nothing
     log: Callable[[str], None] = _nothing
 
@@ -175,6 +177,7 @@ def fit(
             at_least=batch_size,
             predictions=predictions,
             precision=options.precision,
+            alive=run.alive,
             log=run.log,
         )
         for rows in (valid, train if options.train_metrics and valid is not None else None)
@@ -249,6 +252,7 @@ class _Training:
         self._model.train()
         for batch in self._batches.shuffled(self._order(), self._n_done, derive_seed(self._seed, "epoch", number)):
             self._run.check()
+            self._run.alive()
             # Before a step, so that resuming makes one before the epoch ends: torch warns of a schedule stepped first.
             if checkpoint is not None and checkpoint.is_due():
                 self.save()
