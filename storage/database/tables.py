@@ -190,7 +190,7 @@ tuner_curves = Table(
     Column("seconds", Double),
     Column("rates", ARRAY(Double), nullable=False),
     Column("metrics", JSON, nullable=False),
-    Column("train_metrics", JSON),
+    Column("train_metrics", JSON(none_as_null=True)),
 )
 # The checkpoint of a trial that has not ended, in parts of some megabytes.
 tuner_checkpoints = Table(
