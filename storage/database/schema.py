@@ -116,18 +116,14 @@ _MIGRATIONS: Final[tuple[tuple[str, ...], ...]] = (
         )
         """,
     ),
-    # Learning curves, and attempts that hung. Numbers as they are written: as json, and not jsonb, whose are of
-    # another kind.
+    # Learning curves, and attempts that hung. An epoch is one value, which a report is charged less for than for a
+    # column each; json, and not jsonb, so that numbers come back as they were written.
     (
         """
         CREATE TABLE tuner_curves (
             trial_id integer NOT NULL REFERENCES trials (trial_id) ON DELETE CASCADE,
             step integer NOT NULL,
-            train_loss double precision,
-            seconds double precision,
-            rates double precision[] NOT NULL,
-            metrics json NOT NULL,
-            train_metrics json,
+            epoch json NOT NULL,
             PRIMARY KEY (trial_id, step)
         )
         """,

@@ -20,7 +20,7 @@ from sqlalchemy import (
     Text,
     func,
 )
-from sqlalchemy.dialects.postgresql import ARRAY, JSON, JSONB, UUID
+from sqlalchemy.dialects.postgresql import JSON, JSONB, UUID
 
 optuna_metadata = MetaData()
 tuner_metadata = MetaData()
@@ -179,18 +179,13 @@ tuner_attempts = Table(
     Column("outcome", Text),  # complete, pruned, fail, released, lost or hung
     Column("message", Text),  # why it was released, lost or hung
 )
-# One row an epoch, beside the report of the same step. `rates` are of the groups of the optimizer's params; a number
-# that is NaN or infinite is null.
+# One row an epoch, beside the report of the same step: what storage/trials/curves.py keeps of it.
 tuner_curves = Table(
     "tuner_curves",
     tuner_metadata,
     Column("trial_id", Integer, primary_key=True, autoincrement=False),
     Column("step", Integer, primary_key=True, autoincrement=False),
-    Column("train_loss", Double),
-    Column("seconds", Double),
-    Column("rates", ARRAY(Double), nullable=False),
-    Column("metrics", JSON, nullable=False),
-    Column("train_metrics", JSON(none_as_null=True)),
+    Column("epoch", JSON, nullable=False),
 )
 # The checkpoint of a trial that has not ended, in parts of some megabytes.
 tuner_checkpoints = Table(

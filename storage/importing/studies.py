@@ -43,7 +43,6 @@ from storage.database.values import checked_name
 from storage.importing.sources import Source, SqlSource, Stamp, stamp_of
 from storage.importing.trials import Change, fitted, insert_trials, is_same, replace_trials
 from storage.optuna_storage.studies import directions_of, lock_study
-from storage.trials.curves import DETAILS
 from storage.trials.frozen import UNFINISHED, load_trials, trials_where
 
 IMPORTED_FROM: Final = "tuner:imported_from"
@@ -234,7 +233,7 @@ def _write_curves(conn: Connection, study_id: int, curves: Sequence[Mapping[str,
         trials.c.study_id == study_id, trials.c.number.in_(numbers)
     )
     id_of = {row.number: row.trial_id for row in conn.execute(query)}
-    rows = [{"trial_id": id_of[row["number"]], **{name: row[name] for name in ("step", *DETAILS)}} for row in curves]
+    rows = [{"trial_id": id_of[row["number"]], "step": row["step"], "epoch": row["epoch"]} for row in curves]
     conn.execute(upsert(tuner_curves).on_conflict_do_nothing(), rows)
 
 

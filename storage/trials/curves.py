@@ -6,9 +6,8 @@ import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Final
 
-from sqlalchemy import Connection, and_, func, select
+from sqlalchemy import Connection, Double, and_, cast, func, select
 
 from storage.database.tables import trial_intermediate_values, trials, tuner_curves
 from storage.database.values import checked_name, number_of
@@ -37,19 +36,17 @@ class CurvePoint:
         """Whether there is more than the value."""
         return self.train_loss is not None or bool(self.metrics)
 
-    def details(self) -> dict[str, Any]:
-        """Return the columns of DETAILS. Raises InvalidWriteError for a name that no database takes."""
-        return {
+    def epoch_json(self) -> str:
+        """Return the details as `tuner_curves` holds them. Raises InvalidWriteError for a name that none can hold."""
+        kept = {
             "train_loss": finite(self.train_loss),
             "seconds": finite(self.seconds),
             "rates": [finite(rate) for rate in self.rates],
-            "metrics": _json(self.metrics),
-            "train_metrics": _json(self.train_metrics) if self.train_metrics else None,
+            "metrics": _finite(self.metrics),
         }
-
-
-DETAILS: Final = ("train_loss", "seconds", "rates", "metrics", "train_metrics")
-"""The columns of `tuner_curves` that are not its key."""
+        if self.train_metrics:
+            kept["train_metrics"] = _finite(self.train_metrics)
+        return json.dumps(kept)
 
 
 def finite(value: float | None) -> float | None:
@@ -69,7 +66,7 @@ def curves(conn: Connection, study_id: int, numbers: Iterable[int] | None = None
             reports.c.step,
             reports.c.intermediate_value,
             reports.c.intermediate_value_type,
-            *(tuner_curves.c[name] for name in DETAILS),
+            tuner_curves.c.epoch,
         )
         .select_from(trials)
         .join(reports, reports.c.trial_id == trials.c.trial_id)
@@ -83,25 +80,20 @@ def curves(conn: Connection, study_id: int, numbers: Iterable[int] | None = None
         query = query.where(trials.c.number.in_(list(numbers)))
     found: dict[int, list[CurvePoint]] = {}
     for row in conn.execute(query):
-        point = CurvePoint(
-            step=row.step,
-            value=finite(number_of(row.intermediate_value, row.intermediate_value_type)),
-            train_loss=row.train_loss,
-            seconds=row.seconds,
-            rates=tuple(row.rates or ()),
-            metrics=row.metrics or {},
-            train_metrics=row.train_metrics or {},
-        )
+        value = finite(number_of(row.intermediate_value, row.intermediate_value_type))
+        epoch = {} if row.epoch is None else {**row.epoch, "rates": tuple(row.epoch["rates"])}
+        point = CurvePoint(step=row.step, value=value, **epoch)
         found.setdefault(row.number, []).append(point)
     return found
 
 
 def slowest_epoch_s(conn: Connection, study_id: int) -> float:
     """Return how long the slowest epoch of the study took, 0 while none has ended."""
-    query = select(func.coalesce(func.max(tuner_curves.c.seconds), 0.0))
+    seconds = cast(tuner_curves.c.epoch["seconds"].astext, Double)
+    query = select(func.coalesce(func.max(seconds), 0.0)).select_from(tuner_curves)
     of_study = query.join(trials, trials.c.trial_id == tuner_curves.c.trial_id).where(trials.c.study_id == study_id)
     return float(conn.execute(of_study).scalar_one())
 
 
-def _json(metrics: Mapping[str, float | None]) -> str:
-    return json.dumps({checked_name(name, "a metric's name"): finite(value) for name, value in metrics.items()})
+def _finite(metrics: Mapping[str, float | None]) -> dict[str, float | None]:
+    return {checked_name(name, "a metric's name"): finite(value) for name, value in metrics.items()}

@@ -39,6 +39,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.dialects.postgresql import ARRAY, JSON, insert
 from sqlalchemy.sql.dml import ReturningInsert, ReturningUpdate
+from sqlalchemy.types import TypeEngine
 
 from storage.database.errors import LeaseLostError
 from storage.database.tables import (
@@ -53,7 +54,7 @@ from storage.database.tables import (
     tuner_studies,
 )
 from storage.database.values import checked_step, stored, stored_objective
-from storage.trials.curves import DETAILS, CurvePoint
+from storage.trials.curves import CurvePoint
 from storage.trials.finished import CHANGED
 from storage.trials.frozen import UNFINISHED
 
@@ -96,7 +97,7 @@ def report(
     number, kind = stored(math.nan if point.value is None else point.value)
     columns = {"step": checked_step(point.step), "intermediate_value": number, "intermediate_value_type": kind}
     if point.has_details:
-        columns |= point.details()
+        columns["epoch"] = point.epoch_json()
     values = {f"new_{name}": given for name, given in columns.items()}
     statement = _report(leased=token is not None, bringing_changes=seen is not None, with_details=point.has_details)
     return _write(statement, trial_id, token, {**values, **(seen or {})})
@@ -196,7 +197,7 @@ def _report(*, leased: bool, bringing_changes: bool, with_details: bool) -> Retu
         # The trial and its lease are locked once, for both of the rows.
         ours = _locked(UNFINISHED, leased).with_for_update(read=True).cte("ours")
         upsert = _upsert_from(trial_intermediate_values, key, columns, ours)
-        details = _upsert_from(tuner_curves, key, DETAILS, ours)
+        details = _upsert_from(tuner_curves, key, ("epoch",), ours)
         upsert = upsert.add_cte(details.cte("details"))
     else:
         upsert = _upsert(trial_intermediate_values, key, columns, overwrite=True, leased=leased)
@@ -210,18 +211,17 @@ def _report(*, leased: bool, bringing_changes: bool, with_details: bool) -> Retu
 def _upsert_from(table: Table, key: tuple[str, ...], columns: tuple[str, ...], ours: CTE) -> Insert:
     """Insert one row, or write over it, of the trial that `ours` has locked, if it has."""
     names = [*key, *columns]
-    new = [_given(table, name) for name in names if name != "trial_id"]
+    new = [bindparam(f"new_{name}", type_=_type_of(table, name)) for name in names if name != "trial_id"]
     statement = insert(table).from_select(names, select(ours.c.trial_id, *new))
     return statement.on_conflict_do_update(
         index_elements=key, set_={name: statement.excluded[name] for name in columns}
     )
 
 
-def _given(table: Table, name: str) -> ColumnElement[Any]:
-    its = table.c[name].type
-    if isinstance(its, JSON):
-        return cast(bindparam(f"new_{name}", type_=Text), its)  # the text, as it is
-    return cast(bindparam(f"new_{name}", type_=its), its)
+def _type_of(table: Table, name: str) -> TypeEngine[Any]:
+    """Return what a column is given as: JSON as its text, which PostgreSQL takes for that without a cast."""
+    found: TypeEngine[Any] = table.c[name].type
+    return Text() if isinstance(found, JSON) else found
 
 
 @cache

@@ -98,7 +98,7 @@ class Exporting:
                 )
             )
         points = [
-            {"trial_id": trial._trial_id, "step": step, "rates": its, "metrics": {}}
+            {"trial_id": trial._trial_id, "step": step, "epoch": {"rates": its}}
             for step, its in enumerate(rates, 1)
             for trial in in_optuna.trials
         ]

@@ -279,6 +279,10 @@ def _train(
         if epoch.number < epochs and trial.should_prune():
             raise optuna.TrialPruned
 
+    def check() -> None:
+        trial.alive()
+        trial.check()
+
     def on_resume(history: Sequence[training.Epoch]) -> None:
         for epoch in history:  # the reports of an attempt go when its trial is given back
             record.add(epoch)
@@ -302,7 +306,7 @@ def _train(
             direction=what.spec.direction,
             checkpoint=what.checkpoint(trial.number, trial.params),
             resumable=(Interrupted, StudyHaltedError, UnreachableError),
-            check=trial.check,
+            check=check,
             alive=trial.alive,
             on_resume=on_resume,
             log=lambda line: what.log(f"trial {trial.number}: {line}"),

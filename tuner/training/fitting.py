@@ -95,7 +95,7 @@ class Run:
 
     `metric` and `direction` say which epoch is best, for `patience`. Training ends after the epoch `until` of the
     schedule's; `rates`, of each epoch, are what one that follows a metric gave before, and gives again. `check` is
-    called before each batch, and ends the training by what it raises; `alive` before each that is trained or evaluated.
+    called before each batch, and ends the training by what it raises; `alive` before each batch of an evaluation.
     With a `checkpoint` the training goes on where it was saved; `on_resume` is called once with the epochs that had
     ended then. What is `resumable` and raised by a callback has the checkpoint written before it passes through. `log`
     takes a line for people.
@@ -252,7 +252,6 @@ class _Training:
         self._model.train()
         for batch in self._batches.shuffled(self._order(), self._n_done, derive_seed(self._seed, "epoch", number)):
             self._run.check()
-            self._run.alive()
             # Before a step, so that resuming makes one before the epoch ends: torch warns of a schedule stepped first.
             if checkpoint is not None and checkpoint.is_due():
                 self.save()
