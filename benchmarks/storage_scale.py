@@ -36,7 +36,7 @@ def run_trial(side: Side, times: Times) -> None:
             trial.suggest_float(f"x{number}", 0, 1)
     for step in range(N_STEPS):
         with timed(times, "report"):
-            trial.report(0.5, step)
+            side.report(trial, 0.5, step)
         with timed(times, "should_prune"):
             trial.should_prune()
     with timed(times, "tell"):

@@ -46,6 +46,7 @@ from workers import Ours
 from storage import EmbeddedServer, open_engine
 from storage.coordination import studies
 from storage.database.sessions import Backoff
+from storage.trials.curves import CurvePoint
 from tuner.data import Split
 from tuner.slot.checked_trial import CheckedTrial
 from tuner.slot.reports import Reports
@@ -247,8 +248,8 @@ def trial_in_database(url: str) -> Iterator[CheckedTrial]:
     try:
         trial_id = side.claim()._trial_id
 
-        def write(step: int, value: float) -> None:
-            side.study._storage.set_trial_intermediate_value(trial_id, step, value)
+        def write(point: CurvePoint) -> None:
+            side.study._storage.report(trial_id, point)
 
         with Reports(write, lambda *_: None) as reports:
             yield CheckedTrial(side.study, trial_id, reports.check, reports, Backoff())

@@ -1,7 +1,8 @@
 """tuner: hyperparameter search for PyTorch, from the first trial to the exported model.
 
 The command line is the main way in (`tuner --help`). From Python: `Objective` is the base class of what to
-search, `load_model` gives an exported model back, `TunerError` is what both raise for what a user can mend.
+search, `load_model` gives an exported model back, `TunerError` is what both raise for what a user can mend; `curves`
+gives the learning curves of a study.
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ if TYPE_CHECKING:
     from tuner.errors import TunerError
     from tuner.model.loading import load_model
     from tuner.objective import Objective
+    from tuner.study.curves import curves
 
-__all__ = ["Objective", "TunerError", "load_model"]
+__all__ = ["Objective", "TunerError", "curves", "load_model"]
 
 
 def __getattr__(name: str) -> Any:
@@ -26,6 +28,10 @@ def __getattr__(name: str) -> Any:
         from tuner.model.loading import load_model
 
         return load_model
+    if name == "curves":
+        from tuner.study.curves import curves
+
+        return curves
     if name == "TunerError":
         from tuner.errors import TunerError
 

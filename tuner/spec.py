@@ -82,6 +82,7 @@ class TrainingSpec(_Frozen):
     data: DataPlace = "auto"
     readers: NonNegativeInt | None = None
     prefetch: PositiveInt | None = None
+    train_metrics: bool = False
 
 
 class Spec(_Frozen):
@@ -104,6 +105,11 @@ class Spec(_Frozen):
     """Where every worker finds the checkpoints of trials: `database`, a URL, or `local` for nowhere."""
     checkpoint_every_s: PositiveFloat = 30.0
     """A trial saves its state at most so often; what it trained since is lost with its process."""
+    trial_timeout_s: PositiveFloat | None = None
+    """An attempt that takes longer is killed, and its trial fails."""
+    watchdog: bool | None = None
+    """Whether a trial is killed that tells of no batch and no report for long; None for those whose batches are told
+    of, which plain functions and loops of an objective's own do not."""
 
 
 CODE_HASH = "objective.code_hash"

@@ -44,6 +44,7 @@ from storage.database.tables import (
     trials,
     tuner_attempts,
     tuner_checkpoints,
+    tuner_curves,
     tuner_leases,
     tuner_studies,
 )
@@ -220,13 +221,14 @@ def renew(sessions: Sessions, held: Claim) -> bool:
 class GivenBack:
     """Why a trial goes back to waiting, and whether its attempt counts towards `max_attempts`.
 
-    Once they are used up it fails instead, of class `failure`.
+    Once they are used up it fails instead, of class `failure`; at once if that `is_final`.
     """
 
-    outcome: Literal["released", "lost"]
+    outcome: Literal["released", "lost", "hung"]
     reason: str
     counts: bool
     failure: str = "lost"
+    is_final: bool = False
 
 
 LOST: Final = GivenBack(outcome="lost", reason="its worker was lost", counts=True)
@@ -273,8 +275,7 @@ def restart(sessions: Sessions, held: Claim) -> bool:
         query = select(tuner_leases.c.trial_id).where(_holds(held)).with_for_update()
         if conn.execute(query).one_or_none() is None:
             return False
-        reports = trial_intermediate_values
-        conn.execute(delete(reports).where(reports.c.trial_id == held.trial_id))
+        _drop_reports(conn, [held.trial_id])
         return True
 
     return sessions.transaction(work)
@@ -442,9 +443,11 @@ def _give_back(conn: Connection, whose: ColumnElement[bool], why: GivenBack, max
     ).all()
     if not rows:
         return 0
-    failed = {row.trial_id: row.attempts for row in rows if why.counts and row.attempts >= max_attempts}
+    last = 0 if why.is_final else max_attempts
+    failed = {row.trial_id: row.attempts for row in rows if why.counts and row.attempts >= last}
     for trial_id, attempts in failed.items():
-        fail(conn, trial_id, why.failure, f"{why.reason} in the last of {attempts} attempts")
+        message = why.reason if why.is_final else f"{why.reason} in the last of {attempts} attempts"
+        fail(conn, trial_id, why.failure, message)
     _set_waiting(conn, [row.trial_id for row in rows if row.trial_id not in failed])
     conn.execute(
         update(tuner_attempts)
@@ -471,9 +474,13 @@ def fail(conn: Connection, trial_id: int, failure: str, message: str) -> None:
 
 
 def _set_waiting(conn: Connection, trial_ids: list[int]) -> None:
-    reports = trial_intermediate_values
     conn.execute(update(trials).where(trials.c.trial_id.in_(trial_ids)).values(state="WAITING"))
-    conn.execute(delete(reports).where(reports.c.trial_id.in_(trial_ids)))
+    _drop_reports(conn, trial_ids)
+
+
+def _drop_reports(conn: Connection, trial_ids: list[int]) -> None:
+    for table in (trial_intermediate_values, tuner_curves):
+        conn.execute(delete(table).where(table.c.trial_id.in_(trial_ids)))
 
 
 def _set_user_attrs(conn: Connection, trial_id: int, attrs: dict[str, Any]) -> None:

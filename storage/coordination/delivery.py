@@ -16,6 +16,7 @@ from storage.database.sessions import Sessions
 from storage.database.tables import trial_user_attributes, trials, tuner_attempts, tuner_leases
 from storage.database.values import json_texts
 from storage.trials import guarded_writes
+from storage.trials.curves import CurvePoint
 
 Delivery: TypeAlias = Literal["delivered", "late", "unknown"]
 """Late: the trial has ended otherwise, runs again, or the budget is used up. Unknown: there is no such attempt."""
@@ -23,13 +24,13 @@ Delivery: TypeAlias = Literal["delivered", "late", "unknown"]
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """How the attempt `token` ended: state, value, attributes, and the reports that were not written yet."""
+    """How the attempt `token` ended: state, value, attributes, and what it reported."""
 
     token: uuid.UUID
     state: TrialState
     value: float | None
     attrs: Mapping[str, Any]
-    reports: Sequence[tuple[int, float]]
+    reports: Sequence[CurvePoint]
 
 
 def find_attempt(sessions: Sessions, token: uuid.UUID) -> tuple[int, int] | None:
@@ -99,8 +100,8 @@ def _take_back(conn: Connection, trial_id: int, token: uuid.UUID) -> None:
 
 
 def _write(conn: Connection, trial_id: int, result: Result) -> None:
-    for step, value in result.reports:
-        guarded_writes.report(trial_id, result.token, step, value).run_returning(conn)
+    for point in result.reports:
+        guarded_writes.report(trial_id, result.token, point).run_returning(conn)
     if result.attrs:
         guarded_writes.attributes(trial_user_attributes, trial_id, result.token, json_texts(result.attrs)).run(conn)
     values = None if result.value is None else [result.value]

@@ -39,8 +39,8 @@ class Cost:
     """Device-seconds, which are seconds times the part of the device, by what they were spent on.
 
     `running` counts for trials that have not ended: attempts under way, and those that were given back and
-    whose work goes on from a checkpoint. `lost` counts for attempts whose worker was lost, whatever became of the
-    trial, and `idle` for slots that ran none.
+    whose work goes on from a checkpoint. `lost` counts for attempts whose worker was lost or that hung,
+    whatever became of the trial, and `idle` for slots that ran none.
     """
 
     complete: float = 0.0
@@ -142,6 +142,7 @@ def _spans() -> Select[Any]:
     is_lost = and_(is_held, IS_EXPIRED)
     has_ended = trials.c.state.in_(("COMPLETE", "PRUNED", "FAIL"))
     kind = case(
+        (tuner_attempts.c.outcome == "hung", "lost"),
         (tuner_attempts.c.outcome != "released", tuner_attempts.c.outcome),
         (is_lost, "lost"),
         (has_ended, func.lower(cast(trials.c.state, Text))),

@@ -249,9 +249,18 @@ def list_trials(engine: Engine, study_id: int) -> list[TrialRecord]:
     return [_trial(row, params, attrs, latest) for row in found]
 
 
+def find_trial(engine: Engine, study_id: int, number: int) -> TrialRecord | None:
+    """Return the trial of that number, None if there is none."""
+    query = _select_trials().where(trials.c.study_id == study_id, trials.c.number == number)
+    return _first_trial(engine, query)
+
+
 def best_trial(engine: Engine, study_id: int, direction: str) -> TrialRecord | None:
     """Return the complete trial with the best value, the earliest of equals; None while there is none."""
-    query = best_first(_select_trials(), study_id, direction).limit(1)
+    return _first_trial(engine, best_first(_select_trials(), study_id, direction).limit(1))
+
+
+def _first_trial(engine: Engine, query: Select[Any]) -> TrialRecord | None:
     with engine.connect() as conn:
         row = conn.execute(query).one_or_none()
         if row is None:

@@ -118,6 +118,23 @@ _MIGRATIONS: Final[tuple[tuple[str, ...], ...]] = (
     ),
     # The trials of another study that a study's sampler learns from.
     ("ALTER TABLE tuner_studies ADD COLUMN history jsonb",),
+    # Learning curves, and attempts that hung. An epoch is one value, which a report is charged less for than for a
+    # column each; json, and not jsonb, so that numbers come back as they were written.
+    (
+        """
+        CREATE TABLE tuner_curves (
+            trial_id integer NOT NULL REFERENCES trials (trial_id) ON DELETE CASCADE,
+            step integer NOT NULL,
+            epoch json NOT NULL,
+            PRIMARY KEY (trial_id, step)
+        )
+        """,
+        "ALTER TABLE tuner_attempts DROP CONSTRAINT tuner_attempts_outcome_check",
+        """
+        ALTER TABLE tuner_attempts ADD CONSTRAINT tuner_attempts_outcome_check
+        CHECK (outcome IN ('complete', 'pruned', 'fail', 'released', 'lost', 'hung'))
+        """,
+    ),
 )
 SCHEMA_VERSION: Final = len(_MIGRATIONS)
 

@@ -20,7 +20,7 @@ from sqlalchemy import (
     Text,
     func,
 )
-from sqlalchemy.dialects.postgresql import JSONB, UUID
+from sqlalchemy.dialects.postgresql import JSON, JSONB, UUID
 
 optuna_metadata = MetaData()
 tuner_metadata = MetaData()
@@ -177,8 +177,16 @@ tuner_attempts = Table(
     Column("share", Double, nullable=False),
     Column("started_at", DateTime(timezone=True), nullable=False),
     Column("ended_at", DateTime(timezone=True)),
-    Column("outcome", Text),  # complete, pruned, fail, released or lost
-    Column("message", Text),  # why it was released or lost
+    Column("outcome", Text),  # complete, pruned, fail, released, lost or hung
+    Column("message", Text),  # why it was released, lost or hung
+)
+# One row an epoch, beside the report of the same step: what storage/trials/curves.py keeps of it.
+tuner_curves = Table(
+    "tuner_curves",
+    tuner_metadata,
+    Column("trial_id", Integer, primary_key=True, autoincrement=False),
+    Column("step", Integer, primary_key=True, autoincrement=False),
+    Column("epoch", JSON, nullable=False),
 )
 # The checkpoint of a trial that has not ended, in parts of some megabytes.
 tuner_checkpoints = Table(

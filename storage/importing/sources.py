@@ -27,7 +27,7 @@ from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, Operati
 from storage.database.engine import open_engine
 from storage.database.errors import InvalidURLError, SchemaVersionError, StorageError, UnreachableError
 from storage.database.sessions import explained
-from storage.database.tables import trials, tuner_studies
+from storage.database.tables import trials, tuner_curves, tuner_studies
 from storage.database.url import mask_url
 from storage.database.values import utc_time
 from storage.importing.portable import read_trials
@@ -96,6 +96,10 @@ class Source(ABC):
         """Return the spec that tuner created the study with, and when; None for a study of other programs."""
         return None
 
+    def curves(self, trial_ids: Sequence[int]) -> list[dict[str, Any]]:  # noqa: ARG002 - for subclasses
+        """Return the rows that tuner keeps of the epochs of these trials, by the columns' names."""
+        return []
+
 
 class JournalSource(Source):
     """An Optuna journal file, read as a whole."""
@@ -135,6 +139,7 @@ class SqlSource(Source):
             names = set(inspect(conn).get_table_names())
             _check_tables(conn, names, shown)
         self._has_specs = tuner_studies.name in names
+        self._has_curves = tuner_curves.name in names  # which version 0.1 had not
 
     @contextmanager
     def connect(self) -> Iterator[Connection]:
@@ -194,6 +199,13 @@ class SqlSource(Source):
         with self.connect() as conn:
             row = conn.execute(query).one_or_none()
         return None if row is None else (row.spec, row.created_at)
+
+    def curves(self, trial_ids: Sequence[int]) -> list[dict[str, Any]]:
+        if not self._has_curves:
+            return []
+        query = select(tuner_curves).where(tuner_curves.c.trial_id.in_(trial_ids))
+        with self.connect() as conn:
+            return [dict(row._mapping) for row in conn.execute(query)]
 
 
 @contextmanager

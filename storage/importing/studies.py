@@ -35,6 +35,7 @@ from storage.database.tables import (
     study_system_attributes,
     study_user_attributes,
     trials,
+    tuner_curves,
     tuner_studies,
 )
 from storage.database.url import mask_url
@@ -224,6 +225,18 @@ def _origin(conn: Connection, study_id: int) -> _Origin | None:
     return _Origin(url=found["url"], study=found["study"], unfinished=frozenset(found["unfinished"]))
 
 
+def _write_curves(conn: Connection, study_id: int, curves: Sequence[Mapping[str, Any]]) -> None:
+    if not curves:
+        return
+    numbers = {row["number"] for row in curves}
+    query = select(trials.c.number, trials.c.trial_id).where(
+        trials.c.study_id == study_id, trials.c.number.in_(numbers)
+    )
+    id_of = {row.number: row.trial_id for row in conn.execute(query)}
+    rows = [{"trial_id": id_of[row["number"]], "step": row["step"], "epoch": row["epoch"]} for row in curves]
+    conn.execute(upsert(tuner_curves).on_conflict_do_nothing(), rows)
+
+
 def _set_origin(conn: Connection, study_id: int, origin: _Origin) -> None:
     fields = {"url": origin.url, "study": origin.study, "unfinished": sorted(origin.unfinished)}
     statement = upsert(study_system_attributes).values(
@@ -264,8 +277,10 @@ class _Copy:
         copied = updated = 0
         for start in range(0, len(plan.todo), _BATCH):
             self._progress(plan.name, start, len(plan.todo))
-            batch = self._read(plan.todo[start : start + _BATCH])
-            new, changed = self._locked(study_id, partial(self._write, study_id=study_id, batch=batch))
+            numbers = plan.todo[start : start + _BATCH]
+            batch = self._read(numbers)
+            curves = self._read_curves(numbers)
+            new, changed = self._locked(study_id, partial(self._write, study_id=study_id, batch=batch, curves=curves))
             copied, updated = copied + new, updated + changed
         # Last, as workers may join a study that has one, and add trials.
         self._locked(study_id, lambda conn: self._write_spec(conn, study_id))
@@ -357,7 +372,15 @@ class _Copy:
             self._changes.extend(changes)
         return sorted(batch, key=lambda trial: trial.number)
 
-    def _write(self, conn: Connection, study_id: int, batch: Sequence[FrozenTrial]) -> tuple[int, int]:
+    def _read_curves(self, numbers: Sequence[int]) -> list[dict[str, Any]]:
+        """Return the rows that tuner keeps of finished trials' epochs, with the trial's `number` in place of its id."""
+        stamps = [self._plan.stamps[number] for number in numbers]
+        number_of = {stamp.trial_id: number for stamp, number in zip(stamps, numbers, strict=True) if stamp.is_finished}
+        return [{"number": number_of[row.pop("trial_id")], **row} for row in self._source.curves(list(number_of))]
+
+    def _write(
+        self, conn: Connection, study_id: int, batch: Sequence[FrozenTrial], curves: Sequence[Mapping[str, Any]]
+    ) -> tuple[int, int]:
         """Write a batch as far as it is not there; how many trials were copied, and how many updated."""
         origin = _origin(conn, study_id) or self._here
         among = trials.c.number == literal([trial.number for trial in batch], ARRAY(INTEGER)).any_()
@@ -380,6 +403,7 @@ class _Copy:
         replace_trials(conn, changed)
         written = [*new, *(trial for _, trial in changed)]
         finished = {trial.number for trial in written if trial.state.is_finished()}
+        _write_curves(conn, study_id, [row for row in curves if row["number"] in finished])
         unfinished = origin.unfinished - finished | {trial.number for trial in written} - finished
         if unfinished != origin.unfinished:
             _set_origin(conn, study_id, replace(origin, unfinished=unfinished))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import threading
 import uuid
 from collections.abc import Callable, Container, Mapping, Sequence
@@ -30,12 +31,13 @@ from storage.database.tables import (
     tuner_leases,
 )
 from storage.database.url import parse_url
-from storage.database.values import checked_name, checked_step, json_texts
+from storage.database.values import checked_name, json_texts
 from storage.optuna_storage.held_trial import HeldTrial
 from storage.optuna_storage.studies import StudyStorage, directions_of, lock_study, no_study
 from storage.optuna_storage.study_cache import StudyCache
 from storage.trials import guarded_writes
 from storage.trials.creation import create_trial, known_distribution
+from storage.trials.curves import CurvePoint
 from storage.trials.finished import FinishedTrials
 from storage.trials.frozen import copied, load_trial
 
@@ -212,10 +214,14 @@ class PostgresStorage(StudyStorage, BaseHeartbeat):
 
     def set_trial_intermediate_value(self, trial_id: int, step: int, intermediate_value: float) -> None:
         """Report a value. Raises StudyHaltedError, once it is written, to the holder of a lease in a halted study."""
+        self.report(trial_id, CurvePoint(step=step, value=intermediate_value))
+
+    def report(self, trial_id: int, point: CurvePoint) -> None:
+        """Report the value of a step, as `set_trial_intermediate_value` does, with what else is known of it."""
         held, token = self._lease(trial_id)
         follower = None if held is None else self._follower
         seen = None if follower is None else follower.seen()
-        write = guarded_writes.report(trial_id, token, checked_step(step), intermediate_value, seen)
+        write = guarded_writes.report(trial_id, token, point, seen)
 
         def work(conn: Connection) -> Row[Any]:
             written = write.run_returning(conn)
@@ -225,9 +231,9 @@ class PostgresStorage(StudyStorage, BaseHeartbeat):
 
         written = self.sessions.statement(work)
         if held is not None:
-            held.add_report(step, float(intermediate_value))
+            held.add_report(point.step, math.nan if point.value is None else float(point.value))
         if follower is not None:
-            follower.learn(written.changed or (), trial_id, step)
+            follower.learn(written.changed or (), trial_id, point.step)
         if held is not None and written.state in ("paused", "stopped"):
             raise StudyHaltedError(f"the study was {written.state}: trial id {trial_id} is to be given back")
 

@@ -7,6 +7,7 @@ that touched no row tells nothing of why; `standing` and `check_writable` do.
 
 from __future__ import annotations
 
+import math
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from typing import Any
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import TrialState
 from sqlalchemy import (
+    CTE,
     ColumnElement,
     Connection,
     Executable,
@@ -35,8 +37,9 @@ from sqlalchemy import (
     true,
     update,
 )
-from sqlalchemy.dialects.postgresql import ARRAY, insert
+from sqlalchemy.dialects.postgresql import ARRAY, JSON, insert
 from sqlalchemy.sql.dml import ReturningInsert, ReturningUpdate
+from sqlalchemy.types import TypeEngine
 
 from storage.database.errors import LeaseLostError
 from storage.database.tables import (
@@ -46,10 +49,12 @@ from storage.database.tables import (
     trials,
     tuner_attempts,
     tuner_checkpoints,
+    tuner_curves,
     tuner_leases,
     tuner_studies,
 )
-from storage.database.values import stored, stored_objective
+from storage.database.values import checked_step, stored, stored_objective
+from storage.trials.curves import CurvePoint
 from storage.trials.finished import CHANGED
 from storage.trials.frozen import UNFINISHED
 
@@ -80,15 +85,21 @@ class Write:
 
 
 def report(
-    trial_id: int, token: uuid.UUID | None, step: int, value: float, seen: Mapping[str, Any] | None = None
+    trial_id: int,
+    token: uuid.UUID | None,
+    point: CurvePoint,
+    seen: Mapping[str, Any] | None = None,
 ) -> Write:
-    """Write an intermediate value, over an earlier one of the same step.
+    """Write an intermediate value, and what else is known of its epoch, over an earlier one of the same step.
 
     Returns the `state` of a study of ours and, with parameters of CHANGED in `seen`, its rows as `changed`.
     """
-    number, kind = stored(value)
-    values = {"new_step": step, "new_intermediate_value": number, "new_intermediate_value_type": kind}
-    statement = _report(leased=token is not None, bringing_changes=seen is not None)
+    number, kind = stored(math.nan if point.value is None else point.value)
+    columns = {"step": checked_step(point.step), "intermediate_value": number, "intermediate_value_type": kind}
+    if point.has_details:
+        columns["epoch"] = point.epoch_json()
+    values = {f"new_{name}": given for name, given in columns.items()}
+    statement = _report(leased=token is not None, bringing_changes=seen is not None, with_details=point.has_details)
     return _write(statement, trial_id, token, {**values, **(seen or {})})
 
 
@@ -179,19 +190,38 @@ def _upsert(table: Table, key: tuple[str, ...], columns: tuple[str, ...], *, ove
 
 
 @cache
-def _report(*, leased: bool, bringing_changes: bool) -> ReturningInsert[Any]:
-    upsert = _upsert(
-        trial_intermediate_values,
-        ("trial_id", "step"),
-        ("intermediate_value", "intermediate_value_type"),
-        overwrite=True,
-        leased=leased,
-    )
+def _report(*, leased: bool, bringing_changes: bool, with_details: bool) -> ReturningInsert[Any]:
+    columns = ("intermediate_value", "intermediate_value_type")
+    key = ("trial_id", "step")
+    if with_details:
+        # The trial and its lease are locked once, for both of the rows.
+        ours = _locked(UNFINISHED, leased).with_for_update(read=True).cte("ours")
+        upsert = _upsert_from(trial_intermediate_values, key, columns, ours)
+        details = _upsert_from(tuner_curves, key, ("epoch",), ours)
+        upsert = upsert.add_cte(details.cte("details"))
+    else:
+        upsert = _upsert(trial_intermediate_values, key, columns, overwrite=True, leased=leased)
     of_study = trials.c.study_id == tuner_studies.c.study_id
     state = select(tuner_studies.c.state).join(trials, of_study).where(trials.c.trial_id == bindparam("the_trial"))
     changed = CHANGED.subquery()
     rows = select(func.json_agg(func.json_build_array(*changed.c))) if bringing_changes else select(null())
     return upsert.returning(state.scalar_subquery().label("state"), rows.scalar_subquery().label("changed"))
+
+
+def _upsert_from(table: Table, key: tuple[str, ...], columns: tuple[str, ...], ours: CTE) -> Insert:
+    """Insert one row, or write over it, of the trial that `ours` has locked, if it has."""
+    names = [*key, *columns]
+    new = [bindparam(f"new_{name}", type_=_type_of(table, name)) for name in names if name != "trial_id"]
+    statement = insert(table).from_select(names, select(ours.c.trial_id, *new))
+    return statement.on_conflict_do_update(
+        index_elements=key, set_={name: statement.excluded[name] for name in columns}
+    )
+
+
+def _type_of(table: Table, name: str) -> TypeEngine[Any]:
+    """Return what a column is given as: JSON as its text, which PostgreSQL takes for that without a cast."""
+    found: TypeEngine[Any] = table.c[name].type
+    return Text() if isinstance(found, JSON) else found
 
 
 @cache

@@ -32,7 +32,9 @@ def test_a_schedule_that_follows_the_metric_gives_in_the_retraining_what_it_gave
 ) -> None:
     _, manifest = _searched(tuner, "02-plateau-max-retraining", "Plateau", "--set", f"by_hand={by_hand}")
     (trial,) = tuner("trials", "it", "--json").json()
-    rates = [rate for (rate,) in trial["user_attrs"]["rates"]]
+    rates = [
+        rate for point in tuner("trials", "it", "--number", "0", "--curve", "--json").json() for rate in point["rates"]
+    ]
     assert len(rates) == 6
     assert rates[0] == trial["params"]["lr"]
     assert manifest["retraining"] == {"schedule": "replayed", "schedule_epochs": 6, "notes": []}

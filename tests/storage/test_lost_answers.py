@@ -26,6 +26,7 @@ from storage.coordination.claims import Budget, Claim
 from storage.database.sessions import Backoff
 from storage.database.tables import optuna_metadata, tuner_metadata, tuner_operations
 from storage.embedded.postmaster import wait_until
+from storage.trials.curves import CurvePoint
 
 OPTUNAS = optuna_metadata.sorted_tables
 X = FloatDistribution(0, 1)
@@ -196,6 +197,9 @@ WRITES = {
     "release, last": of_claim(lambda storage, mine: claims.release(storage.sessions, mine, claims.LOST, 1)),
 }
 IN_TRIAL: dict[str, Callable[[PostgresStorage, int], Any]] = {
+    "report, epoch": lambda storage, trial: storage.report(
+        trial, CurvePoint(step=1, value=0.5, train_loss=0.25, metrics={"accuracy": 0.5})
+    ),
     "set_trial_param": lambda storage, trial: storage.set_trial_param(trial, "x", 0.5, X),
     "complete": lambda storage, trial: storage.set_trial_state_values(trial, TrialState.COMPLETE, [1.0]),
     "fail": lambda storage, trial: storage.set_trial_state_values(trial, TrialState.FAIL),

@@ -3,9 +3,11 @@
 import textwrap
 
 import optuna
+from sqlalchemy import insert
 
 from storage import open_engine, open_storage
 from storage.coordination import studies
+from storage.database.tables import tuner_curves
 from tuner.log import Log
 from tuner.model.export import export_study
 from tuner.spec import Budget
@@ -66,7 +68,9 @@ class Exporting:
         self.data_dir = tmp_path
         self.output = tmp_path / "model"
 
-    def start(self, code, attribute="Signs", *, name="signs", epoch=2, values=(0.5, 0.9, 0.7), attrs=None, **options):
+    def start(
+        self, code, attribute="Signs", *, name="signs", epoch=2, values=(0.5, 0.9, 0.7), attrs=None, rates=(), **options
+    ):
         self.path = self.path.with_stem(name)
         self.path.write_text(textwrap.dedent(code))
         self.source = find_objective(f"{self.path}:{attribute}")
@@ -90,8 +94,17 @@ class Exporting:
                     params={"lr": 0.05},
                     distributions={"lr": optuna.distributions.FloatDistribution(0.01, 0.1)},
                     user_attrs={**({"epoch": epoch} if epoch else {}), **(attrs or {})},
+                    intermediate_values={step: 0.5 for step, _ in enumerate(rates, 1)},
                 )
             )
+        points = [
+            {"trial_id": trial._trial_id, "step": step, "epoch": {"rates": its}}
+            for step, its in enumerate(rates, 1)
+            for trial in in_optuna.trials
+        ]
+        if points:
+            with self.engine.begin() as conn:
+                conn.execute(insert(tuner_curves), points)
         return self
 
     def __call__(self, output=None, device="cpu", **how):

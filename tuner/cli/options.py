@@ -93,6 +93,23 @@ class StudyOptions:
     max_failures: Annotated[
         int, typer.Option(help="Failed trials that do not end the study.", rich_help_panel=BUDGET)
     ] = 10
+    trial_timeout: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TIME",
+            help="Kill a trial that takes longer, which fails (default: it may take as long as it likes).",
+            rich_help_panel=BUDGET,
+        ),
+    ] = None
+    watchdog: Annotated[
+        bool | None,
+        typer.Option(
+            "--watchdog/--no-watchdog",
+            help="Kill a trial that tells nothing for 10 times the slowest epoch so far, at least a minute, and run it"
+            " again (default: where batches are told of, which plain functions do not).",
+            rich_help_panel=BUDGET,
+        ),
+    ] = None
     epochs: Annotated[
         int | None, typer.Option(help="Epochs of a trial (default: the objective's).", rich_help_panel=BUDGET)
     ] = None
@@ -120,6 +137,14 @@ class StudyOptions:
         typer.Option(
             "--deterministic",
             help="Use only algorithms that give the same result each time.",
+            rich_help_panel=TRAINING,
+        ),
+    ] = False
+    train_metrics: Annotated[
+        bool,
+        typer.Option(
+            "--train-metrics",
+            help="Evaluate the training split too, after each epoch, for the learning curves.",
             rich_help_panel=TRAINING,
         ),
     ] = False
@@ -182,6 +207,8 @@ class StudyOptions:
             "history": self.from_,
             "training": self._training(),
             "checkpoints": checked_place(self.checkpoints),
+            "trial_timeout_s": None if self.trial_timeout is None else seconds("--trial-timeout", self.trial_timeout),
+            "watchdog": self.watchdog,
             "checkpoint_every_s": seconds("--checkpoint-every", self.checkpoint_every),
         }
 
@@ -219,6 +246,7 @@ class StudyOptions:
                 "data": self.data,
                 "readers": self.readers,
                 "prefetch": self.prefetch,
+                "train_metrics": self.train_metrics,
             }
         )
 

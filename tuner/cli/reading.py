@@ -7,10 +7,12 @@ import math
 import re
 import shlex
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from tuner.cli.one_trial import look
 from tuner.cli.settings import Settings, command
 from tuner.errors import UsageError
 from tuner.text import number_text, table
@@ -78,17 +80,41 @@ def trials(
     sort: Annotated[
         str, typer.Option(metavar="number|value", help="By number, or by value with the best first.")
     ] = "number",
+    number: Annotated[
+        int | None, typer.Option(metavar="NUMBER", help="Show all that is known of this trial instead.")
+    ] = None,
+    curve: Annotated[bool, typer.Option("--curve", help="With --number: its learning curve.")] = False,
+    as_csv: Annotated[bool, typer.Option("--csv", help="With --curve: print CSV.")] = False,
+    tensorboard: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Write the curves and params of all trials for TensorBoard instead."),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """List the trials of STUDY."""
+    """List the trials of STUDY, or show one of them."""
     from storage.coordination import studies
     from tuner.cli import trials_view
     from tuner.study.joining import find_study
 
     if sort not in ("number", "value"):
         raise UsageError(f"--sort needs number or value, got {sort!r}")
+    _check_together(number, curve=curve, as_csv=as_csv, as_json=as_json, tensorboard=tensorboard)
     engine = settings.open()
     opened = find_study(engine, study)
+    if tensorboard is not None:
+        from tuner.study.tensorboard import write_tensorboard
+
+        n_written = write_tensorboard(engine, opened, tensorboard)
+        print(f"wrote {n_written} trials; look at them by: tensorboard --logdir {shlex.quote(str(tensorboard))}")
+        return
+    if number is not None:
+        one = look(engine, opened, number)
+        if as_json:
+            print_json(one.curve_fields() if curve else _trial_fields(one.trial) | {"attempts": one.attempt_fields()})
+            return
+        shown = one.curve_csv() if as_csv else one.curve_lines() if curve else one.lines()
+        print("\n".join(shown))
+        return
     found = studies.list_trials(engine, opened.study_id)
     values = studies.all_values(engine, opened.study_id) if len(opened.directions) > 1 else {}
     if sort == "value":
@@ -188,6 +214,18 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _check_together(number: int | None, *, curve: bool, as_csv: bool, as_json: bool, tensorboard: Path | None) -> None:
+    """Raise UsageError for options that do not go together."""
+    if number is None and (curve or as_csv):
+        raise UsageError(f"--{'curve' if curve else 'csv'} needs --number N, the trial that it is of")
+    if as_csv and not curve:
+        raise UsageError("--csv needs --curve: a trial has other things than a table to show")
+    if as_csv and as_json:
+        raise UsageError("--csv and --json are two forms of the same: leave one out")
+    if tensorboard is not None and (number is not None or as_json):
+        raise UsageError("--tensorboard writes all trials, and prints none: leave out --number and --json")
 
 
 def _all_values(study: AnyStudy, trial: TrialRecord, values: dict[int, list[float]]) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from torchmetrics import Metric
 from storage.coordination import studies
 from storage.coordination.studies import TrialRecord
 from storage.database.errors import StorageError
+from storage.trials.curves import curves
 from tuner import training
 from tuner.data import ClassNames, Data, Rows, Split, Tensors, tensors
 from tuner.errors import FormatError, TunerError
@@ -78,7 +79,11 @@ def export_study(
     data = load_data(objective, data_dir, study.spec.training)
     seed = derive_seed(study.spec.seed, "export", best.number)
     device_ = training.choose_device(device)
-    trained = retrain(objective, study, best, data, full_schedule=full_schedule, seed=seed, device=device_, log=log)
+    with engine.connect() as conn:
+        curve = curves(conn, study.study_id, [best.number]).get(best.number, [])
+    trained = retrain(
+        objective, study, best, curve, data, full_schedule=full_schedule, seed=seed, device=device_, log=log
+    )
     model = trained.model.cpu()  # where files are compared with it
     log.event("exporting", f"writing the model to {output}", output=str(output))
     with _aside(output) as directory:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 
 from storage.coordination.studies import TrialRecord
+from storage.trials.curves import CurvePoint
 from tuner import training
 from tuner.data import Data, join
 from tuner.errors import TunerError
@@ -43,6 +45,7 @@ def retrain(
     objective: Objective,
     study: Study,
     best: TrialRecord,
+    curve: Sequence[CurvePoint],
     data: Data,
     *,
     full_schedule: bool,
@@ -53,7 +56,7 @@ def retrain(
     """Train the trial's model anew, by the schedule of the study's epochs, until the epoch of its best value.
 
     With `full_schedule` it is trained for all of them. A schedule that follows a metric gives the rates that it gave in
-    the trial. Raises TunerError that says what went wrong.
+    the trial, whose `curve` tells them. Raises TunerError that says what went wrong.
     """
     planned = epochs_of(best.params, study.spec)
     until = planned if full_schedule else best_epoch(best, planned)
@@ -69,7 +72,7 @@ def retrain(
         tell(line)
 
     run = training.Run(
-        options=training.Options(**study.spec.training.model_dump()), until=until, rates=_rates_of(best), log=note
+        options=training.Options(**study.spec.training.model_dump()), until=until, rates=_rates_of(curve), log=note
     )
     seed_everything(seed)
     try:
@@ -93,7 +96,7 @@ def retrain(
             history = last.restore()
     except Exception as error:
         raise TunerError(f"retraining trial {best.number} failed: {with_line(error, objective)}") from error
-    follows_metric = any(epoch.rates for epoch in history)
+    follows_metric = any(epoch.follow_metric for epoch in history)
     how = Retraining(
         schedule="planned" if not follows_metric else "replayed" if run.rates else "unrecorded",
         schedule_epochs=planned,
@@ -134,9 +137,7 @@ class _Last:
         return self._history
 
 
-def _rates_of(best: TrialRecord) -> list[list[float]]:
-    """Return the rates of each epoch that were recorded with the trial; a notebook may have set anything."""
-    found = best.user_attrs.get("rates")
-    rows = found if isinstance(found, list) else []
-    is_right = all(isinstance(row, list) and all(isinstance(rate, int | float) for rate in row) for row in rows)
-    return rows if is_right else []
+def _rates_of(curve: Sequence[CurvePoint]) -> list[list[float]]:
+    """Return the rates of each epoch; none where they are not known of all, as of a loop of the objective's own."""
+    rows = [[rate for rate in point.rates if rate is not None] for point in curve]
+    return rows if all(row and len(row) == len(point.rates) for row, point in zip(rows, curve, strict=True)) else []

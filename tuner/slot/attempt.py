@@ -27,6 +27,7 @@ from tuner.errors import BrokenDeviceError, ObjectiveError, TunerError, first_li
 from tuner.objective import Objective
 from tuner.seeds import derive_seed, seed_everything, set_deterministic
 from tuner.slot.checked_trial import CheckedTrial, InvalidReportError
+from tuner.slot.curve import Curve
 from tuner.slot.doubles import check_doubles
 from tuner.slot.read_params import ReadParams
 from tuner.slot.where import with_line
@@ -61,6 +62,13 @@ _DEVICE_ERRORS = (
 _OUT_OF_MEMORY_IF_FULL = ("CUBLAS_STATUS_NOT_INITIALIZED", "CUDNN_STATUS_ALLOC_FAILED", "CUDNN_STATUS_INTERNAL_ERROR")
 _FULL_BELOW = 0.05
 """The part of a device's memory below which it is full: such libraries want some hundred megabytes."""
+
+
+_APART = (
+    *("budget", "history", "retry", "sampler", "pruner", "checkpoints", "checkpoint_every_s"),
+    *("trial_timeout_s", "watchdog"),
+)
+"""The settings of a study that no training follows from."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,10 +173,8 @@ class TrialObjective:
         """
         if self.checkpoints is None:
             return None
-        apart = dict.fromkeys(
-            ("budget", "history", "retry", "sampler", "pruner", "checkpoints", "checkpoint_every_s"), True
-        )
-        of_reading = {"readers", "prefetch"}  # whoever reads, the rows are the same
+        apart = dict.fromkeys(_APART, True)
+        of_reading = {"readers", "prefetch", "train_metrics"}  # whoever reads, the rows are the same
         fixed = self.spec.model_dump(mode="json", exclude={**apart, "training": of_reading})
         text = json.dumps([number, params, fixed], sort_keys=True, default=str)
         return Checkpoint(
@@ -282,22 +288,26 @@ def _train(
     model = built_model(objective, params, what.device)
 
     def on_epoch(epoch: training.Epoch) -> None:
-        value = _value_of(epoch, metric)
+        _value_of(epoch, metric)
         record.count(model)  # lazy layers have no weights before
         record.add(epoch)
-        trial.losses[epoch.number] = float(epoch.train_loss)
-        trial.report(value, epoch.number)
+        trial.report_point(curve.point(epoch))
         if epoch.number < epochs and trial.should_prune():
             raise optuna.TrialPruned
+
+    def check() -> None:
+        trial.alive()
+        trial.check()
 
     def on_resume(history: Sequence[training.Epoch]) -> None:
         record.count(model)
         for epoch in history:  # the reports of an attempt go when its trial is given back
             record.add(epoch)
-            trial.report(epoch.metrics[metric], epoch.number)
+            trial.report_point(curve.point(epoch))
 
     metrics = built_metrics(objective, what.data, metric)
     epochs = epochs_of(params, what.spec)
+    curve = Curve(metric)
     history = objective.fit(
         model,
         what.data.train,
@@ -313,7 +323,8 @@ def _train(
             direction=what.spec.direction,
             checkpoint=what.checkpoint(trial.number, trial.params),
             resumable=(Interrupted, StudyHaltedError, UnreachableError),
-            check=trial.check,
+            check=check,
+            alive=trial.alive,
             on_resume=on_resume,
             log=lambda line: what.log(f"trial {trial.number}: {line}"),
         ),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import optuna
@@ -11,6 +12,7 @@ from optuna.distributions import BaseDistribution
 
 from storage.database.errors import UnreachableError
 from storage.database.sessions import Backoff
+from storage.trials.curves import CurvePoint
 from tuner import training
 from tuner.slot.reports import Reports
 from tuner.study.params import as_param, check_distribution
@@ -42,13 +44,16 @@ class CheckedTrial(optuna.Trial):
         check: Callable[[], None],
         reports: Reports | None = None,
         retry: Backoff | None = None,
+        alive: Callable[[], None] = lambda: None,
     ) -> None:
         """`reports` writes the reports, which are written at once without; `retry` is the study's storage's."""
         super().__init__(study, trial_id)
+        self.alive = alive
+        """To be called with each batch, for who watches."""
         self.check = check
         """Raises Interrupted or LeaseLostError if the attempt has to end."""
-        self.losses: dict[int, float] = {}
-        """The training loss of each epoch, for who watches."""
+        self.reported: dict[int, CurvePoint] = {}
+        """What was reported, by step, also what is not written yet."""
         self._reports = reports
         self._retry = retry
 
@@ -57,23 +62,24 @@ class CheckedTrial(optuna.Trial):
 
         Raises Interrupted, DivergedError for NaN or infinity, InvalidReportError for a bad step.
         """
+        self.report_point(CurvePoint(step=step, value=value))
+
+    def report_point(self, point: CurvePoint) -> None:
+        """Report a value, as `report` does, with what else is known of its epoch."""
         self.check()
+        step, value = point.step, float(math.nan if point.value is None else point.value)
         if not 0 <= step <= MAX_STEP or int(step) != step:
             raise InvalidReportError(f"a step needs to be a whole number in 0..{MAX_STEP}, got {step}")
         step = int(step)
-        if not math.isfinite(float(value)):
+        if not math.isfinite(value):
             raise training.DivergedError(f"the reported value is {value} at step {step}")
         known = self._cached_frozen_trial.intermediate_values
         if self._reports is None or step in known:
             super().report(value, step)
             return
-        self._reports.put(step, float(value))
-        known[step] = float(value)
-
-    @property
-    def reported(self) -> dict[int, float]:
-        """What was reported, by step, also what is not written yet."""
-        return dict(self._cached_frozen_trial.intermediate_values)
+        point = replace(point, step=step, value=value)
+        self._reports.put(point)
+        known[step], self.reported[step] = value, point
 
     def should_prune(self) -> bool:
         """Decide as Optuna does; not to prune while the database is away."""

@@ -13,6 +13,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from storage.database.engine import is_outage
 from storage.database.errors import StorageError
+from storage.trials.curves import CurvePoint
 
 PATIENCE_S = 1.0
 """How long a report waits to be written before training goes on without."""
@@ -23,12 +24,12 @@ LOOK_S = 0.2
 class Reports:
     """Writes reports in order, each as soon as the database takes it. A context manager for one attempt."""
 
-    def __init__(self, write: Callable[[int, float], None], written: Callable[[int, float], None]) -> None:
+    def __init__(self, write: Callable[[CurvePoint], None], written: Callable[[CurvePoint], None]) -> None:
         """`write` writes one report, and may wait for the database; `written` is told of each that is written."""
         self._write = write
         self._written = written
         self._changed = threading.Condition()
-        self._waiting: deque[tuple[int, float]] = deque()
+        self._waiting: deque[CurvePoint] = deque()
         self._error: BaseException | None = None
         self._is_behind = False
         self._closed = threading.Event()
@@ -51,13 +52,13 @@ class Reports:
         with self._changed:
             return bool(self._waiting)
 
-    def put(self, step: int, value: float) -> None:
+    def put(self, point: CurvePoint) -> None:
         """Have a report written, and wait for it unless the database is away.
 
         Raises what writing it, or an earlier one, met with: that the trial is somebody else's, or the study halted.
         """
         with self._changed:
-            self._waiting.append((step, value))
+            self._waiting.append(point)
             self._changed.notify_all()
             if not self._is_behind:
                 self._changed.wait_for(lambda: not self._waiting or self._error is not None, PATIENCE_S)
@@ -69,7 +70,7 @@ class Reports:
         if self._error is not None:
             raise self._error
 
-    def flush(self, timeout_s: float, stop: threading.Event) -> list[tuple[int, float]]:
+    def flush(self, timeout_s: float, stop: threading.Event) -> list[CurvePoint]:
         """Wait until all is written, and return what could not be, in time or soon after `stop` was set."""
         deadline = time.monotonic() + timeout_s
         with self._changed:
@@ -87,10 +88,10 @@ class Reports:
                 self._changed.wait_for(lambda: bool(self._waiting) or self._closed.is_set())
                 if self._closed.is_set():
                     return
-                step, value = self._waiting[0]
+                point = self._waiting[0]
             try:
-                self._write(step, value)
-                self._written(step, value)
+                self._write(point)
+                self._written(point)
             except (StorageError, SQLAlchemyError) as error:
                 if is_outage(error):
                     self._closed.wait(PAUSE_S)

@@ -8,7 +8,6 @@ its trial back and exits. On its standard output the slot writes one line of JSO
 from __future__ import annotations
 
 import json
-import math
 import os
 import signal
 import sys
@@ -20,7 +19,7 @@ from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 
 import optuna
 import torch
@@ -39,6 +38,7 @@ from storage.database.errors import InvalidWriteError, LeaseLostError, StorageEr
 from storage.database.sessions import OUTAGE_S, Backoff, Sessions
 from storage.optuna_storage.pruning import IndexedPercentilePruner
 from storage.optuna_storage.storage import PostgresStorage
+from storage.trials.curves import CurvePoint, finite
 from tuner.errors import EXIT_UNREACHABLE, BrokenDeviceError, TunerError
 from tuner.objective import Objective
 from tuner.seeds import set_deterministic
@@ -52,6 +52,7 @@ from tuner.slot.attempt import (
     warm_up,
 )
 from tuner.slot.checked_trial import CheckedTrial, StoppableStudy
+from tuner.slot.ending import end_group, end_in_time, exit_again
 from tuner.slot.lease import Lease
 from tuner.slot.orders import Orders
 from tuner.slot.preflight import preflight, refuse_leak
@@ -69,10 +70,8 @@ from tuner.training.memory import free_memory
 FIRST_POLL_S, POLL_S = 0.05, 1.0
 """How soon a slot asks again while other workers' trials hold the rest of the budget, or the study is paused: at first,
 as the other's trial may be about to end, and at last, after twice as long each time."""
-LAST_S = 10.0
-"""How long a slot takes at most to end once it was to stop, should its worker be gone, which would have killed it."""
-EXIT_AGAIN = 75
-"""The exit code of a slot that can go on only in a new process: its device failed."""
+ALIVE_S = 5.0
+"""How often at most a slot tells that its trial goes on."""
 
 
 class SlotConfig(BaseModel):
@@ -105,6 +104,8 @@ class Event(BaseModel):
         "wants_trial",
         "nothing",
         "trial_started",
+        "batch",
+        "waiting",
         "report",
         "out_of_memory",
         "trial_ended",
@@ -141,6 +142,7 @@ class Slot:
         self._orders = orders
         self._parent = os.getppid()
         self._away_at = -OUTAGE_S
+        self._alive_at = -ALIVE_S
         self._code_hash = ""
         self._poisoned: Outcome | None = None  # by a device that failed: this process can use it no more
         self._retry = Backoff(stop=orders.stop, notice=self._tell_outage, is_away=self._note_outage)
@@ -273,7 +275,7 @@ class Slot:
             prints.mark(None)
             self._storage.let_go(held)
         if self._poisoned is not None:
-            _exit_again(self._parent)  # whatever became of the trial
+            exit_again(self._parent)  # whatever became of the trial
         if what.device.type != "cpu":
             free_memory()  # of a trial that was given back, too
 
@@ -308,13 +310,13 @@ class Slot:
     ) -> tuple[CheckedTrial, Outcome, bool]:
         """Run the trial from its start or its checkpoint; also returns whether all that it reported is written."""
 
-        def write(step: int, value: float) -> None:
-            self._storage.set_trial_intermediate_value(held.trial_id, step, value)
+        def write(point: CurvePoint) -> None:
+            self._storage.report(held.trial_id, point)
 
-        def written(step: int, value: float) -> None:
-            loss = trial.losses.get(step, math.nan)
-            told: dict[str, Any] = {"trial": held.number, "attempt": held.attempt, "epoch": step, "value": value}
-            self._emit(Event(event="report", loss=loss if math.isfinite(loss) else None, **told))
+        def written(point: CurvePoint) -> None:
+            told: dict[str, Any] = {"trial": held.number, "attempt": held.attempt, "epoch": point.step}
+            loss = finite(point.train_loss)
+            self._emit(Event(event="report", value=point.value, loss=loss, seconds=point.seconds, **told))
 
         with Reports(write, written) as reports:
 
@@ -325,7 +327,10 @@ class Slot:
                 if self._is_abandoned():
                     raise Interrupted
 
-            trial = CheckedTrial(optuna_study, held.trial_id, check, reports, self._retry)
+            def alive() -> None:
+                self._tell_alive("batch")
+
+            trial = CheckedTrial(optuna_study, held.trial_id, check, reports, self._retry, alive)
             outcome = run_attempt(what, trial)
             if outcome.is_poisoned:
                 self._poisoned = outcome  # for as long as this process lives: see `Outcome.error`
@@ -372,8 +377,8 @@ class Slot:
         )
 
     def _keep(self, optuna_study: StoppableStudy, held: claims.Claim, trial: CheckedTrial, outcome: Outcome) -> None:
-        reports = sorted(trial.reported.items())
-        value = reports[-1][1] if outcome.state == TrialState.PRUNED and reports else outcome.value
+        reports = [point for _, point in sorted(trial.reported.items())]
+        value = reports[-1].value if outcome.state == TrialState.PRUNED and reports else outcome.value
         result = Result(token=held.token, state=outcome.state, value=value, attrs=outcome.attrs, reports=reports)
         told: dict[str, Any] = {"trial": held.number, "attempt": held.attempt}
         try:
@@ -421,8 +426,15 @@ class Slot:
     def _note_outage(self, error: BaseException) -> bool:
         if is_outage(error):
             self._away_at = time.monotonic()
+            self._tell_alive("waiting")
             return True
         return False
+
+    def _tell_alive(self, how: Literal["batch", "waiting"]) -> None:
+        now = time.monotonic()
+        if now - self._alive_at >= ALIVE_S:
+            self._alive_at = now
+            self._emit(Event(event=how))
 
 
 def pruner_on(storage: PostgresStorage, study_id: int, spec: PrunerSpec) -> BasePruner:
@@ -464,39 +476,16 @@ def main() -> None:
     if not line:
         return
     orders, worker = Orders(stream), os.getppid()
-    threading.Thread(target=_end_in_time, args=(orders.stop,), daemon=True).start()
+    threading.Thread(target=end_in_time, args=(orders.stop,), daemon=True).start()
     try:
         Slot(SlotConfig.model_validate_json(line), emit, orders).run()
     except BrokenDeviceError as error:
         emit(Event(event="broken", message=str(error)))
-        _exit_again(worker)
+        exit_again(worker)
     except (TunerError, StorageError, ValidationError) as error:
         code = EXIT_UNREACHABLE if isinstance(error, UnreachableError) else getattr(error, "exit_code", 1)
         emit(Event(event="refused", message=str(error), exit_code=code))
         sys.exit(code)
     finally:
         if os.getppid() != worker:
-            _end_group()
-
-
-def _exit_again(worker: int) -> NoReturn:
-    """End this process at once: to free what is left on a device that failed could abort it."""
-    if os.getppid() != worker:
-        _end_group()
-    with suppress(OSError, ValueError, AttributeError):  # nobody reads it, or the objective did away with it
-        sys.stdout.flush()
-        sys.stderr.flush()
-    os._exit(EXIT_AGAIN)
-
-
-def _end_in_time(stop: threading.Event) -> None:
-    """End this process, whatever its trial does, if it was to stop and nobody has ended it by then."""
-    stop.wait()
-    threading.Event().wait(LAST_S)
-    _end_group()
-
-
-def _end_group() -> None:
-    """End this process and all that it started at once, as its worker does for one that has ended."""
-    with suppress(ProcessLookupError):  # started by hand, and in the group of somebody else
-        os.killpg(os.getpid(), signal.SIGKILL)
+            end_group()

@@ -16,6 +16,7 @@ from storage.coordination import claims, delivery
 from storage.coordination.delivery import Result
 from storage.database.errors import InvalidWriteError
 from storage.database.sessions import Sessions
+from storage.trials.curves import CurvePoint
 from tuner import files
 
 _STATES: Final[dict[TrialState, Literal["COMPLETE", "PRUNED", "FAIL"]]] = {
@@ -36,7 +37,8 @@ class _File(BaseModel):
     state: Literal["COMPLETE", "PRUNED", "FAIL"]
     value: float | None
     attrs: dict[str, Any]
-    reports: list[tuple[int, float]]
+    reports: list[CurvePoint | tuple[int, float]]
+    """Pairs of step and value in files of version 0.1."""
 
 
 class Spool:
@@ -93,7 +95,7 @@ class Spool:
                 state=TrialState[kept.state],
                 value=kept.value,
                 attrs=kept.attrs,
-                reports=kept.reports,
+                reports=[_point(report) for report in kept.reports],
             )
             try:
                 how = delivery.deliver(sessions, study_id, budget, result)
@@ -108,6 +110,10 @@ class Spool:
             became = "is delivered" if how == "delivered" else "came too late and is dropped"
             message = f"trial {kept.number}: its result, kept while the database was away, {became}"
             log(f"result_{how}", message, kept.number)
+
+
+def _point(report: CurvePoint | tuple[int, float]) -> CurvePoint:
+    return report if isinstance(report, CurvePoint) else CurvePoint(step=report[0], value=report[1])
 
 
 def _put_aside(path: Path) -> Path:

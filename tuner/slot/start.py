@@ -6,6 +6,7 @@ makes sure of the study: the slot can begin as soon as it is configured.
 
 from __future__ import annotations
 
+import faulthandler
 import io
 import os
 import signal
@@ -22,6 +23,9 @@ def main() -> None:
     # what the objective starts would inherit.
     signal.signal(signal.SIGTERM, lambda *_: None)
     os.register_at_fork(after_in_child=lambda: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+    # For a worker that asks where a trial hangs: all threads' stacks, written without taking the interpreter's lock. On
+    # a stream of its own, as an objective may close this one. Readers of samples, which are forked, have it too.
+    faulthandler.register(signal.SIGQUIT, file=os.fdopen(os.dup(2), "w"), all_threads=True)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # the worker reads UTF-8, a line at a time, whatever the locale
             stream.reconfigure(encoding="utf-8", errors="backslashreplace", line_buffering=True)

@@ -352,6 +352,8 @@ def plan(
     training: TrainingSpec = TrainingSpec(),  # noqa: B008 - frozen
     checkpoints: str = Spec.model_fields["checkpoints"].default,
     checkpoint_every_s: float = Spec.model_fields["checkpoint_every_s"].default,
+    trial_timeout_s: float | None = None,
+    watchdog: bool | None = None,
     option_texts: Mapping[str, str] = MappingProxyType({}),
 ) -> tuple[Spec, Objective | None]:
     """Return the checked spec of a study of `kind`, and the objective (None for a plain function).
@@ -402,6 +404,8 @@ def plan(
         training=training,
         checkpoints=checkpoints,
         checkpoint_every_s=checkpoint_every_s,
+        trial_timeout_s=trial_timeout_s,
+        watchdog=watchdog,
     )
     return spec, objective
 

@@ -47,6 +47,7 @@ class Evaluation:
         at_least: int = 1,
         predictions: Predictions | None = None,
         precision: Precision = "fp32",
+        alive: Callable[[], None] = lambda: None,
         log: Callable[[str], None] = lambda _: None,
     ) -> None:
         self._model = model
@@ -55,6 +56,7 @@ class Evaluation:
         self._at_least = at_least
         self._predictions = predictions
         self._precision = precision
+        self._alive = alive
         self._log = log
         self._read_at_once = min(len(rows), _rows_by_inputs(rows, device, at_least))
         self._probed = min(self._read_at_once, max(at_least, PROBED_ROWS))
@@ -124,6 +126,7 @@ class Evaluation:
         """Yield what the model is called on: all rows, in order."""
         assert self._at_once is not None
         for batch in self._batches.in_order():
+            self._alive()
             if batch.n_rows <= self._at_once:
                 yield batch
                 continue

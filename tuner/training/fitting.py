@@ -48,8 +48,10 @@ class Interrupted(Exception):  # noqa: N818 - not an error: a request, like Keyb
 class Options:
     """How to train, whatever the objective. `channels_last` None: for models with 2-d convolutions on CUDA.
 
-    Training ends `patience` epochs after the best one so far. `data`, `readers`, `prefetch` and `deterministic` are
-    seen to before, by `tuner.training.batches.place`, `tuner.data.Data.read_by` and `tuner.seeds.set_deterministic`.
+    Training ends `patience` epochs after the best one so far. With `train_metrics` the training split is evaluated
+    after each epoch as the validation split is: in eval mode, and as it is read, with whatever is random in that.
+    `data`, `readers`, `prefetch` and `deterministic` are seen to before, by `tuner.training.batches.place`,
+    `tuner.data.Data.read_by` and `tuner.seeds.set_deterministic`.
     """
 
     precision: Precision = "fp32"
@@ -61,19 +63,23 @@ class Options:
     data: DataPlace = "auto"
     readers: int | None = None
     prefetch: int | None = None
+    train_metrics: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
 class Epoch:
     """What one epoch gave: its number, counted from 1; the mean training loss over its rows; and each metric
-    over the whole validation split (empty without one). `rows` is how many were trained on, `train_s` how long
-    that took, `wait_s` of it waiting for rows to be read, `evaluate_s` how long the evaluation took. `rates` are the
-    learning rates of a schedule that follows a metric, empty for one that follows the epochs alone."""
+    over the whole validation split (empty without one), and over the training split (where that is asked for). `rows`
+    is how many were trained on, `train_s` how long that took, `wait_s` of it waiting for rows to be read, `evaluate_s`
+    how long the evaluation took. `rates` are the learning rates that it was trained with, which `follow_metric` if the
+    schedule does."""
 
     number: int
     train_loss: float
     metrics: Mapping[str, float]
+    train_metrics: Mapping[str, float] = field(default_factory=dict)
     rates: Rates = ()
+    follow_metric: bool = False
     rows: int = 0
     train_s: float = field(default=0.0, compare=False)
     wait_s: float = field(default=0.0, compare=False)
@@ -90,9 +96,10 @@ class Run:
 
     `metric` and `direction` say which epoch is best, for `patience`. Training ends after the epoch `until` of the
     schedule's; `rates`, of each epoch, are what one that follows a metric gave before, and gives again. `check` is
-    called before each batch, and ends the training by what it raises. With a `checkpoint` the training goes on where it
-    was saved; `on_resume` is called once with the epochs that had ended then. What is `resumable` and raised by a
-    callback has the checkpoint written before it passes through. `log` takes a line for people.
+    called before each batch, and ends the training by what it raises; `alive` before each batch of an evaluation.
+    With a `checkpoint` the training goes on where it was saved; `on_resume` is called once with the epochs that had
+    ended then. What is `resumable` and raised by a callback has the checkpoint written before it passes through. `log`
+    takes a line for people.
     """
 
     options: Options = Options()
@@ -103,6 +110,7 @@ class Run:
     checkpoint: Checkpoint | None = None
     resumable: tuple[type[Exception], ...] = (Interrupted,)
     check: Callable[[], None] = _nothing
+    alive: Callable[[], None] = _nothing
     on_resume: Callable[[Sequence[Epoch]], None] = _nothing
     log: Callable[[str], None] = _nothing
 
@@ -160,23 +168,25 @@ def fit(
         log=run.log,
     )
     training = _Training(model, train, optimizer, scheduler, step, device, batch_size=batch_size, seed=seed, run=run)
-    evaluation = (
+    evaluation, on_train = (
         None
-        if valid is None
+        if rows is None
         else Evaluation(
             model,
-            valid,
+            rows,
             device,
             at_least=batch_size,
             predictions=predictions,
             precision=options.precision,
+            alive=run.alive,
             log=run.log,
         )
+        for rows in (valid, train if options.train_metrics and valid is not None else None)
     )
     with ExitStack() as stack:
         stack.enter_context(current(device))
         stack.enter_context(matrix_products(options.precision))
-        for opened in (run.checkpoint, training, evaluation):
+        for opened in (run.checkpoint, training, evaluation, on_train):
             if opened is not None:
                 stack.callback(opened.close)
         try:
@@ -185,9 +195,10 @@ def fit(
             while len(training.history) < last and not training.has_stalled():
                 trained = training.train_epoch()
                 started_at = time.perf_counter()
+                train_values = {} if on_train is None else on_train.metrics(metrics)
                 values = {} if evaluation is None else evaluation.metrics(metrics)
                 seconds = time.perf_counter() - started_at
-                epoch = dataclasses.replace(trained, metrics=values, evaluate_s=seconds)
+                epoch = dataclasses.replace(trained, metrics=values, train_metrics=train_values, evaluate_s=seconds)
                 training.end_epoch(epoch)
                 if on_epoch is not None:
                     on_epoch(epoch)
@@ -257,6 +268,7 @@ class _Training:
             train_loss=train_loss,
             metrics={},
             rates=rates,
+            follow_metric=self._schedule.follows_metric,
             rows=self._losses.rows,
             train_s=time.perf_counter() - started_at,
             wait_s=self._batches.waited_s - waited_s,

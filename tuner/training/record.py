@@ -20,7 +20,7 @@ OWN_NAMES = frozenset(
     {
         *("train_loss", "lr", "epoch", "epochs", "seconds", "train_s", "evaluate_s", "wait_s", "samples_per_s"),
         *("seed", "device", "versions", "peak_memory_mb", "peak_reserved_mb"),
-        *("parameters", "trained_parameters", "rates"),
+        *("parameters", "trained_parameters"),
     }
 )
 """What is recorded of a trial and of its epochs beside the metrics, which cannot have these names."""
@@ -59,10 +59,7 @@ class Record:
         self._epochs.append(epoch)
 
     def attrs(self) -> dict[str, Any]:
-        """Return the attributes by name; those of the epochs only if there were any.
-
-        `rates` are the learning rates of each epoch under a schedule that follows a metric, to be replayed.
-        """
+        """Return the attributes by name; those of the epochs only if there were any."""
         peak = peak_of(self._device)
         always: dict[str, Any] = {
             "seed": self._seed,
@@ -75,8 +72,6 @@ class Record:
             always["peak_reserved_mb"] = _mb(peak[1])
         if not self._epochs:
             return always
-        if any(epoch.rates for epoch in self._epochs):
-            always["rates"] = [list(epoch.rates) for epoch in self._epochs]
         train_s = sum(epoch.train_s for epoch in self._epochs)
         rows = sum(epoch.rows for epoch in self._epochs)
         return {

@@ -23,9 +23,9 @@ def wants_metric(schedule: LRScheduler | None) -> bool:
 
 
 class Schedule:
-    """The schedule of one training, and the rates that it gives if it follows a metric.
+    """The schedule of one training, and the rates that it gives.
 
-    `replayed` are the rates of each epoch in another training, which such a schedule gives again.
+    `replayed` are the rates of each epoch in another training, which one that follows a metric gives again.
     """
 
     def __init__(
@@ -37,12 +37,12 @@ class Schedule:
     ) -> None:
         self._schedule: Any = schedule
         self._optimizer = optimizer
-        self._wants_metric = wants_metric(schedule)
-        self._replayed = replayed if self._wants_metric else ()
+        self.follows_metric = wants_metric(schedule)
+        self._replayed = replayed if self.follows_metric else ()
         self._log = log
 
     def start_epoch(self, number: int) -> Rates:
-        """Return the learning rates of an epoch, counted from 1; none of a schedule that follows the epochs alone."""
+        """Return the learning rates of an epoch, counted from 1."""
         groups = self._optimizer.param_groups
         if self._replayed:
             last = self._replayed[min(number, len(self._replayed)) - 1]
@@ -51,13 +51,13 @@ class Schedule:
                     group["lr"].fill_(rate)  # a captured step reads it there
                 else:
                     group["lr"] = rate
-        return tuple(float(group["lr"]) for group in groups if "lr" in group) if self._wants_metric else ()
+        return tuple(float(group["lr"]) for group in groups if "lr" in group)
 
     def end_epoch(self, number: int, train_loss: float, value: float | None) -> None:
         """Step the schedule; `value` is the metric's, where one was computed, and else the training loss is fed."""
         if self._schedule is None or self._replayed:
             return
-        if not self._wants_metric:
+        if not self.follows_metric:
             self._schedule.step()
         elif value is not None or getattr(self._schedule, "mode", "min") == "min":
             self._schedule.step(train_loss if value is None else value)

@@ -16,6 +16,7 @@ from storage.coordination.workers import WorkerSeen
 from storage.database.engine import is_outage
 from storage.database.errors import StorageError
 from storage.database.sessions import Sessions
+from storage.trials.curves import slowest_epoch_s
 from tuner.log import Log
 from tuner.study.joining import Study, budget_now
 from tuner.worker.progress import Snapshot
@@ -44,6 +45,8 @@ class Presence:
         """`seen` is called on the thread, for what is to be told now."""
         self.snapshot: Snapshot | None = None
         """How the study was when it was looked at last."""
+        self.slowest_s = 0.0
+        """The slowest epoch of the study when the first was found; 0 before."""
         self._sessions = Sessions(engine)
         self._engine = engine
         self._study = study
@@ -144,6 +147,9 @@ class Presence:
 
     def _look(self) -> Snapshot:
         study = self._study
+        if not self.slowest_s:
+            with self._engine.connect() as conn:
+                self.slowest_s = slowest_epoch_s(conn, study.study_id)
         counts = studies.count_states(self._engine, study.study_id)
         best = studies.best_trial(self._engine, study.study_id, study.spec.direction)
         trials = budget_now(self._engine, study).trials

@@ -11,6 +11,7 @@ import sys
 import threading
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import IO, Any
 
 from tuner.worker.slots import SlotPlan
@@ -78,6 +79,12 @@ class SlotProcess:
         with suppress(ProcessLookupError, PermissionError):  # nobody is left; macOS says so by the second
             os.killpg(self._process.pid, signal.SIGKILL)
 
+    def show_stacks(self) -> None:
+        """Have the process, and those that it forked, write to stderr where each of their threads is."""
+        for pid in () if self._is_over else (self._process.pid, *_forked(self._process.pid)):
+            with suppress(ProcessLookupError, PermissionError):
+                os.kill(pid, signal.SIGQUIT)
+
     def exit_code(self) -> int:
         """Wait for the process, whose end was reported, and return its exit code."""
         return self._process.wait()
@@ -98,3 +105,21 @@ class SlotProcess:
         for reader in readers:
             reader.join(LAST_OUTPUT_S)
         self._inbox.put(Message(kind="end", slot=self.plan.number))
+
+
+def _forked(pid: int) -> list[int]:
+    """Return the children of a process that run its own program, as its readers of samples do; none but on Linux."""
+    try:
+        own = Path(f"/proc/{pid}/cmdline").read_bytes()
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        return [int(child) for child in children if Path(f"/proc/{child}/cmdline").read_bytes() == own]
+    except OSError:
+        return []
+
+
+def current_directory() -> str:
+    """Return where slots are started."""
+    try:
+        return os.getcwd()
+    except FileNotFoundError:  # it was deleted, and libraries of torch's would not load there
+        return os.sep

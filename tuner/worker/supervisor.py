@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import queue
 import threading
 import time
 import uuid
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from sqlalchemy import Engine
 from sqlalchemy.exc import SQLAlchemyError
 
 from storage.coordination import claims
-from storage.coordination.workers import SlotSeen, SlotState, WorkerSeen
+from storage.coordination.workers import SlotSeen, WorkerSeen
 from storage.database.engine import is_outage
 from storage.database.errors import StorageError, StudyNotFoundError
 from tuner.errors import TunerError, WorkerInterrupted
@@ -26,13 +25,14 @@ from tuner.log import Log
 from tuner.slot import prints
 from tuner.study.joining import Study, why_failed
 from tuner.versions import versions
-from tuner.worker.breaker import Breaker
+from tuner.worker.known_slot import KnownSlot
 from tuner.worker.presence import LIVE_PROGRESS_S, PROGRESS_S, Presence
 from tuner.worker.progress import Progress
 from tuner.worker.signals import TOGETHER_S, signals_into
-from tuner.worker.slot_process import Inbox, SlotProcess
+from tuner.worker.slot_process import Inbox, SlotProcess, current_directory
 from tuner.worker.slots import SlotPlan
-from tuner.worker.telling import describe, printed, reported
+from tuner.worker.telling import describe, hung, printed, reported
+from tuner.worker.watchdog import Watchdog
 
 DRAIN_S = 9.0
 """How long slots have to give their trials back once the worker is asked to stop; it has ended a second later."""
@@ -45,6 +45,10 @@ EXIT_AGAIN = 75
 """The exit code of a slot that has to go on in a new process, as `tuner.slot.slot` defines it."""
 
 
+_SILENT = ("wants_trial", "nothing", "batch", "waiting", "refused", "done")
+"""What slots tell that is no event of the log."""
+
+
 class Slots:
     """The slots of a worker, started before the study is known so that importing torch overlaps with the rest.
 
@@ -53,9 +57,9 @@ class Slots:
 
     def __init__(self, plans: Sequence[SlotPlan], objective: str) -> None:
         self._objective = objective
-        self._directory = _current_directory()
+        self._directory = current_directory()
         self.inbox: Inbox = queue.SimpleQueue()
-        self.all = [_Slot(plan=plan, process=self.start(plan), device=plan.shown) for plan in plans]
+        self.all = [KnownSlot(plan=plan, process=self.start(plan), device=plan.shown) for plan in plans]
 
     def start(self, plan: SlotPlan) -> SlotProcess:
         """Start the process of a slot, in the directory of the first ones: an objective may have changed this one's."""
@@ -65,40 +69,6 @@ class Slots:
         """Kill what still runs; for the way out of an error."""
         for slot in self.all:
             slot.process.kill()
-
-
-@dataclass(kw_only=True)
-class _Slot:
-    """A slot as the worker knows it.
-
-    `may_claim` from when it was told to claim a trial until it has none any more; `wants` while it waits to be told;
-    `waits_alone` while it holds a trial that ran out of memory, and nothing on its device.
-    """
-
-    plan: SlotPlan
-    process: SlotProcess
-    device: str
-    state: SlotState = "starting"
-    held: claims.Claim | None = None
-    epoch: int | None = None
-    wants: bool = False
-    may_claim: bool = False
-    waits_alone: bool = False
-    was_ready: bool = False
-    deaths: int = 0
-    breaker: Breaker = field(default_factory=Breaker)
-    failed_by: str | None = None
-    last_trial: int | None = None
-    prints_for: int | None = None
-    is_paused: bool = False
-    since: float = field(default_factory=time.monotonic)
-    told_at: float = -math.inf
-    restart_at: float | None = None
-
-    def let_go(self, state: SlotState) -> None:
-        """Have no trial any more."""
-        self.held, self.epoch, self.may_claim, self.waits_alone = None, None, False, False
-        self.state = state
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,7 +111,8 @@ class Worker:
         self._kill_at: float | None = None
         self._started_at = time.monotonic()
         self._idle_since: float | None = None
-        self._alone: dict[str, _Slot] = {}  # by device, the slot that has it to itself
+        self._watchdog = Watchdog(study.spec.trial_timeout_s, study.spec.watchdog)
+        self._alone: dict[str, KnownSlot] = {}  # by device, the slot that has it to itself
 
     def run(self) -> None:
         """Return when nothing is left to do.
@@ -185,7 +156,7 @@ class Worker:
         self._raise_if_failed()
         self._log.event("done", f"nothing left to do: {self._reason}")
 
-    def _config_of(self, slot: _Slot) -> dict[str, Any]:
+    def _config_of(self, slot: KnownSlot) -> dict[str, Any]:
         plan = slot.plan
         own = {"slot": plan.number, "device": plan.own_device, "shown_device": plan.device, "share": plan.share}
         return {**self._config, **own}
@@ -255,6 +226,7 @@ class Worker:
             if slot.restart_at is not None and now >= slot.restart_at:
                 slot.restart_at = None
                 self._restart(slot)
+        self._kill_hung(now)
         if any(slot.held is not None for slot in self._slots):
             self._idle_since = None
         idle_exit_s = self._limits.idle_exit_s
@@ -262,6 +234,19 @@ class Worker:
             self._end(f"no trial to claim for {idle_exit_s:g} s")
         if self._limits.timeout_s is not None and now - self._started_at >= self._limits.timeout_s:
             self._grant()
+
+    def _kill_hung(self, now: float) -> None:
+        self._watchdog.slowest_s = max(self._watchdog.slowest_s, self._presence.slowest_s)
+        for number, hang in self._watchdog.look(now).items():
+            slot = self._slots[number]
+            self._say(
+                slot,
+                "hung",
+                hung(slot.last_trial, _named(slot), hang.reason),
+            )
+            slot.process.show_stacks()
+        for number in self._watchdog.to_kill(now):
+            self._slots[number].process.kill()
 
     # Leave to claim
 
@@ -271,6 +256,7 @@ class Worker:
             if slot.waits_alone and not self._is_in_use_beside(slot):
                 self._alone[slot.device] = slot
                 slot.waits_alone = False
+                self._watchdog.start(slot.plan.number, time.monotonic())
                 slot.process.send("alone")
         closed = self._closed()
         for slot in self._slots:
@@ -293,7 +279,7 @@ class Worker:
     def _is_reserved(self, device: str) -> bool:
         return device in self._alone or any(slot.waits_alone and slot.device == device for slot in self._slots)
 
-    def _is_in_use_beside(self, slot: _Slot) -> bool:
+    def _is_in_use_beside(self, slot: KnownSlot) -> bool:
         if slot.device in self._alone:
             return True
         others = (other for other in self._slots if other is not slot and other.device == slot.device)
@@ -301,34 +287,35 @@ class Worker:
 
     # What slots tell
 
-    def _handle_event(self, slot: _Slot, event: dict[str, Any]) -> None:
+    def _handle_event(self, slot: KnownSlot, event: dict[str, Any]) -> None:
         name = event.pop("event")
+        self._watchdog.sign(slot.plan.number, time.monotonic(), is_batch=name == "batch")
         handle = getattr(self, f"_on_{name}", None)
         if handle is not None:
             handle(slot, event)
         text = describe(name, event, slot.plan.number, slot.device, self._study.spec.metric)
-        if name not in ("wants_trial", "nothing", "refused", "done") and (text or self._log.format == "json"):
+        if name not in _SILENT and (text or self._log.format == "json"):
             message = event.pop("message", "")
             self._say(slot, name, text or message, **event)
         if name in ("trial_ended", "trial_released", "result_kept"):
             self._give_up_trial(slot)
         self._grant()
 
-    def _on_ready(self, slot: _Slot, event: dict[str, Any]) -> None:
+    def _on_ready(self, slot: KnownSlot, event: dict[str, Any]) -> None:
         slot.device, slot.state, slot.was_ready, slot.deaths = event["device"], "idle", True, 0
         self._presence.tell()
 
-    def _on_wants_trial(self, slot: _Slot, _: dict[str, Any]) -> None:
+    def _on_wants_trial(self, slot: KnownSlot, _: dict[str, Any]) -> None:
         slot.wants = True
 
-    def _on_nothing(self, slot: _Slot, event: dict[str, Any]) -> None:
+    def _on_nothing(self, slot: KnownSlot, event: dict[str, Any]) -> None:
         if event["paused"] and not slot.is_paused:
             self._say(slot, "paused", f"slot {slot.plan.number} waits: {event['message']}")
         slot.is_paused, slot.may_claim = event["paused"], False
         if self._idle_since is None:
             self._idle_since = time.monotonic()
 
-    def _on_trial_started(self, slot: _Slot, event: dict[str, Any]) -> None:
+    def _on_trial_started(self, slot: KnownSlot, event: dict[str, Any]) -> None:
         slot.held = claims.Claim(
             study_id=self._study.study_id,
             trial_id=event.pop("trial_id"),
@@ -338,57 +325,65 @@ class Worker:
         )
         slot.state, slot.since, slot.is_paused = "running", time.monotonic(), False
         slot.told_at = slot.since
+        self._watchdog.start(slot.plan.number, slot.since)
         slot.last_trial = event["trial"]
         self._presence.tell()
 
-    def _on_report(self, slot: _Slot, event: dict[str, Any]) -> None:
+    def _on_report(self, slot: KnownSlot, event: dict[str, Any]) -> None:
         slot.epoch = event["epoch"]
         now = time.monotonic()
+        self._watchdog.report(slot.plan.number, now, event.get("seconds"))
         if self._log.format == "text" and not self._log.console.is_terminal and now - slot.told_at >= REPORTS_S:
             slot.told_at = now
             self._say(slot, "report", reported(event, slot.plan.number, self._study.spec.metric))
 
-    def _on_out_of_memory(self, slot: _Slot, _: dict[str, Any]) -> None:
+    def _on_out_of_memory(self, slot: KnownSlot, _: dict[str, Any]) -> None:
+        self._watchdog.end(slot.plan.number)
         slot.waits_alone = True
 
-    def _on_trial_ended(self, slot: _Slot, _: dict[str, Any]) -> None:
+    def _on_trial_ended(self, slot: KnownSlot, _: dict[str, Any]) -> None:
         slot.breaker.succeeded()
         self._n_ended += 1
 
     def _on_result_kept(self, *_: Any) -> None:
         self._n_ended += 1
 
-    def _on_trial_released(self, slot: _Slot, event: dict[str, Any]) -> None:
+    def _on_trial_released(self, slot: KnownSlot, event: dict[str, Any]) -> None:
         if event.get("failure") == "infrastructure":
             slot.failed_by = event["message"]
 
-    def _on_broken(self, slot: _Slot, event: dict[str, Any]) -> None:
+    def _on_broken(self, slot: KnownSlot, event: dict[str, Any]) -> None:
         slot.failed_by = event["message"]
 
-    def _on_refused(self, _: _Slot, event: dict[str, Any]) -> None:
+    def _on_refused(self, _: KnownSlot, event: dict[str, Any]) -> None:
         if self._refusal is None and not self._is_draining:
             self._refusal = TunerError(event["message"], event["exit_code"])
             self._drain()
 
-    def _on_done(self, slot: _Slot, event: dict[str, Any]) -> None:
+    def _on_done(self, slot: KnownSlot, event: dict[str, Any]) -> None:
         self._reason = event["message"]
         self._is_finished = True
         slot.may_claim = False
         self._end_paused()
 
-    def _give_up_trial(self, slot: _Slot) -> None:
+    def _give_up_trial(self, slot: KnownSlot) -> None:
         if self._alone.get(slot.device) is slot:
             del self._alone[slot.device]
+        self._watchdog.end(slot.plan.number)
         slot.let_go("idle")
         self._presence.tell()
 
     # What becomes of slots that end
 
-    def _handle_end(self, slot: _Slot) -> None:
+    def _handle_end(self, slot: KnownSlot) -> None:
         code = slot.process.exit_code()
         how = f"signal {-code}" if code < 0 else f"exit code {code}"
+        hang = self._watchdog.end(slot.plan.number)
         if slot.held is not None:
             why = claims.GivenBack(outcome="lost", reason=f"its process died ({how})", counts=not self._is_draining)
+            if hang is not None:
+                why = hang.given_back
+                self._n_ended += hang.is_final
             self._presence.release(slot.held, why)
         self._give_up_trial(slot)
         slot.wants = False
@@ -396,13 +391,13 @@ class Worker:
             slot.state = "ended"
         elif not slot.was_ready:
             self._handle_death_at_start(slot, how)
-        elif code == EXIT_AGAIN and slot.failed_by is None:
+        elif hang is not None or (code == EXIT_AGAIN and slot.failed_by is None):
             self._restart(slot)  # its last trial ended, and took the process along
         else:
             self._handle_failure(slot, slot.failed_by or how)
         self._grant()
 
-    def _handle_death_at_start(self, slot: _Slot, how: str) -> None:
+    def _handle_death_at_start(self, slot: KnownSlot, how: str) -> None:
         slot.deaths += 1
         message = slot.failed_by or (
             f"slot {slot.plan.number} died {MAX_DEATHS} times in a row before it had a trial, last by {how}:"
@@ -416,9 +411,9 @@ class Worker:
         self._refusal = TunerError(message)
         self._drain()
 
-    def _handle_failure(self, slot: _Slot, how: str) -> None:
+    def _handle_failure(self, slot: KnownSlot, how: str) -> None:
         pause_s = slot.breaker.failed(slot.last_trial, time.monotonic() - slot.since)
-        named = f"slot {slot.plan.number} ({slot.device})"
+        named = _named(slot)
         if not pause_s:
             self._say(slot, "slot_died", f"{named} died ({how}); starting it again")
             self._restart(slot)
@@ -428,7 +423,7 @@ class Worker:
         self._say(slot, "slot_broken", f"{named} failed again and again, last by {how}; pausing it for {pause_s:g} s")
         self._presence.tell()
 
-    def _restart(self, slot: _Slot) -> None:
+    def _restart(self, slot: KnownSlot) -> None:
         slot.state, slot.failed_by, slot.last_trial, slot.since = "starting", None, None, time.monotonic()
         slot.prints_for = None
         slot.process = self._start(slot.plan)
@@ -449,14 +444,14 @@ class Worker:
             versions=versions(),
         )
 
-    def _say_printed(self, slot: _Slot, line: str) -> None:
+    def _say_printed(self, slot: KnownSlot, line: str) -> None:
         trial = slot.prints_for
         text, slot.prints_for = prints.read(line, trial)
         if text is not None:
             shown = printed(text, slot.plan.number, trial) if self._log.format == "text" else text
             self._say(slot, "slot_stderr", shown, trial=trial)
 
-    def _say(self, slot: _Slot, event: str, text: str, **fields: Any) -> None:
+    def _say(self, slot: KnownSlot, event: str, text: str, **fields: Any) -> None:
         held = slot.held
         now = {
             "slot": slot.plan.number,
@@ -480,8 +475,5 @@ class Worker:
             raise TunerError(why)
 
 
-def _current_directory() -> str:
-    try:
-        return os.getcwd()
-    except FileNotFoundError:  # it was deleted, and libraries of torch's would not load there
-        return os.sep
+def _named(slot: KnownSlot) -> str:
+    return f"slot {slot.plan.number} ({slot.device})"

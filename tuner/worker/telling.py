@@ -17,6 +17,11 @@ def reported(event: dict[str, Any], number: int, metric: str) -> str:
     return f"trial {event['trial']}, {step}: {metric} {event['value']:.6g}{loss} (slot {number})"
 
 
+def hung(trial: int | None, slot: str, reason: str) -> str:
+    """Return what is told before a slot is killed, and what it wrote of its threads."""
+    return f"trial {trial} hangs: {reason}; {slot} is to say where its threads are, and is killed"
+
+
 def describe(name: str, event: dict[str, Any], number: int, device: str, metric: str) -> str | None:
     """Return what to tell people about an event of slot `number`, None for nothing."""
     because = f": {event['message']}" if "message" in event else ""

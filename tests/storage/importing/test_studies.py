@@ -12,12 +12,14 @@ import pytest
 from optuna.distributions import FloatDistribution
 from optuna.trial import TrialState, create_trial
 from origins import PARAMS, SPACE, a_journal, here, imported, set_up_every_kind
-from sqlalchemy import event
+from sqlalchemy import event, func, select
 
-from storage import StudyExistsError, StudyNotFoundError, open_engine, open_storage
-from storage.coordination import studies
+from storage import PostgresStorage, StudyExistsError, StudyNotFoundError, open_engine, open_storage
+from storage.coordination import claims, studies
+from storage.database.tables import tuner_curves
 from storage.importing.sources import Source, open_source
 from storage.importing.studies import IMPORTED_FROM, import_studies
+from storage.trials.curves import CurvePoint, curves
 
 
 def comparable(trial):
@@ -321,6 +323,31 @@ def test_the_number_of_statements_does_not_grow_with_the_trials(journal, target)
     imported(journal, target, new_name="many")
     assert study.study_name == "s"
     assert len(seen) == few
+
+
+def test_the_curves_of_another_tuner_database_come_along(another_database, target):
+    budget = claims.Budget(trials=9, timeout_s=None, max_failures=3, max_attempts=2)
+    details = {"train_loss": 0.1, "seconds": 2.5, "rates": (1e-7, None), "metrics": {"f1": 5e-324, "odd": None}}
+    epochs = [CurvePoint(step=step, value=0.5, **details, train_metrics={"f1": 1.0}) for step in (1, 2)]
+    elsewhere = PostgresStorage(another_database)
+    study_id = studies.create_study(elsewhere.engine, "s", "maximize", {"version": 1}, {}, "f1").study_id
+    studies.create_study(target, "other", "maximize", {"version": 1}, {}, "f1")  # other ids than there
+    for values in ([0.5], None):
+        held = claims.claim(elsewhere.sessions, study_id, budget, claims.Holder(worker="test"))
+        elsewhere.hold(held)
+        for point in epochs:
+            elsewhere.report(held.trial_id, point)
+        if values is not None:
+            elsewhere.set_trial_state_values(held.trial_id, TrialState.COMPLETE, values)
+    for _ in range(2):
+        with open_source(another_database) as source:
+            import_studies(source, target)
+    with target.connect() as conn:
+        assert curves(conn, studies.find_study(target, "s").study_id) == {
+            0: epochs
+        }  # the other one waits, without what it had reported
+        assert conn.scalar(select(func.count()).select_from(tuner_curves)) == 2
+    elsewhere.engine.dispose()
 
 
 def test_a_study_of_another_tuner_database_keeps_its_spec(database, another_database, target):

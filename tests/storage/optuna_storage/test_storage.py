@@ -24,6 +24,7 @@ from storage.coordination import claims
 from storage.coordination.claims import Budget, Claim
 from storage.database import tables
 from storage.database.sessions import Sessions
+from storage.trials.curves import CurvePoint
 from storage.trials.frozen import LazyTrial, is_bare
 
 BUDGET = Budget(trials=100, timeout_s=None, max_failures=100, max_attempts=9)
@@ -99,8 +100,10 @@ def statements(storage: PostgresStorage) -> Iterator[list[str]]:
         event.remove(storage.engine, "before_cursor_execute", remember)
 
 
+EPOCH = CurvePoint(step=1, value=0.5, train_loss=0.25, seconds=1.0, rates=(0.1,), metrics={"accuracy": 0.5})
 WRITES = {
     "report": lambda storage, trial: storage.set_trial_intermediate_value(trial, 1, 0.5),
+    "epoch": lambda storage, trial: storage.report(trial, EPOCH),
     "param": lambda storage, trial: storage.set_trial_param(trial, "x", 0.5, X),
     "user attribute": lambda storage, trial: storage.set_trial_user_attr(trial, "key", 1),
     "system attribute": lambda storage, trial: storage.set_trial_system_attr(trial, "key", 1),
@@ -344,7 +347,7 @@ def test_a_report_is_one_statement_and_so_are_the_other_writes(storage, study_id
     held = claimed(storage, study_id)
     storage.hold(held)
     several = {"attributes": lambda storage, trial: storage.set_trial_user_attrs(trial, {"a": 1, "b": 2})}
-    for name, write in list({**several, **WRITES}.items())[:6]:
+    for name, write in list({**several, **WRITES}.items())[:7]:
         with statements(storage) as sent:
             write(storage, held.trial_id)
         assert len(sent) == 1, (name, sent)

@@ -62,16 +62,16 @@ def test_a_best_epoch_that_is_none_is_the_last(exporting, epoch):
 
 
 def test_a_schedule_that_follows_a_metric_gives_the_rates_of_the_trial(exporting):
-    exporting.start(code(more=PLATEAU), epoch=3, attrs={"rates": [[0.05], [0.05], [0.02], [0.01]]})
+    exporting.start(code(more=PLATEAU), epoch=3, rates=[[0.05], [0.05], [0.02], [0.01]])
     manifest = exporting().manifest
     assert _rates(exporting) == [0.05, 0.05, 0.02]
     assert manifest.retraining == Retraining(schedule="replayed", schedule_epochs=20)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("attrs", [{}, {"rates": "fast"}, {"rates": [["fast"]]}])
-def test_a_trial_without_recorded_rates_says_so(exporting, attrs):
-    exporting.start(code(more=PLATEAU), epoch=3, attrs=attrs)
+@pytest.mark.parametrize("rates", [[], [[], []], [[0.02], [None]]])
+def test_a_trial_without_recorded_rates_says_so(exporting, rates):
+    exporting.start(code(more=PLATEAU), epoch=3, rates=rates)
     manifest = exporting().manifest
     assert _rates(exporting) == [0.05] * 3
     assert manifest.retraining.schedule == "unrecorded"

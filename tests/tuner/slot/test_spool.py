@@ -1,5 +1,6 @@
 """Results that the database could not take are kept on disk, and delivered once to the trial that they are of."""
 
+import json
 import uuid
 from dataclasses import replace
 
@@ -7,12 +8,14 @@ import pytest
 from optuna.trial import TrialState
 from sqlalchemy import text
 
-from storage import PostgresStorage, open_storage
+from storage import PostgresStorage, open_engine, open_storage
 from storage.coordination import claims, studies
 from storage.coordination.delivery import Result
+from storage.trials.curves import CurvePoint, curves
 from tuner.slot.spool import Spool
 
 BUDGET = claims.Budget(trials=3, timeout_s=None, max_failures=3, max_attempts=3)
+LAST = CurvePoint(step=2, value=0.75, train_loss=0.4, seconds=1.0, rates=(0.1,), metrics={"value": 0.75, "f1": None})
 HOLDER = claims.Holder(worker="gpu-1:7")
 
 
@@ -39,7 +42,7 @@ def a_result(held, **changes):
         state=TrialState.COMPLETE,
         value=0.75,
         attrs={"seconds": 1.5},
-        reports=[(1, 0.5), (2, 0.75)],
+        reports=[CurvePoint(step=1, value=0.5), LAST],
     )
     return replace(result, **changes)
 
@@ -59,7 +62,7 @@ def trials(database):
     return open_storage(database).get_all_trials(1)
 
 
-def check_delivered(database):
+def check_delivered(database, *, details=True):
     (trial,) = trials(database)
     assert (trial.state, trial.value, trial.intermediate_values, trial.user_attrs) == (
         TrialState.COMPLETE,
@@ -67,6 +70,12 @@ def check_delivered(database):
         {1: 0.5, 2: 0.75},
         {"seconds": 1.5},
     )
+    engine = open_engine(database)
+    with engine.connect() as conn:
+        assert curves(conn, 1) == {
+            0: [CurvePoint(step=1, value=0.5), LAST if details else CurvePoint(step=2, value=0.75)]
+        }
+    engine.dispose()
 
 
 def test_a_result_is_delivered_with_its_reports_and_attributes(storage, study_id, held, database, tmp_path):
@@ -78,6 +87,15 @@ def test_a_result_is_delivered_with_its_reports_and_attributes(storage, study_id
     assert not path.exists()
     with storage.engine.connect() as conn:
         assert conn.execute(text("select outcome from tuner_attempts")).scalars().all() == ["complete"]
+
+
+def test_a_result_that_version_0_1_kept_is_delivered(storage, study_id, held, database, tmp_path):
+    spool = Spool(tmp_path)
+    path = spool.add("s", held.number, a_result(held))
+    kept = json.loads(path.read_text())
+    path.write_text(json.dumps({**kept, "reports": [[1, 0.5], [2, 0.75]]}))
+    assert deliver(spool, storage, study_id) == ["result_delivered"]
+    check_delivered(database, details=False)
 
 
 def test_a_result_of_a_trial_that_waits_again_is_delivered(storage, study_id, held, database, tmp_path):

@@ -62,10 +62,11 @@ def _falling(optimizer):
     ("build", "wants"),
     [(_falling, True), (Halving, True), (lambda its: CosineAnnealingLR(its, 4), False), (LinearLR, False)],
 )
-def test_only_a_schedule_that_follows_a_metric_has_its_rates_recorded(build, wants):
+def test_an_epoch_says_whether_its_rates_follow_a_metric(build, wants):
     assert wants_metric(build(torch.optim.SGD(nn.Linear(1, 1).parameters(), lr=0.5))) == wants
     _, _, history = _train(build)
-    assert [bool(epoch.rates) for epoch in history] == [wants] * 4
+    assert [epoch.follow_metric for epoch in history] == [wants] * 4
+    assert all(epoch.rates for epoch in history)
 
 
 def test_the_rates_are_those_that_each_epoch_was_trained_with():
