@@ -37,6 +37,7 @@ from tuner.training.loaders import (
     loader_of,
     planned,
     read_batch,
+    unwatched,
     watched,
     workers_of,
 )
@@ -135,13 +136,14 @@ class Streamed:
         killing = threading.Timer(CLOSE_S, kill, [workers])
         if workers:
             killing.start()
-        if self._reading is not None:
-            self._reading.close()
-        self._loader = None
-        killing.cancel()
-        kill(workers)
-        for worker in workers:
-            worker.join()
+        with unwatched():
+            if self._reading is not None:
+                self._reading.close()
+            self._loader = None
+            killing.cancel()
+            kill(workers)
+            for worker in workers:
+                worker.join()
         if self._at_exit is not None:
             atexit.unregister(self._at_exit)
 

@@ -8,6 +8,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -133,6 +134,19 @@ def watched(loader: Any) -> Iterator[Any]:
 def workers_of(loader: Any) -> list[Any]:
     """Return the processes that read for this loader, if it has been started."""
     return list(getattr(getattr(loader, "_iterator", None), "_workers", ()))
+
+
+@contextmanager
+def unwatched() -> Iterator[None]:
+    """Let no handler of SIGCHLD raise in the block: torch sets one for others' loaders, and a reader is ended here."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL if handler is None else handler)
 
 
 def kill(workers: Sequence[Any]) -> None:

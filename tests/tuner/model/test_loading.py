@@ -125,5 +125,5 @@ def test_an_export_that_somebody_put_a_pickle_into_is_refused(export_copy, chang
     manifest = read_manifest(export_copy)
     manifest.files[PROGRAM] = sha256_of(path)
     (export_copy / MANIFEST).write_text(manifest.model_dump_json())
-    with pytest.raises(TunerError, match="needs to hold plain tensors and a program, got archive/data"):
+    with pytest.raises(TunerError, match="needs to hold plain tensors and a program, got "):
         tuner.load_model(export_copy)
