@@ -41,13 +41,13 @@ from sqlalchemy import Engine, text
 from sqlalchemy.exc import SQLAlchemyError
 
 from storage import PostgresStorage, StorageError, open_engine
-from storage.coordination import claims, studies, workers
+from storage.coordination import claims, records, standings, studies, workers
 from storage.database.engine import CONNECTIONS_PER_PROCESS
 from storage.database.errors import LeaseLostError
 from storage.database.sessions import Backoff, Sessions
 from storage.optuna_storage.pruning import IndexedPercentilePruner
 
-BUDGET = claims.Budget(trials=10**9, timeout_s=None, max_failures=0, max_attempts=3)
+BUDGET = standings.Budget(trials=10**9, timeout_s=None, max_failures=0, max_attempts=3)
 PROCESSES_PER_WORKER = 2  # the supervisor and its slot
 CALLS = ("report", "should_prune", "claim", "params", "tell", "renew", "seen", "watch")
 
@@ -201,7 +201,7 @@ class Supervisor:
                     watch_due = max(watch_due + watch_s, now)
                     with timed(self.times, "watch"):
                         studies.count_states(self._engine, study.study_id)
-                        studies.best_trial(self._engine, study.study_id, "minimize")
+                        records.best_trial(self._engine, study.study_id, "minimize")
             except (StorageError, SQLAlchemyError) as error:
                 self.errors[_one_line(error)] += 1
                 seen_due, watch_due = max(seen_due, now + 1), max(watch_due, now + 1)

@@ -11,11 +11,11 @@ from optuna.samplers import BaseSampler
 from optuna.storages import RDBStorage, get_storage
 
 from storage import PostgresStorage, parse_url
-from storage.coordination import claims
+from storage.coordination import claims, standings
 from storage.optuna_storage.pruning import IndexedPercentilePruner
 from storage.trials.curves import CurvePoint
 
-BUDGET = claims.Budget(trials=10**9, timeout_s=None, max_failures=0, max_attempts=1)
+BUDGET = standings.Budget(trials=10**9, timeout_s=None, max_failures=0, max_attempts=1)
 
 
 class Side(Protocol):

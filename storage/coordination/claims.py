@@ -5,38 +5,34 @@ from __future__ import annotations
 import datetime as dt
 import json
 import uuid
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import cache
-from typing import Any, Final, Literal, TypeAlias
+from typing import Any, Final, Literal
 
 from sqlalchemy import (
     ColumnElement,
     Connection,
-    Double,
     Insert,
-    Select,
     Text,
     Update,
     and_,
     bindparam,
-    cast,
     delete,
     func,
     insert,
     literal,
-    or_,
     select,
     text,
-    true,
     update,
 )
 from sqlalchemy.dialects.postgresql import UUID
 from sqlalchemy.dialects.postgresql import insert as upsert
 from sqlalchemy.sql.dml import ReturningInsert
 
-from storage.coordination.alike import N_ALIKE, failed_alike
-from storage.database.errors import StudyNotFoundError, TrialNotRunningError
-from storage.database.sessions import OUTAGE_S, Sessions
+from storage.coordination import standings
+from storage.coordination.standings import IS_EXPIRED, Budget, NothingToClaim, Standing, deleted
+from storage.database.errors import TrialNotRunningError
+from storage.database.sessions import Sessions
 from storage.database.tables import (
     studies,
     trial_intermediate_values,
@@ -46,37 +42,10 @@ from storage.database.tables import (
     tuner_checkpoints,
     tuner_curves,
     tuner_leases,
-    tuner_studies,
 )
-
-_NOT_DONE: Final = ("RUNNING", "WAITING", "FAIL")  # the states that ix_tuner_trials_not_done has
-
-StudyState: TypeAlias = Literal["open", "paused", "stopped"]
-"""Workers of a paused study wait, those of a stopped one end; of both, they give running trials back."""
-
-Limit: TypeAlias = Literal["trials", "max_failures", "timeout"]
-"""What of a budget can be used up."""
-
-CANCELLED: Final = "cancelled"
-"""The failure of a waiting trial that was taken back: nobody ran it, and it ends no study."""
 
 # A trial whose worker went silent runs again after this long; renewed every third of it.
 LEASE_S = 60.0
-RETURN_S = 20.0
-"""How long holders have to renew their leases once a database that was away is back, before anybody takes their trials.
-
-It is three times as long as they take to notice. A lease that ran out OUTAGE_S ago has no holder any more.
-"""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Budget:
-    """How many trials a study may run; see `tuner.spec.Budget` for what counts."""
-
-    trials: int
-    timeout_s: float | None
-    max_failures: int
-    max_attempts: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,56 +73,6 @@ class Claim:
     started: dt.datetime | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
-class NothingToClaim:
-    """No trial was handed out. `final` if none will be, unless somebody resumes the study.
-
-    Else the study is paused, which is `paused`, or trials of other workers hold the rest of the budget. `limit` is what
-    of the budget is used up, if something is.
-    """
-
-    final: bool
-    reason: str
-    paused: bool = False
-    limit: Limit | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Standing:
-    """What a claim is decided by. `age_s` is the study's, None for one that tuner did not create.
-
-    `budget` is what its spec says now, if it does. `cancelled` of the `failed` trials were taken back before they ran.
-    `expired` of the `running` trials have lost their worker: the next claim of anybody puts them back. `alike` is what
-    trials failed by, one like the other, while none is done.
-    """
-
-    state: StudyState
-    age_s: float | None
-    budget: dict[str, Any] | None
-    n_trials: int
-    running: int
-    waiting: int
-    failed: int
-    cancelled: int
-    oldest_waiting: int | None
-    expired: int
-    alike: str | None = None
-
-    @property
-    def done(self) -> int:
-        """The trials that are complete or pruned."""
-        return self.n_trials - self.running - self.waiting - self.failed
-
-    @property
-    def failures(self) -> int:
-        """The failed trials that count as such."""
-        return self.failed - self.cancelled
-
-    def now_of(self, known: Budget) -> Budget:
-        """Return a budget of the study that somebody has known for a while as it is now: it may have been raised."""
-        return known if self.budget is None else replace(known, **self.budget)
-
-
 def claim(
     sessions: Sessions, study_id: int, budget: Budget, holder: Holder, *, sweep: bool = True
 ) -> Claim | NothingToClaim:
@@ -169,46 +88,13 @@ def claim(
 
     def work(conn: Connection) -> Claim | NothingToClaim:
         lock(conn, study_id)
-        standing = standing_of(conn, study_id)
+        standing = standings.standing_of(conn, study_id)
         if standing.expired and sweep:
             _give_back(conn, and_(trials.c.study_id == study_id, IS_EXPIRED), LOST, budget.max_attempts)
-            standing = standing_of(conn, study_id)
-        return closed(standing, budget) or _hand_out(conn, study_id, standing, holder)
+            standing = standings.standing_of(conn, study_id)
+        return standings.closed(standing, budget) or _hand_out(conn, study_id, standing, holder)
 
     return sessions.transaction(work)
-
-
-def look(sessions: Sessions, study_id: int) -> Standing:
-    """Return how the study stands. Raises StudyNotFoundError."""
-    return sessions.statement(lambda conn: standing_of(conn, study_id))
-
-
-def closed(standing: Standing, budget: Budget) -> NothingToClaim | None:
-    """Return why no trial would be handed out now, None if one would; `budget` as for `claim`."""
-    budget = standing.now_of(budget)
-    if standing.state == "stopped":
-        return NothingToClaim(final=True, reason="the study was stopped; 'tuner resume' lets it go on")
-    if standing.done >= budget.trials:
-        return _used_up("trials", f"the budget of {budget.trials} trials is used up")
-    if standing.failures > budget.max_failures:
-        return _used_up(
-            "max_failures", f"{standing.failures} trials failed, more than the {budget.max_failures} allowed"
-        )
-    if standing.alike is not None:
-        return NothingToClaim(
-            final=True, reason=f"{N_ALIKE} trials failed alike, and none is complete: {standing.alike}"
-        )
-    if budget.timeout_s is not None and standing.age_s is not None and standing.age_s > budget.timeout_s:
-        return _used_up("timeout", f"the study's time of {budget.timeout_s:g} s is over")
-    if standing.state == "paused":
-        return NothingToClaim(final=False, paused=True, reason="the study is paused; 'tuner resume' lets it go on")
-    if standing.done + standing.running >= budget.trials:
-        return NothingToClaim(final=False, reason=f"{standing.running} running trials hold the rest of the budget")
-    return None
-
-
-def _used_up(limit: Limit, reason: str) -> NothingToClaim:
-    return NothingToClaim(final=True, reason=f"{reason}; 'tuner extend' adds to it", limit=limit)
 
 
 def renew(sessions: Sessions, held: Claim) -> bool:
@@ -288,77 +174,7 @@ def lock(conn: Connection, study_id: int) -> None:
     """
     row = conn.execute(select(studies.c.study_id).where(studies.c.study_id == study_id).with_for_update())
     if row.one_or_none() is None:
-        raise _deleted(study_id)
-
-
-def _deleted(study_id: int) -> StudyNotFoundError:
-    return StudyNotFoundError(
-        f"study id {study_id} was deleted: nothing is left to do; 'tuner studies' lists the others"
-    )
-
-
-@cache
-def _select_standing() -> Select[Any]:
-    """Select what a claim is decided by, in one row and without reading the history.
-
-    Numbers are dense, and so the trials that are done are all but the failed and the unfinished ones. Those are few,
-    and have an index of their own.
-    """
-    of_study = trials.c.study_id == bindparam("study_id")
-    by_state = (
-        select(
-            *(
-                func.count().filter(trials.c.state == state).label(name)
-                for name, state in (("running", "RUNNING"), ("waiting", "WAITING"), ("failed", "FAIL"))
-            )
-        )
-        .where(of_study, trials.c.state.in_(_NOT_DONE))
-        .subquery()
-    )
-    n_trials = select(func.coalesce(func.max(trials.c.number) + 1, 0)).where(of_study)
-    waiting = select(trials.c.trial_id).where(of_study, trials.c.state == "WAITING").order_by(trials.c.number).limit(1)
-    expired = (
-        select(func.count())
-        .select_from(trials.join(tuner_leases, tuner_leases.c.trial_id == trials.c.trial_id))
-        .where(of_study, trials.c.state == "RUNNING", IS_EXPIRED)
-    )
-    cancelled = (
-        select(func.count())
-        .select_from(trials.join(trial_user_attributes, trial_user_attributes.c.trial_id == trials.c.trial_id))
-        .where(
-            of_study,
-            trials.c.state == "FAIL",
-            trial_user_attributes.c.key == "failure",
-            trial_user_attributes.c.value_json == json.dumps(CANCELLED),
-        )
-    )
-    age = func.clock_timestamp() - tuner_studies.c.created_at
-    return (
-        select(
-            func.coalesce(tuner_studies.c.state, "open").label("state"),
-            cast(func.extract("epoch", age), Double).label("age_s"),
-            tuner_studies.c.spec["budget"].label("budget"),
-            n_trials.scalar_subquery().label("n_trials"),
-            by_state,
-            cancelled.scalar_subquery().label("cancelled"),
-            waiting.scalar_subquery().label("oldest_waiting"),
-            expired.scalar_subquery().label("expired"),
-        )
-        .select_from(studies.outerjoin(tuner_studies, tuner_studies.c.study_id == studies.c.study_id))
-        .join(by_state, true())
-        .where(studies.c.study_id == bindparam("study_id"))
-    )
-
-
-def standing_of(conn: Connection, study_id: int) -> Standing:
-    """Return how the study stands, as `conn`'s transaction sees it. Raises StudyNotFoundError."""
-    row = conn.execute(_select_standing(), {"study_id": study_id}).one_or_none()
-    if row is None:
-        raise _deleted(study_id)
-    standing = Standing(**row._mapping)
-    if standing.done == 0 and standing.failed >= N_ALIKE:
-        return replace(standing, alike=failed_alike(conn, study_id))
-    return standing
+        raise deleted(study_id)
 
 
 def _hand_out(conn: Connection, study_id: int, standing: Standing, holder: Holder) -> Claim:
@@ -491,17 +307,6 @@ def _set_user_attrs(conn: Connection, trial_id: int, attrs: dict[str, Any]) -> N
         ),
         [{"trial_id": trial_id, "key": key, "value_json": json.dumps(value)} for key, value in attrs.items()],
     )
-
-
-_NOW: Final = func.clock_timestamp()
-# Whether a running trial's lease ran out. A server that has just come back was away for all holders.
-IS_EXPIRED: Final = and_(
-    tuner_leases.c.expires_at < _NOW,
-    or_(
-        func.pg_postmaster_start_time() < _NOW - text(f"interval '{RETURN_S} seconds'"),
-        tuner_leases.c.expires_at < _NOW - text(f"interval '{OUTAGE_S} seconds'"),
-    ),
-)
 
 
 def _holds(held: Claim) -> ColumnElement[bool]:

@@ -11,8 +11,8 @@ from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.dialects.postgresql import insert as upsert
 from sqlalchemy.exc import IntegrityError
 
-from storage.coordination import claims, workers
-from storage.coordination.claims import CANCELLED, IS_EXPIRED, Standing, StudyState
+from storage.coordination import claims, standings, workers
+from storage.coordination.standings import CANCELLED, IS_EXPIRED, Standing, StudyState
 from storage.coordination.studies import METRIC_NAMES
 from storage.database.errors import LiveTrialsError, StudyExistsError, TrialNotWaitingError
 from storage.database.sessions import Sessions
@@ -69,11 +69,11 @@ def extend(sessions: Sessions, study_id: int, decide: Callable[[Standing], Mappi
 
     def work(conn: Connection) -> Standing:
         claims.lock(conn, study_id)
-        budget = dict(decide(claims.standing_of(conn, study_id)))
+        budget = dict(decide(standings.standing_of(conn, study_id)))
         path, value = cast(["budget"], ARRAY(Text)), literal(budget, JSONB)
         spec = func.jsonb_set(tuner_studies.c.spec, path, value)
         conn.execute(update(tuner_studies).where(tuner_studies.c.study_id == study_id).values(spec=spec))
-        return claims.standing_of(conn, study_id)
+        return standings.standing_of(conn, study_id)
 
     return sessions.transaction(work)
 
@@ -93,7 +93,7 @@ def adopt(
 
     def work(conn: Connection) -> Standing:
         claims.lock(conn, study_id)
-        spec = dict(decide(claims.standing_of(conn, study_id)))
+        spec = dict(decide(standings.standing_of(conn, study_id)))
         try:
             conn.execute(insert(tuner_studies).values(study_id=study_id, spec=spec))
         except IntegrityError as error:
@@ -106,7 +106,7 @@ def adopt(
             {"study_id": study_id, "key": key, "value_json": json.dumps(value)} for key, value in user_attrs.items()
         ]
         conn.execute(upsert(study_user_attributes).values(attributes).on_conflict_do_nothing(index_elements=keys))
-        return claims.standing_of(conn, study_id)
+        return standings.standing_of(conn, study_id)
 
     return sessions.transaction(work)
 
@@ -184,7 +184,7 @@ def delete_if_nothing_done(sessions: Sessions, study_id: int) -> list[dict[str, 
 
     def work(conn: Connection) -> list[dict[str, Any]] | None:
         claims.lock(conn, study_id)
-        standing = claims.standing_of(conn, study_id)
+        standing = standings.standing_of(conn, study_id)
         is_lost = [worker.is_lost for worker in workers.present(conn, study_id)]
         if standing.done or standing.running > standing.expired or not all(is_lost):
             return None

@@ -10,8 +10,8 @@ from typing import Any, Literal, TypeAlias
 from optuna.trial import TrialState
 from sqlalchemy import Connection, Row, func, select, update
 
-from storage.coordination import claims
-from storage.coordination.claims import Budget
+from storage.coordination import claims, standings
+from storage.coordination.standings import Budget
 from storage.database.sessions import Sessions
 from storage.database.tables import trial_user_attributes, trials, tuner_attempts, tuner_leases
 from storage.database.values import json_texts
@@ -89,7 +89,7 @@ def _attempt(conn: Connection, token: uuid.UUID) -> Row[Any] | None:
 
 
 def _has_room(conn: Connection, study_id: int, budget: Budget) -> bool:
-    standing = claims.standing_of(conn, study_id)
+    standing = standings.standing_of(conn, study_id)
     return standing.done + standing.running < standing.now_of(budget).trials
 
 

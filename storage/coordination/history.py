@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from sqlalchemy import Connection, Double, and_, func, select
 
-from storage.coordination.studies import State
+from storage.coordination.records import State
 from storage.database.tables import trial_values, trials, tuner_attempts
 from storage.database.values import number_of
 

@@ -27,7 +27,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.dialects.postgresql import JSONB
 
-from storage.coordination.claims import IS_EXPIRED
+from storage.coordination.standings import IS_EXPIRED
 from storage.database.tables import trials, tuner_attempts, tuner_leases, tuner_workers
 
 RATE_WINDOW_S: Final = 3600.0

@@ -16,7 +16,7 @@ from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy import URL, Connection, Engine, Row, Table, func, literal, select, text
 from sqlalchemy.dialects.postgresql import insert as upsert
 
-from storage.coordination.studies import best_first
+from storage.coordination.records import best_first
 from storage.database.engine import open_engine
 from storage.database.errors import InvalidWriteError, StorageError, StudyHaltedError
 from storage.database.sessions import Backoff, Retry, Sessions, is_away

@@ -19,7 +19,7 @@ from sqlalchemy import Engine, text
 from terminal import on_terminal
 
 from storage import EmbeddedServer, open_engine, open_storage
-from storage.coordination import claims, studies
+from storage.coordination import claims, standings, studies
 from storage.database.sessions import Sessions
 
 MANUAL = Path(__file__).parents[2] / "docs" / "status.md"
@@ -39,7 +39,7 @@ def objective(trial):
         threading.Event().wait(0.02)
     return x
 """
-BUDGET = claims.Budget(trials=4, timeout_s=None, max_failures=10, max_attempts=3)
+BUDGET = standings.Budget(trials=4, timeout_s=None, max_failures=10, max_attempts=3)
 
 
 @pytest.fixture

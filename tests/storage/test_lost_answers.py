@@ -21,8 +21,9 @@ from proxy import Loss, Proxy
 from sqlalchemy import Engine, select, text
 
 from storage import BusyError, EmbeddedServer, PostgresStorage, UnreachableError, ensure_schema, open_engine, parse_url
-from storage.coordination import claims, control, studies
-from storage.coordination.claims import Budget, Claim
+from storage.coordination import claims, control, standings, studies
+from storage.coordination.claims import Claim
+from storage.coordination.standings import Budget
 from storage.database.sessions import Backoff
 from storage.database.tables import optuna_metadata, tuner_metadata, tuner_operations
 from storage.embedded.postmaster import wait_until
@@ -104,7 +105,7 @@ def to_extend(storage: PostgresStorage) -> int:
 
 
 def extend(storage: PostgresStorage, study_id: int) -> Any:
-    def more(standing: claims.Standing) -> dict[str, Any]:
+    def more(standing: standings.Standing) -> dict[str, Any]:
         assert standing.budget is not None
         return {**standing.budget, "trials": standing.budget["trials"] + 20}
 

@@ -15,7 +15,7 @@ from sqlalchemy import event, text
 
 from storage import PostgresStorage
 from storage.coordination import claims
-from storage.coordination.claims import Budget
+from storage.coordination.standings import Budget
 from storage.trials.finished import FinishedTrials
 
 N_TRIALS = 3000

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from pydantic import JsonValue
     from sqlalchemy import Engine
 
-    from storage.coordination.claims import StudyState
+    from storage.coordination.standings import StudyState
     from tuner.study.joining import AnyStudy
 
 
@@ -38,16 +38,16 @@ def enqueue(
     study's budget like any other.
     """
     from storage import InvalidWriteError
-    from storage.coordination import claims, control
+    from storage.coordination import control, standings
     from storage.database.sessions import Sessions
     from tuner.study.joining import open_study
 
     engine = settings.open()
     opened = open_study(engine, study)
     sessions = Sessions(engine)
-    standing = claims.look(sessions, opened.study_id)
-    closed = claims.closed(standing, opened.budget)
-    ended = claims.closed(replace(standing, state="open"), opened.budget)  # whether or not it was stopped as well
+    standing = standings.look(sessions, opened.study_id)
+    closed = standings.closed(standing, opened.budget)
+    ended = standings.closed(replace(standing, state="open"), opened.budget)  # whether or not it was stopped as well
     if ended is not None and ended.limit is not None:
         raise TunerError(
             f"study {study!r} is finished, and would not run it: {ended.reason.partition(';')[0]};"
@@ -155,7 +155,7 @@ def delete(
 ) -> None:
     """Delete STUDY and all its trials from the database. Exported models stay."""
     from storage import LiveTrialsError
-    from storage.coordination import claims, control
+    from storage.coordination import control, standings
     from storage.database.sessions import Sessions
     from tuner.slot.shared_checkpoints import delete_checkpoints
     from tuner.study.joining import find_study
@@ -163,7 +163,7 @@ def delete(
     engine = settings.open()
     opened = find_study(engine, study)
     sessions = Sessions(engine)
-    n_trials = claims.look(sessions, opened.study_id).n_trials
+    n_trials = standings.look(sessions, opened.study_id).n_trials
     try:
         control.delete_study(sessions, opened.study_id, force=force)
     except LiveTrialsError as error:

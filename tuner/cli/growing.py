@@ -16,7 +16,7 @@ from tuner.errors import UsageError
 from tuner.text import duration
 
 if TYPE_CHECKING:
-    from storage.coordination.claims import Limit
+    from storage.coordination.standings import Limit
     from tuner.study.extending import Amount, Extended
 
 _MORE: Final[dict[Limit, str]] = {

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from sqlalchemy import Engine
 
     from storage.coordination.one_trial import Attempt
-    from storage.coordination.studies import TrialRecord
+    from storage.coordination.records import TrialRecord
     from storage.trials.curves import CurvePoint
     from tuner.study.joining import AnyStudy
 
@@ -96,10 +96,10 @@ class OneTrial:
 
 def look(engine: Engine, study: AnyStudy, number: int) -> OneTrial:
     """Return the study's trial of that number. Raises TunerError if there is none."""
-    from storage.coordination import one_trial, studies
+    from storage.coordination import one_trial, records
     from storage.trials.curves import curves
 
-    trial = studies.find_trial(engine, study.study_id, number)
+    trial = records.find_trial(engine, study.study_id, number)
     if trial is None:
         raise TunerError(f"study {study.name!r} has no trial {number}; 'tuner trials {study.name}' lists them")
     with engine.connect() as conn:

@@ -20,7 +20,7 @@ from tuner.text import number_text, table
 if TYPE_CHECKING:
     from sqlalchemy import Engine
 
-    from storage.coordination.studies import TrialRecord
+    from storage.coordination.records import TrialRecord
     from tuner.study.joining import AnyStudy
 
 StudyName = Annotated[str, typer.Argument(metavar="STUDY", help="Name of the study.")]
@@ -92,7 +92,7 @@ def trials(
     as_json: AsJson = False,
 ) -> None:
     """List the trials of STUDY, or show one of them."""
-    from storage.coordination import studies
+    from storage.coordination import records
     from tuner.cli import trials_view
     from tuner.study.joining import find_study
 
@@ -115,8 +115,8 @@ def trials(
         shown = one.curve_csv() if as_csv else one.curve_lines() if curve else one.lines()
         print("\n".join(shown))
         return
-    found = studies.list_trials(engine, opened.study_id)
-    values = studies.all_values(engine, opened.study_id) if len(opened.directions) > 1 else {}
+    found = records.list_trials(engine, opened.study_id)
+    values = records.all_values(engine, opened.study_id) if len(opened.directions) > 1 else {}
     if sort == "value":
         found = trials_view.best_first(found, opened.directions[0])
     if as_json:

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 from tuner.text import number_text, params_text, table
 
 if TYPE_CHECKING:
-    from storage.coordination.studies import Direction, TrialRecord
+    from storage.coordination.records import TrialRecord
+    from storage.coordination.studies import Direction
 
 _BY_STATE = ("COMPLETE", "PRUNED", "RUNNING", "WAITING", "FAIL")
 _NAMES = ("number", "state", "value", "step", "seconds")

@@ -20,7 +20,7 @@ from torch import nn
 from torchmetrics import Metric
 
 from storage.coordination import studies
-from storage.coordination.studies import TrialRecord
+from storage.coordination.records import TrialRecord
 from storage.database.errors import StorageError
 from storage.trials.curves import curves
 from tuner import training

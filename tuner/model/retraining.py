@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from storage.coordination.studies import TrialRecord
+from storage.coordination.records import TrialRecord
 from storage.trials.curves import CurvePoint
 from tuner import training
 from tuner.data import Data, join

@@ -10,7 +10,7 @@ from storage.database.sessions import Sessions
 
 RENEW_S = claims.LEASE_S / 4
 AGAIN_S = 1.0
-"""How soon a renewal that failed is tried again; in time for `claims.RETURN_S` once the database is back."""
+"""How soon a renewal that failed is tried again; in time for `standings.RETURN_S` once the database is back."""
 
 
 class Lease:

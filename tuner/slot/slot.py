@@ -30,7 +30,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from sqlalchemy import Engine
 from sqlalchemy.exc import SQLAlchemyError
 
-from storage.coordination import claims, control
+from storage.coordination import claims, control, standings
 from storage.coordination import preflight as preflights
 from storage.coordination.delivery import Result
 from storage.database.engine import is_outage
@@ -179,7 +179,7 @@ class Slot:
             self._emit(Event(event="wants_trial"))
             if not self._orders.wait_for("claim"):
                 return
-            others_may_be_lost = time.monotonic() - self._away_at > claims.RETURN_S
+            others_may_be_lost = time.monotonic() - self._away_at > standings.RETURN_S
             claimed = claims.claim(
                 self._storage.sessions, study.study_id, study.budget, self._holder, sweep=others_may_be_lost
             )

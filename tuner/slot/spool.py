@@ -12,7 +12,7 @@ from typing import Any, Final, Literal
 from optuna.trial import TrialState
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from storage.coordination import claims, delivery
+from storage.coordination import delivery, standings
 from storage.coordination.delivery import Result
 from storage.database.errors import InvalidWriteError
 from storage.database.sessions import Sessions
@@ -70,7 +70,7 @@ class Spool:
         self,
         sessions: Sessions,
         study_id: int,
-        budget: claims.Budget,
+        budget: standings.Budget,
         log: Callable[[str, str, int | None], None],
     ) -> None:
         """Deliver what waits for this study, and tell `log` of each by event, message and trial number.

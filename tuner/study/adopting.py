@@ -10,7 +10,7 @@ from optuna.distributions import BaseDistribution, check_distribution_compatibil
 from sqlalchemy import Engine
 
 from storage.coordination import control, studies
-from storage.coordination.claims import Standing
+from storage.coordination.standings import Standing
 from storage.database.errors import StudyExistsError
 from storage.database.sessions import Sessions
 from storage.trials.creation import distributions_of, param_names

@@ -12,7 +12,7 @@ from tuner.text import duration
 if TYPE_CHECKING:
     from sqlalchemy import Engine
 
-    from storage.coordination.claims import NothingToClaim, Standing
+    from storage.coordination.standings import NothingToClaim, Standing
     from tuner.study.joining import Study
 
 _MOST: Final = 2**31 - 1  # PostgreSQL's largest number of a trial
@@ -48,7 +48,7 @@ def extend_study(
 
     Raises UsageError, and changes nothing, for what would be less than there is or no use.
     """
-    from storage.coordination import claims, control
+    from storage.coordination import control, standings
     from storage.database.sessions import Sessions
 
     before: list[Budget] = []
@@ -63,7 +63,7 @@ def extend_study(
         before=before[-1],
         budget=Budget.model_validate(standing.budget),
         running=standing.running,
-        closed=claims.closed(standing, study.budget),
+        closed=standings.closed(standing, study.budget),
     )
 
 

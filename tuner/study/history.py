@@ -18,8 +18,8 @@ from optuna.trial import FrozenTrial, TrialState
 from pydantic import BaseModel, ConfigDict, JsonValue, TypeAdapter
 from sqlalchemy import Engine
 
-from storage.coordination import studies
-from storage.coordination.studies import TrialRecord
+from storage.coordination import records, studies
+from storage.coordination.records import TrialRecord
 from storage.database.sessions import Sessions
 from storage.trials.creation import distributions_of, param_names
 from tuner.errors import UsageError
@@ -73,7 +73,7 @@ def history_of(engine: Engine, name: str, spec: Spec, objective: Objective | Non
             f"--from: study {name!r} is to {other.goal}, and this one to {spec.direction} {spec.metric}: their values"
             " cannot be compared"
         )
-    found = [trial for trial in studies.list_trials(engine, other.study_id) if _tells(trial)]
+    found = [trial for trial in records.list_trials(engine, other.study_id) if _tells(trial)]
     if not found:
         raise UsageError(f"--from: study {name!r} has no finished trial to learn from")
     notes: list[str] = []

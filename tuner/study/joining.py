@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 from sqlalchemy import Engine
 
-from storage.coordination import claims, control, studies
+from storage.coordination import control, records, standings, studies
 from storage.coordination.alike import N_ALIKE
-from storage.coordination.studies import StudyRecord, TrialRecord
+from storage.coordination.records import TrialRecord
+from storage.coordination.studies import StudyRecord
 from storage.database.errors import StudyExistsError, StudyNotFoundError
 from storage.database.sessions import Sessions
 from tuner.errors import TunerError, UsageError
@@ -74,7 +75,7 @@ class Study(AnyStudy):
 
     spec: Spec
 
-    def as_of(self, standing: claims.Standing) -> Study:
+    def as_of(self, standing: standings.Standing) -> Study:
         """Return the study with its budget as it stands: it may have been raised since the study was opened."""
         if standing.budget is None:
             return self
@@ -82,10 +83,10 @@ class Study(AnyStudy):
         return replace(self, spec=spec)
 
     @property
-    def budget(self) -> claims.Budget:
+    def budget(self) -> standings.Budget:
         """The spec's budget as claims are decided by it."""
         budget = self.spec.budget
-        return claims.Budget(
+        return standings.Budget(
             trials=budget.trials,
             timeout_s=budget.timeout_s,
             max_failures=budget.max_failures,
@@ -93,10 +94,10 @@ class Study(AnyStudy):
         )
 
 
-def budget_now(engine: Engine, study: Study) -> claims.Budget:
+def budget_now(engine: Engine, study: Study) -> standings.Budget:
     """Return the study's budget, which may have been raised since it was opened; as it was if it was deleted since."""
     try:
-        return claims.look(Sessions(engine), study.study_id).now_of(study.budget)
+        return standings.look(Sessions(engine), study.study_id).now_of(study.budget)
     except StudyNotFoundError:
         return study.budget
 
@@ -259,11 +260,11 @@ def _replaced(
 def why_failed(engine: Engine, study: Study) -> str | None:
     """Return why the study ended by its failures, None if it did not."""
     with engine.connect() as conn:
-        standing = claims.standing_of(conn, study.study_id)
+        standing = standings.standing_of(conn, study.study_id)
     failed, allowed = standing.failures, standing.now_of(study.budget).max_failures
     if failed > allowed:
-        failures = studies.count_failures(engine, study.study_id)
-        last = [message for kind, (_, message) in failures.items() if kind != claims.CANCELLED][-1]
+        failures = records.count_failures(engine, study.study_id)
+        last = [message for kind, (_, message) in failures.items() if kind != standings.CANCELLED][-1]
         why = f"{failed} trials failed, more than the {allowed} allowed; the last: {last}"
     elif standing.alike is not None:
         why = f"{N_ALIKE} trials failed alike, and none is complete: {standing.alike}"
@@ -329,7 +330,7 @@ def best_of(engine: Engine, study: AnyStudy) -> TrialRecord:
             f"study {study.name!r} has {len(study.directions)} objectives ({study.goal}), and so no best trial;"
             f" 'tuner trials {study.name}' lists the values of all"
         )
-    best = studies.best_trial(engine, study.study_id, study.directions[0])
+    best = records.best_trial(engine, study.study_id, study.directions[0])
     if best is None:
         raise TunerError(
             f"study {study.name!r} has no complete trial yet; 'tuner status {study.name}' shows its trials"

@@ -8,10 +8,11 @@ from typing import Any, Literal, TypeAlias
 
 from sqlalchemy import Connection, Engine, func, select
 
-from storage.coordination import claims, ledger, studies, workers
-from storage.coordination.claims import Standing
+from storage.coordination import ledger, records, standings, studies, workers
 from storage.coordination.ledger import Cost, Pace
-from storage.coordination.studies import StateCounts, TrialRecord
+from storage.coordination.records import TrialRecord
+from storage.coordination.standings import Standing
+from storage.coordination.studies import StateCounts
 from storage.coordination.workers import WorkerNow
 from storage.database.sessions import Sessions
 from tuner.study.joining import AnyStudy, Study
@@ -47,7 +48,7 @@ class Status:
 def look(engine: Engine, study: AnyStudy) -> Status:
     """Return how the study stands. Raises StudyNotFoundError if it was deleted."""
     sessions, study_id = Sessions(engine), study.study_id
-    standing = claims.look(sessions, study_id)
+    standing = standings.look(sessions, study_id)
     if isinstance(study, Study):
         study = study.as_of(standing)
     counts = studies.count_states(engine, study_id)
@@ -70,8 +71,8 @@ def look(engine: Engine, study: AnyStudy) -> Status:
         reason=reason,
         counts=counts,
         lost=standing.expired,
-        best=studies.best_trial(engine, study_id, study.directions[0]) if len(study.directions) == 1 else None,
-        failures=studies.count_failures(engine, study_id),
+        best=records.best_trial(engine, study_id, study.directions[0]) if len(study.directions) == 1 else None,
+        failures=records.count_failures(engine, study_id),
         left_s=_left_s(study, counts, standing, seen["pace"]) if is_going else None,
         **seen,
     )
@@ -82,10 +83,10 @@ def _state(standing: Standing, study: AnyStudy) -> tuple[StudyStatus, str | None
     runs = standing.running > standing.expired
     if isinstance(study, Study):
         # Resuming a study whose budget is used up changes nothing.
-        end = claims.closed(replace(standing, state="open"), study.budget)
+        end = standings.closed(replace(standing, state="open"), study.budget)
         if end is not None and end.final:
             return ("running" if runs else "finished"), end.reason
-        halt = claims.closed(standing, study.budget)
+        halt = standings.closed(standing, study.budget)
         if standing.state != "open":
             return standing.state, None if halt is None else halt.reason
     return ("running" if runs else "idle"), None

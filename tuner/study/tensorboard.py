@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from storage.coordination import studies
+from storage.coordination import records
 from storage.trials.curves import CurvePoint, curves
 from tuner.errors import TunerError
 from tuner.study.curves import as_rows
@@ -15,7 +15,7 @@ from tuner.study.curves import as_rows
 if TYPE_CHECKING:
     from sqlalchemy import Engine
 
-    from storage.coordination.studies import TrialRecord
+    from storage.coordination.records import TrialRecord
     from tuner.study.joining import AnyStudy
 
 _ENDED = ("COMPLETE", "PRUNED", "FAIL")
@@ -33,7 +33,7 @@ def write_tensorboard(engine: Engine, study: AnyStudy, directory: Path) -> int:
         raise TunerError(
             f"--tensorboard needs the package tensorboard: pip install 'tuner[tensorboard]' ({error})"
         ) from error
-    found = [trial for trial in studies.list_trials(engine, study.study_id) if trial.state in _ENDED]
+    found = [trial for trial in records.list_trials(engine, study.study_id) if trial.state in _ENDED]
     with engine.connect() as conn:
         points = curves(conn, study.study_id)
     for trial in found:

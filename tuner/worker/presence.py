@@ -11,7 +11,7 @@ from pathlib import Path
 from sqlalchemy import Engine
 from sqlalchemy.exc import SQLAlchemyError
 
-from storage.coordination import claims, studies, workers
+from storage.coordination import claims, records, studies, workers
 from storage.coordination.workers import WorkerSeen
 from storage.database.engine import is_outage
 from storage.database.errors import StorageError
@@ -151,7 +151,7 @@ class Presence:
             with self._engine.connect() as conn:
                 self.slowest_s = slowest_epoch_s(conn, study.study_id)
         counts = studies.count_states(self._engine, study.study_id)
-        best = studies.best_trial(self._engine, study.study_id, study.spec.direction)
+        best = records.best_trial(self._engine, study.study_id, study.spec.direction)
         trials = budget_now(self._engine, study).trials
         if self._done_at_start is None:
             self._done_at_start = counts.done

@@ -12,7 +12,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from storage.coordination.studies import StateCounts, TrialRecord
+from storage.coordination.records import TrialRecord
+from storage.coordination.studies import StateCounts
 from tuner.log import PLAIN_INTERVAL_S, Log
 from tuner.text import duration
 

@@ -14,7 +14,8 @@ from sqlalchemy import text
 from storage import InvalidWriteError, UnreachableError, open_engine
 from storage.coordination import checkpoints, claims, control, studies
 from storage.coordination.checkpoints import MAX_BYTES, PART_BYTES
-from storage.coordination.claims import Budget, Holder
+from storage.coordination.claims import Holder
+from storage.coordination.standings import Budget
 from storage.database.sessions import Sessions
 
 BUDGET = Budget(trials=10, timeout_s=None, max_failures=3, max_attempts=2)

@@ -22,8 +22,9 @@ from storage import (
     open_engine,
     open_storage,
 )
-from storage.coordination import claims, studies
-from storage.coordination.claims import Budget, Claim, NothingToClaim
+from storage.coordination import claims, records, standings, studies
+from storage.coordination.claims import Claim
+from storage.coordination.standings import Budget, NothingToClaim
 from storage.database.sessions import Sessions
 
 if TYPE_CHECKING:
@@ -37,15 +38,15 @@ BUDGET = Budget(trials=10, timeout_s=None, max_failures=3, max_attempts=2)
 _WORKER = """
 import sys
 from storage import open_engine
-from storage.coordination import claims
+from storage.coordination import claims, records, standings
 from storage.database.sessions import Sessions
 from sqlalchemy import text
 engine = open_engine(sys.argv[1])
-budget = claims.Budget(trials=int(sys.argv[3]), timeout_s=None, max_failures=0, max_attempts=1)
+budget = standings.Budget(trials=int(sys.argv[3]), timeout_s=None, max_failures=0, max_attempts=1)
 sys.stdin.readline()
 while True:
     held = claims.claim(Sessions(engine), int(sys.argv[2]), budget, claims.Holder(worker="test"))
-    if isinstance(held, claims.NothingToClaim):
+    if isinstance(held, standings.NothingToClaim):
         if held.final:
             break
         continue
@@ -57,10 +58,10 @@ while True:
 _HOLDER = """
 import sys
 from storage import open_engine
-from storage.coordination import claims
+from storage.coordination import claims, records, standings
 from storage.database.sessions import Sessions
 engine = open_engine(sys.argv[1])
-budget = claims.Budget(trials=10, timeout_s=None, max_failures=3, max_attempts=2)
+budget = standings.Budget(trials=10, timeout_s=None, max_failures=3, max_attempts=2)
 print(claims.claim(Sessions(engine), int(sys.argv[2]), budget, claims.Holder(worker="holder")).number, flush=True)
 sys.stdin.readline()
 """
@@ -103,7 +104,7 @@ def claim(engine: Engine, study_id: int, budget: Budget = BUDGET) -> Claim:
 
 
 def end_of_budget(engine: Engine, study_id: int, budget: Budget) -> str | None:
-    closed = claims.closed(claims.look(Sessions(engine), study_id), budget)
+    closed = standings.closed(standings.look(Sessions(engine), study_id), budget)
     return closed.reason if closed is not None and closed.final else None
 
 
@@ -242,7 +243,7 @@ def test_a_trial_whose_worker_is_lost_in_each_attempt_fails_and_says_why(
     assert failed.state == TrialState.FAIL
     assert failed.datetime_complete is not None
     assert failed.user_attrs == {"failure": "lost", "failure_message": "its worker was lost in the last of 2 attempts"}
-    assert studies.count_failures(engine, study_id) == {"lost": (1, "its worker was lost in the last of 2 attempts")}
+    assert records.count_failures(engine, study_id) == {"lost": (1, "its worker was lost in the last of 2 attempts")}
 
 
 def test_a_trial_given_back_by_a_worker_that_stops_costs_no_attempt(engine: Engine, study_id: int) -> None:
@@ -332,10 +333,10 @@ def test_holders_have_time_to_renew_after_the_server_was_away(database: str, stu
     let_run_out(engine, held)
     with engine.connect() as conn:
         up_s = conn.scalar(text("select extract(epoch from now() - pg_postmaster_start_time())"))
-    expected = up_s > claims.RETURN_S
-    assert (claims.look(Sessions(engine), study_id).expired == 1) == expected
+    expected = up_s > standings.RETURN_S
+    assert (standings.look(Sessions(engine), study_id).expired == 1) == expected
     assert claims.renew(Sessions(engine), held)
-    assert claims.look(Sessions(engine), study_id).expired == 0
+    assert standings.look(Sessions(engine), study_id).expired == 0
 
 
 def test_who_was_cut_off_leaves_the_leases_of_others_alone(engine: Engine, study_id: int) -> None:

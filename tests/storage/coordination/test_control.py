@@ -18,8 +18,9 @@ from storage import (
     StudyNotFoundError,
     TrialNotWaitingError,
 )
-from storage.coordination import checkpoints, claims, control, studies, workers
-from storage.coordination.claims import Budget, Claim, NothingToClaim
+from storage.coordination import checkpoints, claims, control, records, standings, studies, workers
+from storage.coordination.claims import Claim
+from storage.coordination.standings import Budget, NothingToClaim
 from storage.coordination.workers import WorkerSeen
 from storage.database import tables
 
@@ -48,7 +49,7 @@ def test_a_halted_study_hands_out_nothing_until_it_is_resumed(storage, study_id,
     refused = claims.claim(storage.sessions, study_id, BUDGET, claims.Holder(worker="test"))
     assert isinstance(refused, NothingToClaim)
     assert (refused.final, refused.paused) == (final, not final)
-    assert claims.look(storage.sessions, study_id).state == state
+    assert standings.look(storage.sessions, study_id).state == state
     control.set_state(storage.sessions, study_id, "open")
     assert claim(storage, study_id).number == 0
 
@@ -84,9 +85,9 @@ def test_an_enqueued_trial_is_optunas_own_and_is_handed_out_first(storage, study
 def test_a_cancelled_trial_keeps_its_number_and_counts_neither_as_done_nor_as_a_failure(storage, study_id):
     for _ in range(BUDGET.max_failures + 2):
         control.cancel(storage.sessions, study_id, control.enqueue(storage.sessions, study_id, {"x": 1}))
-    standing = claims.look(storage.sessions, study_id)
+    standing = standings.look(storage.sessions, study_id)
     assert (standing.done, standing.failures, standing.cancelled, standing.waiting) == (0, 0, 5, 0)
-    assert studies.count_failures(storage.engine, study_id) == {"cancelled": (5, "taken back before it ran")}
+    assert records.count_failures(storage.engine, study_id) == {"cancelled": (5, "taken back before it ran")}
     assert claim(storage, study_id).number == 5
     first = storage.get_all_trials(study_id)[0]
     assert (first.state, first.values, first.datetime_complete is None) == (TrialState.FAIL, None, False)
@@ -108,9 +109,9 @@ def test_only_a_waiting_trial_is_cancelled_one_with_a_checkpoint_too(storage, st
 
 def test_a_waiting_trial_is_listed_with_what_it_was_enqueued_with(storage, study_id):
     control.enqueue(storage.sessions, study_id, {"lr": 0.1, "units": 8})
-    assert [trial.params for trial in studies.list_trials(storage.engine, study_id)] == [{"lr": 0.1, "units": 8}]
+    assert [trial.params for trial in records.list_trials(storage.engine, study_id)] == [{"lr": 0.1, "units": 8}]
     claim(storage, study_id)
-    assert [trial.params for trial in studies.list_trials(storage.engine, study_id)] == [{}]
+    assert [trial.params for trial in records.list_trials(storage.engine, study_id)] == [{}]
 
 
 def test_a_study_is_deleted_only_if_nothing_of_it_is_done_and_nobody_is_there(storage, study_id):

@@ -8,8 +8,9 @@ from optuna.trial import TrialState, create_trial
 
 from storage import PostgresStorage
 from storage.coordination import claims, history, studies
-from storage.coordination.claims import Budget, Claim
+from storage.coordination.claims import Claim
 from storage.coordination.history import Ended
+from storage.coordination.standings import Budget
 
 BUDGET = Budget(trials=10, timeout_s=None, max_failures=3, max_attempts=2)
 

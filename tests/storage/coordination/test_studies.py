@@ -20,7 +20,7 @@ from optuna.trial import TrialState, create_trial
 from sqlalchemy import Engine, text
 
 from storage import StudyExistsError, StudyNotFoundError, ensure_schema, open_engine, open_storage
-from storage.coordination import studies
+from storage.coordination import records, studies
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -88,7 +88,7 @@ def test_the_best_trial_is_optunas(engine: Engine, database: str, direction: str
     study.add_trials([a_finished_trial(value, x=index) for index, value in enumerate(values)])
     study.add_trial(create_trial(state=TrialState.PRUNED, value=100.0))
     study.add_trial(create_trial(state=TrialState.FAIL))
-    best = studies.best_trial(engine, record.study_id, direction)
+    best = records.best_trial(engine, record.study_id, direction)
     assert best is not None
     assert (best.value, best.params) == (study.best_value, study.best_trial.params)
     assert best.number == values.index(study.best_value)
@@ -98,7 +98,7 @@ def test_a_study_without_a_complete_trial_has_no_best(engine: Engine, database: 
     record = studies.create_study(engine, "s", "minimize", SPEC, {}, "value")
     study = optuna.load_study(study_name="s", storage=open_storage(database))
     study.add_trial(create_trial(state=TrialState.PRUNED, value=1.0))
-    assert studies.best_trial(engine, record.study_id, "minimize") is None
+    assert records.best_trial(engine, record.study_id, "minimize") is None
 
 
 def test_trials_are_read_as_optuna_reads_them(engine: Engine, database: str) -> None:
@@ -117,7 +117,7 @@ def test_trials_are_read_as_optuna_reads_them(engine: Engine, database: str) -> 
         return float(trial.number)
 
     study.optimize(objective, n_trials=4)
-    ours = studies.list_trials(engine, record.study_id)
+    ours = records.list_trials(engine, record.study_id)
     for mine, theirs in zip(ours, study.trials, strict=True):
         assert mine.number == theirs.number
         assert mine.state == theirs.state.name
@@ -153,7 +153,7 @@ def test_a_params_value_is_what_optuna_makes_of_it(distribution: BaseDistributio
         if isinstance(distribution, IntDistribution):
             internal = float(round(internal))
     wanted = distribution.to_external_repr(internal)
-    found = studies.param_value(internal, distribution_to_json(distribution))
+    found = records.param_value(internal, distribution_to_json(distribution))
     assert (found, type(found)) == (wanted, type(wanted))
 
 
@@ -184,7 +184,7 @@ def test_failures_are_told_by_the_latest_message_whatever_another_program_made_o
     study.add_trial(create_trial(value=1.0))
     with engine.begin() as conn:
         conn.execute(text("update trials set datetime_complete = now() + interval '1 hour' where number = 0"))
-    assert list(studies.count_failures(engine, study_id).items()) == [
+    assert list(records.count_failures(engine, study_id).items()) == [
         ('{"a": 1}', (1, "[2]")),
         ("unknown", (1, "")),
         ("nan", (2, "told last")),

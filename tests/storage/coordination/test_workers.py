@@ -10,7 +10,7 @@ from command import wait_for
 from sqlalchemy import text
 
 from storage import StorageError, ensure_schema, open_engine
-from storage.coordination import claims, studies, workers
+from storage.coordination import claims, standings, studies, workers
 from storage.coordination.workers import SlotNow, SlotSeen, WorkerSeen
 from storage.database.sessions import Sessions
 
@@ -72,7 +72,7 @@ def a_row(sessions, study_id, *, name="gpu-1:7", started=1000.0, seen=0.0, ended
 
 
 def a_claim(sessions, study_id, worker="gpu-1:7", slot=0):
-    budget = claims.Budget(trials=99, timeout_s=None, max_failures=9, max_attempts=3)
+    budget = standings.Budget(trials=99, timeout_s=None, max_failures=9, max_attempts=3)
     return claims.claim(sessions, study_id, budget, claims.Holder(worker=worker, slot=slot))
 
 

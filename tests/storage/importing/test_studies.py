@@ -15,7 +15,7 @@ from origins import PARAMS, SPACE, a_journal, here, imported, set_up_every_kind
 from sqlalchemy import event, func, select
 
 from storage import PostgresStorage, StudyExistsError, StudyNotFoundError, open_engine, open_storage
-from storage.coordination import claims, studies
+from storage.coordination import claims, records, standings, studies
 from storage.database.tables import tuner_curves
 from storage.importing.sources import Source, open_source
 from storage.importing.studies import IMPORTED_FROM, import_studies
@@ -111,7 +111,7 @@ def test_a_complete_trial_whose_value_is_nan_is_failed_here(origin, target):
     (result,) = imported(origin, target)
     failed = here(target)[1][1]
     assert (failed.state, failed.values, failed.params) == (TrialState.FAIL, None, PARAMS)
-    assert studies.count_failures(target, studies.find_study(target, "s").study_id)["nan"][0] == 1
+    assert records.count_failures(target, studies.find_study(target, "s").study_id)["nan"][0] == 1
     assert "NaN" in failed.user_attrs["failure_message"]
     assert [change.trial for change in result.changes] == [1]
     assert counts(imported(origin, target)[0]) == (0, 0, 2, 0)
@@ -326,7 +326,7 @@ def test_the_number_of_statements_does_not_grow_with_the_trials(journal, target)
 
 
 def test_the_curves_of_another_tuner_database_come_along(another_database, target):
-    budget = claims.Budget(trials=9, timeout_s=None, max_failures=3, max_attempts=2)
+    budget = standings.Budget(trials=9, timeout_s=None, max_failures=3, max_attempts=2)
     details = {"train_loss": 0.1, "seconds": 2.5, "rates": (1e-7, None), "metrics": {"f1": 5e-324, "odd": None}}
     epochs = [CurvePoint(step=step, value=0.5, **details, train_metrics={"f1": 1.0}) for step in (1, 2)]
     elsewhere = PostgresStorage(another_database)

@@ -10,7 +10,8 @@ from optuna.trial import TrialState
 from sqlalchemy import event
 
 from storage.coordination import claims, studies
-from storage.coordination.claims import Budget, Claim
+from storage.coordination.claims import Claim
+from storage.coordination.standings import Budget
 
 BUDGET = Budget(trials=10, timeout_s=None, max_failures=3, max_attempts=2)
 

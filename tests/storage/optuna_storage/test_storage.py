@@ -21,7 +21,8 @@ from sqlalchemy import event, func, select, text
 
 from storage import InvalidWriteError, LeaseLostError, PostgresStorage, StorageError, UnreachableError
 from storage.coordination import claims
-from storage.coordination.claims import Budget, Claim
+from storage.coordination.claims import Claim
+from storage.coordination.standings import Budget
 from storage.database import tables
 from storage.database.sessions import Sessions
 from storage.trials.curves import CurvePoint

@@ -11,7 +11,8 @@ from sqlalchemy import event, text
 
 from storage import parse_url
 from storage.coordination import claims, control, studies
-from storage.coordination.claims import Budget, Claim
+from storage.coordination.claims import Claim
+from storage.coordination.standings import Budget
 from storage.database.errors import InvalidWriteError, LeaseLostError
 from storage.trials.curves import CurvePoint, curves
 

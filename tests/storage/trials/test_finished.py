@@ -11,7 +11,8 @@ from optuna.trial import TrialState, create_trial
 from sqlalchemy import event
 
 from storage.coordination import claims, studies
-from storage.coordination.claims import Budget, Claim
+from storage.coordination.claims import Claim
+from storage.coordination.standings import Budget
 from storage.optuna_storage.pruning import IndexedPercentilePruner
 from storage.trials import finished
 from storage.trials.finished import FinishedTrials

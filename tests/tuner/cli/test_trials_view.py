@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from storage.coordination.studies import TrialRecord
+from storage.coordination.records import TrialRecord
 from tuner.cli.trials_view import best_first, lines
 
 

@@ -13,7 +13,7 @@ from resuming import assert_same, interrupt_at, train
 from sqlalchemy import text
 
 from storage import PostgresStorage
-from storage.coordination import checkpoints, claims, studies
+from storage.coordination import checkpoints, claims, standings, studies
 from storage.database.sessions import Backoff, Sessions
 from tuner.slot.shared_checkpoints import InDatabase, InFolder
 from tuner.training import Interrupted
@@ -29,7 +29,7 @@ def storage(database):
 
 def claim(storage):
     study = studies.create_study(storage.engine, "s", "maximize", {"version": 1}, {}, "value")
-    budget = claims.Budget(trials=3, timeout_s=None, max_failures=3, max_attempts=3)
+    budget = standings.Budget(trials=3, timeout_s=None, max_failures=3, max_attempts=3)
     return claims.claim(storage.sessions, study.study_id, budget, claims.Holder(worker="test"))
 
 

@@ -9,12 +9,12 @@ from optuna.trial import TrialState
 from sqlalchemy import text
 
 from storage import PostgresStorage, open_engine, open_storage
-from storage.coordination import claims, studies
+from storage.coordination import claims, standings, studies
 from storage.coordination.delivery import Result
 from storage.trials.curves import CurvePoint, curves
 from tuner.slot.spool import Spool
 
-BUDGET = claims.Budget(trials=3, timeout_s=None, max_failures=3, max_attempts=3)
+BUDGET = standings.Budget(trials=3, timeout_s=None, max_failures=3, max_attempts=3)
 LAST = CurvePoint(step=2, value=0.75, train_loss=0.4, seconds=1.0, rates=(0.1,), metrics={"value": 0.75, "f1": None})
 HOLDER = claims.Holder(worker="gpu-1:7")
 

@@ -10,7 +10,8 @@ from sqlalchemy import text
 
 from storage import open_engine
 from storage.coordination import claims
-from storage.coordination.claims import Claim, NothingToClaim
+from storage.coordination.claims import Claim
+from storage.coordination.standings import NothingToClaim
 from storage.database.sessions import Sessions
 from tuner.errors import UsageError
 from tuner.spec import Budget, ObjectiveSpec, SamplerSpec, Spec

@@ -10,7 +10,7 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution, Int
 from optuna.trial import TrialState, create_trial
 
 from storage import PostgresStorage, StudyNotFoundError, open_engine
-from storage.coordination import claims, studies
+from storage.coordination import records, standings, studies
 from storage.database.sessions import Sessions
 from tuner.errors import TunerError, UsageError
 from tuner.objective import Objective
@@ -97,9 +97,9 @@ def test_the_sampler_starts_from_what_the_other_study_found(engine, other, sampl
 def test_past_trials_are_none_of_the_study(engine, other):
     add(other)
     study = create(engine, a_spec())
-    standing = claims.look(Sessions(engine), study.study_id)
+    standing = standings.look(Sessions(engine), study.study_id)
     assert (standing.n_trials, standing.done) == (0, 0)
-    assert studies.list_trials(engine, study.study_id) == []
+    assert records.list_trials(engine, study.study_id) == []
     with pytest.raises(TunerError, match="has no complete trial yet"):
         best_of(engine, study)
     other._storage.delete_study(other._study_id)

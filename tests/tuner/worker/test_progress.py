@@ -4,7 +4,8 @@ import json
 import pytest
 from rich.console import Console
 
-from storage.coordination.studies import StateCounts, TrialRecord
+from storage.coordination.records import TrialRecord
+from storage.coordination.studies import StateCounts
 from tuner.log import Log
 from tuner.worker.progress import Progress, Snapshot
 
