@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from command import Tuner
+from hypothesis import HealthCheck, settings
 from sqlalchemy import URL, create_engine, text
 
 from storage import EmbeddedServer, ensure_schema, open_engine, parse_url
@@ -25,6 +26,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 ROOT = Path(__file__).parents[1]
+
+# How long an example takes is the machine's doing, which may be busy.
+settings.register_profile("tuner", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("tuner")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -199,8 +199,8 @@ def test_names_from_the_database_cannot_drive_the_terminal(tuner: Tuner) -> None
 
 
 def test_each_option_of_training_is_kept_in_the_spec(tuner: Tuner) -> None:
-    flags = ["--precision", "bf16", "--compile", "--cuda-graphs", "--deterministic", "--patience", "3"]
-    done = tuner("create", "digits", *flags, "--data", "stream", "--json")
+    flags = ["--precision", "bf16", "--compile", "--cuda-graphs", "--deterministic", "--train-metrics"]
+    done = tuner("create", "digits", *flags, "--patience", "3", "--data", "stream", "--json")
     assert done.json()["spec"]["training"] == {
         "precision": "bf16",
         "compile": True,
@@ -210,4 +210,5 @@ def test_each_option_of_training_is_kept_in_the_spec(tuner: Tuner) -> None:
         "data": "stream",
         "readers": None,
         "prefetch": None,
+        "train_metrics": True,
     }
