@@ -219,7 +219,9 @@ def test_an_objective_that_is_shown_runs(name: str, tmp_path: Path) -> None:
     (tmp_path / name).write_text(text)
     source = find_objective(f"{tmp_path}/{target}")
     kind = source.load()
-    wanted = StudyOptions(**{field.name: given[field.name] for field in dataclasses.fields(StudyOptions)})
+    wanted = StudyOptions(
+        **{field.name: given[field.name] for field in dataclasses.fields(StudyOptions) if field.name in given}
+    )
     spec, built = plan(source, kind, **wanted.plan())
     objective = built or kind
     what = TrialObjective.load(spec.model_copy(update={"epochs": 1}), objective, tmp_path, torch.device("cpu"))

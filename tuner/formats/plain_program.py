@@ -19,7 +19,7 @@ from typing import Any, Final
 
 import torch
 
-from tuner.errors import FormatError
+from tuner.errors import FormatError, first_line
 
 # What torch 2.15 reads without unpickling; of its other kinds, some are pickles and some compiled code.
 _ENTRY: Final = re.compile(
@@ -170,8 +170,8 @@ def _entries(file: Path | io.BytesIO) -> tuple[str, dict[str, bytes]]:
 def _parsed(content: bytes) -> Any:
     try:
         return json.loads(content)
-    except ValueError as error:
-        raise ForeignError(f"JSON that cannot be read ({error})") from error
+    except (ValueError, RecursionError) as error:
+        raise ForeignError(f"JSON that cannot be read ({first_line(error)})") from error
 
 
 def _check_weights(content: bytes) -> None:
