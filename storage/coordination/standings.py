@@ -66,6 +66,11 @@ class NothingToClaim:
     paused: bool = False
     limit: Limit | None = None
 
+    @property
+    def advice(self) -> str:
+        """The reason, and what lets a study go on whose budget is used up."""
+        return self.reason if self.limit is None else f"{self.reason}; 'tuner extend' adds to it"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Standing:
@@ -133,7 +138,7 @@ def closed(standing: Standing, budget: Budget) -> NothingToClaim | None:
 
 
 def _used_up(limit: Limit, reason: str) -> NothingToClaim:
-    return NothingToClaim(final=True, reason=f"{reason}; 'tuner extend' adds to it", limit=limit)
+    return NothingToClaim(final=True, reason=reason, limit=limit)
 
 
 @cache

@@ -86,6 +86,9 @@ def test_queued_values_become_what_their_params_are(tuner: Tuner, database: str)
         refused = tuner("enqueue", "s", *params)
         assert refused.code == 2
         assert told in refused.error()
+    wasted = tuner("enqueue", "s", "width=1e1")
+    assert (wasted.code, "'tuner extend s --trials +20' lets it go on" in wasted.error()) == (1, True)
+    assert tuner("extend", "s", "--trials", "+2").code == 0
     assert tuner("enqueue", "s", "width=1e1", "drop=.5", "--json").json()["params"] == {"width": 10, "drop": 0.5}
     assert tuner("enqueue", "s", "widht=8", "--force").code == 0
 

@@ -88,7 +88,7 @@ def test_paths_are_those_of_the_directory_in_which_the_command_was_started(tuner
     given[3] = "another"
     done = here("export", "downloads", "--objective", "downloads.py:Signs", *given)
     assert done.code == 0, done.stderr
-    (model,) = (here.directory / "another" / "models").iterdir()
+    (model,) = (here.directory / "another" / "models").glob("study-*")
     assert f"{model}\n" in done.stdout
     assert done.stdout.rstrip().endswith(f"--data-dir {here.directory / 'another'}")
 

@@ -77,7 +77,7 @@ def test_best_prints_what_the_manifest_holds(job: Finished, tuner: Tuner, home: 
     assert list(best) == [*fields, "parameters", "trained_parameters"]
     assert (best["study"], best["metric"], best["direction"]) == ("digits", "accuracy", "maximize")
     assert best["state"] == "COMPLETE"
-    (manifest,) = (home / "data" / "models").glob("*/manifest.json")
+    (manifest,) = (home / "data" / "models").glob("study-*/manifest.json")
     exported = json.loads(manifest.read_text())
     assert exported["params"] == best["params"]
     assert (exported["trial"], exported["validation"]) == (best["number"], best["value"])

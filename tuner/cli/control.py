@@ -45,16 +45,16 @@ def enqueue(
     engine = settings.open()
     opened = open_study(engine, study)
     sessions = Sessions(engine)
+    wanted = _checked(engine, opened, _pairs(params), force=force)
     standing = standings.look(sessions, opened.study_id)
     closed = standings.closed(standing, opened.budget)
     ended = standings.closed(replace(standing, state="open"), opened.budget)  # whether or not it was stopped as well
     if ended is not None and ended.limit is not None:
         raise TunerError(
-            f"study {study!r} is finished, and would not run it: {ended.reason.partition(';')[0]};"
+            f"study {study!r} is finished, and would not run it: {ended.reason};"
             f" '{more(study, ended.limit)}' lets it go on"
         )
     try:
-        wanted = _checked(engine, opened, _pairs(params), force=force)
         number = control.enqueue(sessions, opened.study_id, wanted)
     except InvalidWriteError as error:
         raise UsageError(str(error)) from error

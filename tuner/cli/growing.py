@@ -134,7 +134,7 @@ def _shown(found: Extended) -> str:
 def _what_next(study: str, found: Extended) -> str:
     closed = found.closed
     if closed is not None and closed.limit is not None:
-        return f"but {closed.reason.partition(';')[0]}; '{more(study, closed.limit)}' lets it go on"
+        return f"but {closed.reason}; '{more(study, closed.limit)}' lets it go on"
     if closed is not None and (closed.final or closed.paused):
         return f"but {closed.reason.partition(';')[0]}; 'tuner resume {shlex.quote(study)}' lets it go on"
     return f"workers that run take them up; 'tuner worker {shlex.quote(study)}' starts one"

@@ -188,7 +188,7 @@ class Slot:
                 poll_s = FIRST_POLL_S
                 continue
             if claimed.final:
-                self._emit(Event(event="done", message=claimed.reason))
+                self._emit(Event(event="done", message=claimed.advice))
                 return
             self._emit(Event(event="nothing", message=claimed.reason, paused=claimed.paused))
             self._orders.stop.wait(poll_s)

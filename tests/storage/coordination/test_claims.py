@@ -38,7 +38,7 @@ BUDGET = Budget(trials=10, timeout_s=None, max_failures=3, max_attempts=2)
 _WORKER = """
 import sys
 from storage import open_engine
-from storage.coordination import claims, records, standings
+from storage.coordination import claims, standings
 from storage.database.sessions import Sessions
 from sqlalchemy import text
 engine = open_engine(sys.argv[1])
@@ -58,7 +58,7 @@ while True:
 _HOLDER = """
 import sys
 from storage import open_engine
-from storage.coordination import claims, records, standings
+from storage.coordination import claims, standings
 from storage.database.sessions import Sessions
 engine = open_engine(sys.argv[1])
 budget = standings.Budget(trials=10, timeout_s=None, max_failures=3, max_attempts=2)
@@ -152,7 +152,7 @@ def test_complete_and_pruned_trials_use_the_budget_up(engine: Engine, study_id: 
     refused = claims.claim(Sessions(engine), study_id, budget, claims.Holder(worker="test"))
     assert isinstance(refused, NothingToClaim)
     assert refused.final
-    assert end_of_budget(engine, study_id, budget) == "the budget of 1 trials is used up; 'tuner extend' adds to it"
+    assert end_of_budget(engine, study_id, budget) == "the budget of 1 trials is used up"
 
 
 def test_more_failures_than_allowed_end_the_study(engine: Engine, study_id: int) -> None:
@@ -160,7 +160,7 @@ def test_more_failures_than_allowed_end_the_study(engine: Engine, study_id: int)
     finish(engine, claim(engine, study_id, budget), "FAIL")
     finish(engine, claim(engine, study_id, budget), "FAIL")
     refused = claims.claim(Sessions(engine), study_id, budget, claims.Holder(worker="test"))
-    reason = "2 trials failed, more than the 1 allowed; 'tuner extend' adds to it"
+    reason = "2 trials failed, more than the 1 allowed"
     assert refused == NothingToClaim(final=True, reason=reason, limit="max_failures")
 
 
@@ -170,7 +170,7 @@ def test_no_trial_starts_after_the_timeout_by_the_databases_clock(engine: Engine
     with engine.begin() as conn:
         conn.execute(text("update tuner_studies set created_at = now() - interval '101 seconds'"))
     refused = claims.claim(Sessions(engine), study_id, budget, claims.Holder(worker="test"))
-    reason = "the study's time of 100 s is over; 'tuner extend' adds to it"
+    reason = "the study's time of 100 s is over"
     assert refused == NothingToClaim(final=True, reason=reason, limit="timeout")
 
 

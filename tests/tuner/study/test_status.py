@@ -100,7 +100,7 @@ def test_a_study_that_no_resuming_helps_is_finished(engine, halted, budget, stat
     add_trials(engine, study, state, count)
     execute(engine, "update tuner_studies set created_at = now() - interval '1 h'")
     halt(engine, study, halted)
-    assert state_of(engine, study) == ("finished", f"{reason}; 'tuner extend' adds to it")
+    assert state_of(engine, study) == ("finished", reason)
 
 
 def test_the_last_trials_of_a_study_whose_time_is_over_still_run(engine):
@@ -108,7 +108,7 @@ def test_the_last_trials_of_a_study_whose_time_is_over_still_run(engine):
     add_trials(engine, study, "COMPLETE", 1)
     a_running_trial(engine, study)
     execute(engine, "update tuner_studies set created_at = now() - interval '1 h'")
-    assert state_of(engine, study) == ("running", "the study's time of 60 s is over; 'tuner extend' adds to it")
+    assert state_of(engine, study) == ("running", "the study's time of 60 s is over")
     assert look(engine, study).left_s is None
 
 
