@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime as dt
 import json
 import math
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -62,6 +63,10 @@ class Change:
     what: str
 
 
+# The state of Optuna's CMA-ES sampler is a pickle, and somebody else's would be code: an imported study starts it anew.
+_PICKLED: Final = re.compile(r"(cma|sepcma|cmawm):(optimizer:\d+|generation)")
+
+
 def fitted(trial: FrozenTrial, number: int, n_objectives: int) -> tuple[FrozenTrial, list[Change]]:
     """Return the trial as it will be here, under this number, and what had to change for that.
 
@@ -73,7 +78,9 @@ def fitted(trial: FrozenTrial, number: int, n_objectives: int) -> tuple[FrozenTr
     params = {name: value for name, value in trial.params.items() if _fits(name, "a param's name", changes)}
     user_attrs = {key: value for key, value in trial.user_attrs.items() if _fits(key, "an attribute's key", changes)}
     system_attrs = {
-        key: value for key, value in trial.system_attrs.items() if _fits(key, "an attribute's key", changes)
+        key: value
+        for key, value in trial.system_attrs.items()
+        if not _PICKLED.fullmatch(key) and _fits(key, "an attribute's key", changes)
     }
     reports = {step: value for step, value in trial.intermediate_values.items() if _step_fits(step, changes)}
     if state == TrialState.RUNNING:

@@ -105,10 +105,13 @@ def test_a_password_that_changes_keeps_neither_a_worker_nor_a_dashboard_out(tmp_
         assert tuner("create", objective, "--trials", "1").code == 0
         with (
             dashboard(tuner) as (pages, client),
-            tuner.start("status", "search", "--watch", "--interval", "0.2") as watching,
             tuner.start("worker", "search", "--objective", objective, "--log-format", "json") as worker,
+            contextlib.ExitStack() as stack,
         ):
             wait_for(lambda: len(worker.events("report")) >= 2, "it trains")
+            watching = stack.enter_context(tuner.start("status", "search", "--watch", "--interval", "0.5"))
+            assert watching.process.stdout is not None
+            assert watching.process.stdout.readline()  # it has looked; nobody reads the rest before the end
             assert client.ask("/api/studies").status == 200
             _change_password(server, "second")
             for running in (watching, worker):

@@ -25,6 +25,7 @@ from optuna.trial import FrozenTrial
 from tuner.errors import UsageError, first_line
 from tuner.seeds import derive_seed
 from tuner.spec import PrunerName, PrunerSpec, SamplerName, SamplerSpec
+from tuner.study.cmaes import SafeCmaEsSampler
 from tuner.study.params import ParamError, as_param, check_distribution, finite, parse_value
 
 if TYPE_CHECKING:
@@ -97,7 +98,7 @@ _SAMPLERS: dict[str, type[BaseSampler]] = {
     "tpe": optuna.samplers.TPESampler,
     "random": RandomSampler,
     "gp": optuna.samplers.GPSampler,
-    "cmaes": optuna.samplers.CmaEsSampler,
+    "cmaes": SafeCmaEsSampler,
     "qmc": _QMC,
     "grid": _Grid,
 }

@@ -360,3 +360,15 @@ def test_a_study_of_another_tuner_database_keeps_its_spec(database, another_data
         import_studies(source, target)
     found = studies.find_study(target, "s")
     assert (found.spec, found.created_at, found.metrics) == (spec, created.created_at, ("accuracy",))
+
+
+def test_the_pickles_of_a_sampler_stay_where_they_are(journal, target):
+    """Optuna's CMA-ES unpickles them in every process that samples, whoever wrote them."""
+    study = journal.study()
+    kept = {"grid_id": 3}
+    for name in ("cma:optimizer:0", "sepcma:optimizer:12", "cmawm:optimizer:1", "cma:generation"):
+        study.add_trial(create_trial(value=1.0, system_attrs={name: "80", **kept}))
+    for _ in range(2):
+        (result,) = imported(journal, target)
+    assert [trial.system_attrs for trial in here(target)[1]] == [kept] * 4
+    assert counts(result) == (0, 0, 4, 0)
