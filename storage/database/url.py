@@ -19,7 +19,16 @@ if TYPE_CHECKING:
 _DRIVER = "postgresql+psycopg2"
 _ACCEPTED_SCHEMES = frozenset({"postgresql", "postgres", _DRIVER})
 _WANTED = "tuner stores studies in PostgreSQL only: postgresql://user@host/database"
-_SECRET_PARAMETERS = frozenset({"password", "sslpassword", "oauth_client_secret"})
+# libpq's parameters that are no secrets. Of any other the value is masked: `Password` is a slip of the finger.
+_SHOWN_PARAMETERS = frozenset(
+    {
+        *("host", "hostaddr", "port", "dbname", "user", "passfile", "service", "options", "application_name"),
+        *("connect_timeout", "client_encoding", "target_session_attrs", "load_balance_hosts", "require_auth"),
+        *("sslmode", "sslnegotiation", "sslrootcert", "sslcert", "sslkey", "sslcrl", "sslcrldir", "sslsni"),
+        *("ssl_min_protocol_version", "ssl_max_protocol_version", "channel_binding", "gssencmode", "krbsrvname"),
+        *("keepalives", "keepalives_idle", "keepalives_interval", "keepalives_count", "tcp_user_timeout"),
+    }
+)
 _MASK = "***"
 _PASSWORD_MAX_BYTES = 4096
 FILE_PARAMETER = "tuner_password_file"
@@ -60,7 +69,7 @@ def mask_url(url: str | URL) -> str:
         scheme = url.drivername if isinstance(url, URL) else url.partition("://")[0]
         return f"{scheme if scheme in _ACCEPTED_SCHEMES else ''}://{_MASK}"
     query = {
-        name: _MASK if name in _SECRET_PARAMETERS else value
+        name: value if name in _SHOWN_PARAMETERS else _MASK
         for name, value in parsed.query.items()
         if name != FILE_PARAMETER
     }

@@ -230,7 +230,7 @@ def test_deleting_a_study_deletes_what_its_stopped_trials_kept(
         interrupt_in_epoch_three(running, database)
         assert running.finish().code == 130
     assert files_below(tmp_path / "share") == files_below(tmp_path / "a") == ["trial-0.pt"]
-    done = a("delete", "trains")
+    done = a("delete", "trains", "--yes")
     assert (done.code, done.stderr) == (0, "")
     assert files_below(tmp_path / "share") == files_below(tmp_path / "a") == []
 

@@ -9,6 +9,7 @@ import optuna
 import pytest
 from command import Tuner, wait_for
 from optuna.trial import TrialState
+from terminal import on_terminal
 
 from storage import open_storage
 
@@ -169,12 +170,18 @@ def test_a_study_is_deleted_once_no_worker_runs_it(
     assert tuner("create", objective, "--trials", "2").code == 0
     with tuner.start(*worker) as running:
         wait_until_reporting(database, 1)
-        refused = tuner("delete", "gated")
+        refused = tuner("delete", "gated", "--yes")
         assert refused.code == 1
         assert "study 'gated' is not deleted: workers run 1 of its trials now (number 0, " in refused.error()
         assert tuner("stop", "gated").code == 0
         assert running.finish().code == 0
-    assert tuner("delete", "gated").stdout == "deleted study gated with 1 trials\n"
+    unsure = tuner("delete", "gated")
+    assert (unsure.code, "study gated is deleted with its 1 trials if you pass --yes" in unsure.error()) == (2, True)
+    with on_terminal(tuner, "delete", "gated") as terminal:
+        terminal.wait_for("study gated is deleted with its 1 trials? [y/N]:")
+        terminal.type("n\r")
+        assert terminal.exit_code() == 1
+    assert tuner("delete", "gated", "--yes").stdout == "deleted study gated with 1 trials\n"
     assert tuner("studies", "--json").json() == []
 
 

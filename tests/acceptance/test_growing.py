@@ -106,5 +106,5 @@ def test_a_new_study_learns_from_another_ones_trials_and_has_none_of_them(
     assert [trial.number for trial in trials] == [0, 1, 2]
     assert all(abs(trial.params["x"] - 0.7) < 0.25 for trial in trials), trials
     assert done.json()["value"] == min(trial.value for trial in trials)
-    assert tuner("delete", "old").code == 0
+    assert tuner("delete", "old", "--yes").code == 0
     assert tuner("create", *run[1:], "--json").json()["created"] is False

@@ -348,7 +348,7 @@ def test_while_a_query_hangs_the_display_tells_and_ctrl_c_ends_it_at_once(
 def test_watching_a_study_that_is_deleted_ends_with_one_line(tuner: Tuner, study_id: int) -> None:
     with tuner.start("status", "gated", "--watch", "--interval", "0.1") as watching:
         read_block(watching)
-        assert tuner("delete", "gated").code == 0
+        assert tuner("delete", "gated", "--yes").code == 0
         done = watching.finish()
         assert (done.code, "was deleted" in done.error()) == (1, True)
 

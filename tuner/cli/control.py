@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from tuner.cli.growing import more
+from tuner.cli.options import ask_first
 from tuner.cli.reading import AsJson, StudyName
 from tuner.cli.settings import Settings, command
 from tuner.errors import TunerError, UsageError
@@ -149,8 +150,9 @@ def delete(
     settings: Settings,
     study: StudyName,
     force: Annotated[
-        bool, typer.Option("--force", help="Even while workers run its trials, which they then drop.")
+        bool, typer.Option("--force", help="Even while workers run its trials, which they then drop; asks nothing.")
     ] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Delete STUDY and all its trials from the database. Exported models stay."""
@@ -164,6 +166,7 @@ def delete(
     opened = find_study(engine, study)
     sessions = Sessions(engine)
     n_trials = standings.look(sessions, opened.study_id).n_trials
+    ask_first(f"study {study} is deleted with its {n_trials} trials", yes=yes or force)
     try:
         control.delete_study(sessions, opened.study_id, force=force)
     except LiveTrialsError as error:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import functools
 import json
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from tuner.cli.options import ask_first
 from tuner.cli.settings import Settings, command
-from tuner.errors import TunerError, UsageError
+from tuner.errors import TunerError
 from tuner.text import printable, table
 
 _command = functools.partial(command, group="db_")
@@ -120,10 +120,7 @@ def delete(
     where = server.status().directory
     if not where.exists():
         raise TunerError(f"there is no embedded database of {wanted}; 'tuner db list' shows those there are")
-    if not yes:
-        if not sys.stdin.isatty():
-            raise UsageError(f"{where} is deleted with every study in it if you pass --yes")
-        typer.confirm(printable(f"delete {where} with every study in it?"), abort=True)
+    ask_first(f"{where} is deleted with every study in it", yes=yes)
     server.delete()
     print(printable(f"deleted {where}"))
 

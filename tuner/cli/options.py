@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from dataclasses import dataclass, field
 from typing import Annotated, Any, get_args
 
@@ -10,6 +11,7 @@ import typer
 
 from tuner.errors import UsageError
 from tuner.spec import Budget, DataPlace, Precision, TrainingSpec
+from tuner.text import printable
 
 _UNITS_S = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
 
@@ -298,3 +300,12 @@ def seconds(option: str, text: str) -> float:
     if found > MAX_DAYS * _UNITS_S["d"]:
         raise UsageError(f"{option} needs a time of at most {MAX_DAYS} days, got {text!r}")
     return found
+
+
+def ask_first(what: str, *, yes: bool) -> None:
+    """Ask on a terminal before what cannot be taken back. Raises UsageError off one unless `--yes` said it."""
+    if yes:
+        return
+    if not (sys.stdin is not None and sys.stdin.isatty()):
+        raise UsageError(printable(f"{what} if you pass --yes"))
+    typer.confirm(printable(f"{what}?"), abort=True, err=True)

@@ -8,7 +8,6 @@ or a language model.
 from __future__ import annotations
 
 import csv
-import hashlib
 import hmac
 import io
 import json
@@ -19,6 +18,7 @@ from urllib.parse import parse_qsl, quote, urlencode, urlsplit
 from wsgiref.headers import Headers
 
 from tuner.dashboard import page
+from tuner.dashboard.sessions import LIFETIME_S, Sessions
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -29,7 +29,7 @@ __all__ = ["Guard"]
 # What we let through of optuna-dashboard 0.21, as lists of what is allowed: a route that a later version adds
 # stays shut until somebody has looked at it. None of these pages writes (dated 2026-11).
 _PAGES = re.compile(
-    r"""/? | /dashboard(/.*)? | /tuner\.js | /favicon\.ico | /static/[\w.-]+ | /incompatible-rdb-schema
+    r"""/? | /sign-out | /dashboard(/.*)? | /tuner\.js | /favicon\.ico | /static/[\w.-]+ | /incompatible-rdb-schema
     | /api/meta | /api/studies | /api/studies/[0-9]+(/param_importances | /plot/[a-z_]+)?
     | /csv/[0-9]+ | /artifacts(/[0-9]+){1,2}/[0-9a-fA-F-]+""",
     re.ASCII | re.VERBOSE,
@@ -56,6 +56,9 @@ _RESPONSE_HEADERS = {
 }
 _CSP = "frame-ancestors 'none'; base-uri 'none'; form-action 'self'"
 
+SIGN_OUT = "/sign-out"
+_COOKIE = "Path=/; HttpOnly; SameSite=Strict"
+
 _FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r", "\n", "\uff1d", "\uff0b", "\uff0d", "\uff20")
 
 
@@ -81,6 +84,7 @@ class Guard:
         self._allow_edit = allow_edit
         self._hosts = hosts
         self._token = token
+        self._sessions = Sessions()
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         path = environ.get("PATH_INFO", "")
@@ -94,6 +98,7 @@ class Guard:
             self._check_host(environ)
             self._check_route(environ)
             self._check_token(environ)
+            self._check_sign_out(environ)
             self._check_origin(environ)
         except _Refused as refused:
             start_hardened(refused.status, [("Content-Type", "application/json"), *refused.headers])
@@ -141,10 +146,7 @@ class Guard:
         scheme, _, credentials = environ.get("HTTP_AUTHORIZATION", "").partition(" ")
         if scheme.lower() == "bearer" and _same(credentials.strip(), self._token):
             return
-        # a browser shares cookies between the ports of a host: the name tells two dashboards apart, and the
-        # value is of no use as a token
-        cookie = f"tuner_dashboard_{environ['SERVER_PORT']}"
-        session = hmac.new(self._token.encode(), b"cookie", hashlib.sha256).hexdigest()
+        cookie = _cookie_name(environ)
         query = parse_qsl(environ.get("QUERY_STRING", ""), keep_blank_values=True)
         if any(name == "token" and _same(value, self._token) for name, value in query):
             rest = urlencode([(name, value) for name, value in query if name != "token"])
@@ -153,16 +155,25 @@ class Guard:
                 "303 See Other",
                 "welcome",
                 ("Location", f"{path}?{rest}" if rest else path),
-                ("Set-Cookie", f"{cookie}={session}; Path=/; HttpOnly; SameSite=Strict"),
+                ("Set-Cookie", f"{cookie}={self._sessions.start()}; Max-Age={LIFETIME_S}; {_COOKIE}"),
                 ("Cache-Control", "no-store"),
             )
-        if any(_same(value, session) for value in _cookies(environ, cookie)):
+        if any(self._sessions.is_open(value) for value in _cookies(environ, cookie)):
             return
         raise _Refused(
             "401 Unauthorized",
             "this dashboard needs its token: open it with '?token=...' or send 'Authorization: Bearer ...'",
             ("WWW-Authenticate", "Bearer"),
         )
+
+    def _check_sign_out(self, environ: WSGIEnvironment) -> None:
+        """End the browser's session where it asks for that."""
+        if environ.get("PATH_INFO", "") != SIGN_OUT:
+            return
+        cookie = _cookie_name(environ)
+        for value in _cookies(environ, cookie):
+            self._sessions.end(value)
+        raise _Refused("200 OK", "signed out", ("Set-Cookie", f"{cookie}=; Max-Age=0; {_COOKIE}"))
 
     def _check_origin(self, environ: WSGIEnvironment) -> None:
         """Refuse a change that another site's page asks for (a POST without a body needs no preflight)."""
@@ -177,6 +188,11 @@ class Guard:
 def _same(given: str, wanted: str) -> bool:
     """Compare secrets in a time that does not depend on where they differ."""
     return hmac.compare_digest(given.encode("utf-8", "replace"), wanted.encode())
+
+
+def _cookie_name(environ: WSGIEnvironment) -> str:
+    """A browser shares cookies between the ports of a host: the name tells two dashboards apart."""
+    return f"tuner_dashboard_{environ['SERVER_PORT']}"
 
 
 def _cookies(environ: WSGIEnvironment, name: str) -> Iterator[str]:

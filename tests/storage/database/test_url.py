@@ -97,7 +97,7 @@ def test_a_masked_url_never_shows_its_password(password):
     assert parse_url(raw).password == secret
 
 
-@pytest.mark.parametrize("parameter", ["password", "sslpassword", "oauth_client_secret"])
+@pytest.mark.parametrize("parameter", ["password", "sslpassword", "oauth_client_secret", "Password", "passwd", "token"])
 def test_secrets_among_the_parameters_are_masked_too(parameter):
     assert mask_url(f"postgresql:///tuner?{parameter}={SECRET}") == f"postgresql:///tuner?{parameter}=***"
 

@@ -358,6 +358,21 @@ def test_without_the_token_nothing_is_shown(database: str) -> None:
             assert (answer.status, answer.headers["Set-Cookie"]) == (401, None), wrong
 
 
+def test_a_session_ends_by_signing_out_and_with_the_dashboard(database: str) -> None:
+    with guarded(dashboard_of(database), token=TOKEN) as client:
+        first, second = (
+            client.ask(f"/dashboard?token={TOKEN}").headers["Set-Cookie"].partition(";")[0] for _ in range(2)
+        )
+        assert first != second
+        out = client.ask("/sign-out", headers={"Cookie": first})
+        assert (out.status, out.headers["Set-Cookie"].split("; ")[1]) == (200, "Max-Age=0")
+        assert client.ask("/api/studies", headers={"Cookie": first}).status == 401
+        assert client.ask("/api/studies", headers={"Cookie": second}).status == 200
+    with guarded(dashboard_of(database), token=TOKEN) as client:
+        value = second.partition("=")[2]
+        assert client.ask("/api/studies", headers={"Cookie": f"tuner_dashboard_{client.port}={value}"}).status == 401
+
+
 def test_the_token_is_taken_as_a_bearer_token(database: str) -> None:
     with guarded(dashboard_of(database), token=TOKEN) as client:
         assert client.ask("/api/studies", headers={"Authorization": f"Bearer {TOKEN}"}).status == 200
@@ -369,7 +384,7 @@ def test_the_token_in_the_url_is_exchanged_for_a_cookie_and_goes_from_the_url(da
         assert answer.status == 303
         assert answer.headers["Location"] == "/dashboard/studies/1?a=%0D%0A"
         cookie, *attributes = answer.headers["Set-Cookie"].split("; ")
-        assert {"HttpOnly", "SameSite=Strict", "Path=/"} == set(attributes)
+        assert {"HttpOnly", "SameSite=Strict", "Path=/", "Max-Age=86400"} == set(attributes)
         assert TOKEN not in cookie
         assert client.ask("/api/studies", headers={"Cookie": f"other=\xff; {cookie}; more=1"}).status == 200
         again = client.ask(f"/dashboard?token={TOKEN}", headers={"Cookie": cookie})
