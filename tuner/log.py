@@ -10,8 +10,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal, TypeAlias
 
+from tuner.text import printable
+
 LogFormat: TypeAlias = Literal["text", "json"]
 
+OWN_PRINTS = "slot_stderr"
+"""The event of what an objective printed, which the user may have coloured; other text may be anybody's."""
 PLAIN_INTERVAL_S = 5.0
 """The shortest time between two plain lines of progress."""
 
@@ -43,6 +47,8 @@ class Log:
             now = dt.datetime.now(dt.UTC).isoformat(timespec="milliseconds")
             line = {"time": now, "event": event, **_NOWHERE, **self._fields, **fields, "message": message}
             message = json.dumps(line, default=str)
+        elif event != OWN_PRINTS:
+            message = "\n".join(map(printable, message.split("\n")))
         with self.writing():
             if self.format == "text" and self.console.is_terminal:
                 from rich.text import Text

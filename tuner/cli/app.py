@@ -18,7 +18,7 @@ from sqlalchemy.exc import DBAPIError
 from storage.database.errors import InvalidURLError, StorageError, UnreachableError
 from tuner.cli import comparing, control, db, growing, importing, model, reading, search, service, status
 from tuner.cli.settings import DataDir, Debug, Format, PasswordFile, Settings, Storage
-from tuner.cli.streams import flush_streams, open_streams
+from tuner.cli.streams import flush_streams, open_streams, say
 from tuner.errors import (
     EXIT_FAILED,
     EXIT_INTERRUPTED,
@@ -86,7 +86,7 @@ def _version(wanted: bool) -> None:
     if wanted:
         from importlib.metadata import version
 
-        print(f"tuner {version('tuner')}")
+        say(f"tuner {version('tuner')}")
         raise typer.Exit
 
 
@@ -187,5 +187,5 @@ def _fail(message: str, code: int, *, as_json: bool) -> int:
         Log("json").event("failed", " ".join(message.split()), exit_code=code)
     elif message:
         with suppress(OSError):  # nobody reads it
-            print(f"tuner: {' '.join(message.split())}", file=sys.stderr)
+            say(f"tuner: {' '.join(message.split())}", err=True)
     return code

@@ -11,8 +11,9 @@ import typer
 
 from tuner.cli.reading import AsJson, StudyName, best_fields_of, print_json
 from tuner.cli.settings import Settings, command
+from tuner.cli.streams import say
 from tuner.errors import UsageError
-from tuner.text import duration, number_text, printable, table
+from tuner.text import duration, number_text, table
 
 if TYPE_CHECKING:
     from tuner.spec import PrunerSpec, SamplerSpec
@@ -35,7 +36,7 @@ def show(settings: Settings, study: StudyName, as_json: AsJson = False) -> None:
     rows += [("spec", "none: not created by tuner")] if spec is None else list(_leaves(spec))
     width = max(len(name) for name, _ in rows)
     for name, text in rows:
-        print(f"{name:<{width}}  {printable(text)}")
+        say(f"{name:<{width}}  {text}")
 
 
 @command
@@ -71,7 +72,7 @@ def compare(
     rows.append(["best within, of devices' time", *[""] * len(found)])
     rows += [[f"  {_time(device_s)}", *map(number_text, best)] for device_s, best in by_time]
     for line in table(["study", *(one.status.study.name for one in found)], rows):
-        print(line)
+        say(line)
 
 
 def _spec_fields(study: AnyStudy) -> dict[str, Any]:

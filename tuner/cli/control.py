@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import json
-import sys
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,8 +13,9 @@ from tuner.cli.growing import more
 from tuner.cli.options import ask_first
 from tuner.cli.reading import AsJson, StudyName
 from tuner.cli.settings import Settings, command
+from tuner.cli.streams import say
 from tuner.errors import TunerError, UsageError
-from tuner.text import params_text, printable
+from tuner.text import params_text
 
 if TYPE_CHECKING:
     from pydantic import JsonValue
@@ -60,11 +60,11 @@ def enqueue(
     except InvalidWriteError as error:
         raise UsageError(str(error)) from error
     if closed is not None and closed.final:
-        print(f"trial {number} waits, but {closed.reason}", file=sys.stderr)
+        say(f"trial {number} waits, but {closed.reason}", err=True)
     if as_json:
         print(json.dumps({"study": study, "number": number, "params": wanted}))
     else:
-        print(f"enqueued trial {number}: {params_text(wanted)}")
+        say(f"enqueued trial {number}: {params_text(wanted)}")
 
 
 @command
@@ -111,9 +111,9 @@ def release(
     if as_json:
         print(json.dumps({"study": study, "number": number, "released": True, "worker": worker}))
     elif worker is None:
-        print(f"trial {number} waits; no worker of tuner ran it, and whoever did may go on writing to it")
+        say(f"trial {number} waits; no worker of tuner ran it, and whoever did may go on writing to it")
     else:
-        print(f"trial {number} waits; {printable(worker)} ran it, and drops it at its next report")
+        say(f"trial {number} waits; {worker} ran it, and drops it at its next report")
 
 
 @command
@@ -142,7 +142,7 @@ def cancel(
     if as_json:
         print(json.dumps({"study": study, "number": number, "cancelled": True}))
     else:
-        print(f"trial {number} is cancelled")
+        say(f"trial {number} is cancelled")
 
 
 @command
@@ -172,11 +172,11 @@ def delete(
     except LiveTrialsError as error:
         raise TunerError(f"study {study!r} is not deleted: {error}, or pass --force") from error
     for line in delete_checkpoints(opened, settings.data_dir):
-        print(line, file=sys.stderr)
+        say(line, err=True)
     if as_json:
         print(json.dumps({"study": study, "deleted": True, "trials": n_trials}))
     else:
-        print(f"deleted study {study} with {n_trials} trials")
+        say(f"deleted study {study} with {n_trials} trials")
 
 
 def _set_state(settings: Settings, study: str, state: StudyState, *, as_json: bool) -> None:
@@ -191,7 +191,7 @@ def _set_state(settings: Settings, study: str, state: StudyState, *, as_json: bo
         print(json.dumps({"study": study, "state": state, "running": running}))
         return
     back = f"; workers give {running} running trials back at their next report" if running and state != "open" else ""
-    print(f"study {study} is {state}{back}")
+    say(f"study {study} is {state}{back}")
 
 
 def _pairs(texts: list[str]) -> dict[str, JsonValue]:
@@ -226,7 +226,7 @@ def _checked(engine: Engine, study: AnyStudy, wanted: dict[str, JsonValue], *, f
     for name in unknown:
         if all_names and not force:
             raise UsageError(_unknown(study.name, name, all_names))
-        print(f"no trial of study {study.name} has had a param {name!r} so far", file=sys.stderr)
+        say(f"no trial of study {study.name} has had a param {name!r} so far", err=True)
     try:
         return {name: as_param(name, known[name], value) if name in known else value for name, value in wanted.items()}
     except ParamError as error:

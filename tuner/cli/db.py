@@ -12,8 +12,9 @@ import typer
 
 from tuner.cli.options import ask_first
 from tuner.cli.settings import Settings, command
+from tuner.cli.streams import say
 from tuner.errors import TunerError
-from tuner.text import printable, table
+from tuner.text import table
 
 _command = functools.partial(command, group="db_")
 app = typer.Typer(help="Start, stop and look at the embedded PostgreSQL.", no_args_is_help=True)
@@ -38,7 +39,7 @@ def start(
     """Start the embedded server, or join it, and print its URL."""
     from storage import EmbeddedServer
 
-    print(EmbeddedServer(settings.data_dir).start(listen, idle_exit=idle_exit))
+    say(EmbeddedServer(settings.data_dir).start(listen, idle_exit=idle_exit))
 
 
 @_command
@@ -47,7 +48,7 @@ def stop(settings: Settings) -> None:
     from storage import EmbeddedServer
 
     EmbeddedServer(settings.data_dir).stop()
-    print("stopped")
+    say("stopped")
 
 
 @_command
@@ -64,7 +65,7 @@ def status(settings: Settings, as_json: Annotated[bool, typer.Option("--json", h
         print(json.dumps(fields, default=str))
         return
     for name, value in fields.items():
-        print(f"{name.replace('_', ' '):<18}{'-' if value is None else value}")
+        say(f"{name.replace('_', ' '):<18}{'-' if value is None else value}")
 
 
 @_command
@@ -73,7 +74,7 @@ def url(settings: Settings) -> None:
     from storage import EmbeddedServer
 
     # SQLAlchemy 2.1 takes a URL without a driver's name for one of psycopg 3, which need not be installed.
-    print(EmbeddedServer(settings.data_dir).start().replace("postgresql:", "postgresql+psycopg2:", 1))
+    say(EmbeddedServer(settings.data_dir).start().replace("postgresql:", "postgresql+psycopg2:", 1))
 
 
 @_command
@@ -94,7 +95,7 @@ def list_(
         for one in found
     ]
     for line in table(["directory", "size", "runs", ""], rows):
-        print(line)
+        say(line)
 
 
 def _remark(data_dir: Path | None) -> str:
@@ -122,7 +123,7 @@ def delete(
         raise TunerError(f"there is no embedded database of {wanted}; 'tuner db list' shows those there are")
     ask_first(f"{where} is deleted with every study in it", yes=yes)
     server.delete()
-    print(printable(f"deleted {where}"))
+    say(f"deleted {where}")
 
 
 for name, function in {

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shlex
-import sys
 from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
@@ -12,6 +11,7 @@ import typer
 from tuner.cli.options import BUDGET, MAX_COUNT, ObjectiveName, SpecOptions, seconds
 from tuner.cli.reading import AsJson, StudyName
 from tuner.cli.settings import Settings, command
+from tuner.cli.streams import say
 from tuner.errors import UsageError
 from tuner.text import duration
 
@@ -61,8 +61,8 @@ def extend(
         reason = None if found.closed is None else found.closed.reason
         print(json.dumps({"study": study, "budget": budget, "before": before, "closed": reason}))
         return
-    print(f"study {study}: {_shown(found)}")
-    print(_what_next(study, found), file=sys.stderr)
+    say(f"study {study}: {_shown(found)}")
+    say(_what_next(study, found), err=True)
 
 
 @command
@@ -103,13 +103,13 @@ def adopt(
     spec, model_class = plan(source, kind, **wanted)
     adopted = adopt_study(engine, found, spec, model_class, amount)
     for note in adopted.notes:
-        print(note, file=sys.stderr)
+        say(note, err=True)
     budget, standing = adopted.study.spec.budget, adopted.standing
     if as_json:
         spec_fields = adopted.study.spec.model_dump(mode="json")
         print(json.dumps({"study": study, "done": standing.done, "notes": adopted.notes, "spec": spec_fields}))
         return
-    print(
+    say(
         f"study {study} has objective {source.name}: {standing.done} of {budget.trials} trials are done;"
         f" 'tuner worker {shlex.quote(study)}' goes on"
     )

@@ -12,6 +12,7 @@ import typer
 
 from tuner.cli.reading import print_json
 from tuner.cli.settings import Settings, command
+from tuner.cli.streams import say
 from tuner.log import PLAIN_INTERVAL_S
 from tuner.text import printable
 
@@ -78,12 +79,12 @@ def import_(
 def _print(imported: Imported) -> None:
     counts = f"{imported.copied} trials copied, {imported.updated} updated, {imported.already_there} there before"
     unfinished = f"; {imported.unfinished} are unfinished there and wait here" if imported.unfinished else ""
-    print(printable(f"{imported.study}: {counts}{unfinished}"))
+    say(f"{imported.study}: {counts}{unfinished}")
     for change in imported.changes[:_SHOWN_CHANGES]:
         about = "the study" if change.trial is None else f"trial {change.trial}"
-        print(printable(f"  {about}: {change.what}"))
+        say(f"  {about}: {change.what}")
     if len(imported.changes) > _SHOWN_CHANGES:
-        print(f"  and {len(imported.changes) - _SHOWN_CHANGES} more; --json lists them all")
+        say(f"  and {len(imported.changes) - _SHOWN_CHANGES} more; --json lists them all")
 
 
 class _Progress:

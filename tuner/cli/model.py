@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tuner.cli.settings import Settings, command
+from tuner.cli.streams import say
 from tuner.errors import UsageError
 
 OBJECTIVE_HELP = "The study's objective, where it is not an installed one."
@@ -132,4 +133,4 @@ def print_exported(
     lines.append(("dashboard", f"tuner dashboard{settings.options()}"))
     width = max(len(name) for name, _ in lines) + 2
     for name, value in lines:
-        print(f"{name:<{width}}{value}")
+        say(f"{name:<{width}}{value}")

@@ -6,6 +6,7 @@ import json
 import math
 import re
 import shlex
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,8 +15,9 @@ import typer
 
 from tuner.cli.one_trial import look
 from tuner.cli.settings import Settings, command
+from tuner.cli.streams import say
 from tuner.errors import UsageError
-from tuner.text import number_text, table
+from tuner.text import number_text, printable, table
 
 if TYPE_CHECKING:
     from sqlalchemy import Engine
@@ -105,7 +107,7 @@ def trials(
         from tuner.study.tensorboard import write_tensorboard
 
         n_written = write_tensorboard(engine, opened, tensorboard)
-        print(f"wrote {n_written} trials; look at them by: tensorboard --logdir {shlex.quote(str(tensorboard))}")
+        say(f"wrote {n_written} trials; look at them by: tensorboard --logdir {shlex.quote(str(tensorboard))}")
         return
     if number is not None:
         one = look(engine, opened, number)
@@ -113,7 +115,7 @@ def trials(
             print_json(one.curve_fields() if curve else _trial_fields(one.trial) | {"attempts": one.attempt_fields()})
             return
         shown = one.curve_csv() if as_csv else one.curve_lines() if curve else one.lines()
-        print("\n".join(shown))
+        say(*shown)
         return
     found = records.list_trials(engine, opened.study_id)
     values = records.all_values(engine, opened.study_id) if len(opened.directions) > 1 else {}
@@ -124,7 +126,7 @@ def trials(
         return
     empty = f"no trials yet; 'tuner worker {opened.name}' runs some"
     for line in trials_view.lines(found, values) if found else [empty]:
-        print(line)
+        say(line)
 
 
 @command
@@ -154,17 +156,18 @@ def best(
         print_json(fields)
     elif format_ == "env":
         for variable, value in _variables(params, prefix).items():
-            print(f"{variable}={shlex.quote(_plain(value))}")
+            print(_for_shell(f"{variable}={shlex.quote(_plain(value))}"))
     elif format_ == "flags":
-        print(" ".join(f"{shlex.quote('--' + name)} {shlex.quote(_plain(value))}" for name, value in params.items()))
+        flags = " ".join(f"{shlex.quote('--' + name)} {shlex.quote(_plain(value))}" for name, value in params.items())
+        print(_for_shell(flags))
     else:
         epoch = "" if fields["epoch"] is None else f", epoch {fields['epoch']}"
-        print(f"{fields['metric']} {number_text(fields['value'])} (trial {fields['number']}{epoch})")
+        say(f"{fields['metric']} {number_text(fields['value'])} (trial {fields['number']}{epoch})")
         for name, value in params.items():
-            print(f"  {name} = {_plain(value)}")
+            say(f"  {name} = {_plain(value)}")
         weights, trained = fields["parameters"], fields["trained_parameters"]
         if isinstance(weights, int) and isinstance(trained, int):  # a function may have set anything
-            print(f"{weights:,} parameters{'' if trained == weights else f', {trained:,} of them trained'}")
+            say(f"{weights:,} parameters{'' if trained == weights else f', {trained:,} of them trained'}")
 
 
 @command
@@ -270,4 +273,9 @@ def _plain(value: Any) -> str:
 
 def _print_table(names: list[str], rows: list[list[Any]], *, empty: str) -> None:
     for line in table(names, rows) if rows else [empty]:
-        print(line)
+        say(line)
+
+
+def _for_shell(text: str) -> str:
+    """Return what a shell is to read as it is, and a terminal as what it obeys nothing of."""
+    return printable(text) if sys.stdout.isatty() else text

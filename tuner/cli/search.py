@@ -16,6 +16,7 @@ import typer
 from tuner.cli.model import OBJECTIVE_HELP, default_output, installed_name, print_exported
 from tuner.cli.options import LIMITS, RESULT, WORKERS, ObjectiveName, StudyOptions, check_positive, seconds
 from tuner.cli.settings import Settings, command
+from tuner.cli.streams import say
 from tuner.errors import TunerError, UsageError
 
 if TYPE_CHECKING:
@@ -180,7 +181,7 @@ def create(
     if as_json:
         print(json.dumps({"study": joined.name, "created": created, "spec": joined.spec.model_dump(mode="json")}))
         return
-    print(f"{'created' if created else 'exists:'} study {joined.name}: {_outline(joined)}")
+    say(f"{'created' if created else 'exists:'} study {joined.name}: {_outline(joined)}")
 
 
 @command

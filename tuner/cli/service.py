@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from tuner.cli.settings import Settings, command
+from tuner.cli.streams import say
 
 
 @command
@@ -48,7 +48,7 @@ def dashboard(
         allow_edit=allow_edit,
         token=read_token(token_file),
         allowed_hosts=allowed_host or (),
-        on_ready=lambda address: print(f"dashboard on {address}; Ctrl-C stops it", file=sys.stderr, flush=True),
+        on_ready=lambda address: say(f"dashboard on {address}; Ctrl-C stops it", err=True),
     )
 
 
@@ -62,6 +62,6 @@ def doctor(settings: Settings, as_json: Annotated[bool, typer.Option("--json", h
         print(json.dumps([{"check": check.name, "ok": check.ok, "found": check.found} for check in checks]))
     else:
         for check in checks:
-            print(f"{'ok  ' if check.ok else 'FAIL'}  {check.name:<12}{check.found}")
+            say(f"{'ok  ' if check.ok else 'FAIL'}  {check.name:<12}{check.found}")
     if not all(check.ok for check in checks):
         raise typer.Exit(1)

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from tuner.cli.reading import best_fields_of, print_json
+from tuner.cli.streams import say
 from tuner.text import duration, number_text, params_text, printable, table
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ def show(found: Status, *, as_json: bool) -> None:
         print_json(fields(found))
     else:
         for line in lines(found):
-            print(line)
+            say(line)
 
 
 def fields(found: Status) -> dict[str, Any]:

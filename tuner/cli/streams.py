@@ -6,6 +6,8 @@ import io
 import os
 import sys
 
+from tuner.text import printable
+
 
 def open_streams() -> None:
     """Have what was closed (`>&-`) read and write nothing, and characters that an encoding lacks written as escapes.
@@ -32,3 +34,14 @@ def flush_streams() -> None:
             stream.flush()
         except OSError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def say(*lines: str, err: bool = False) -> None:
+    """Print lines for people, on stderr with `err`; nothing in one moves the cursor or ends it.
+
+    Names, values and messages are whatever somebody wrote into the database.
+    """
+    stream = sys.stderr if err else sys.stdout
+    for line in lines:
+        print(printable(line), file=stream)
+    stream.flush()

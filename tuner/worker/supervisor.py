@@ -21,7 +21,7 @@ from storage.coordination.workers import SlotSeen, WorkerSeen
 from storage.database.engine import is_outage
 from storage.database.errors import StorageError, StudyNotFoundError
 from tuner.errors import TunerError, WorkerInterrupted
-from tuner.log import Log
+from tuner.log import OWN_PRINTS, Log
 from tuner.slot import prints
 from tuner.study.joining import Study, why_failed
 from tuner.versions import versions
@@ -449,7 +449,7 @@ class Worker:
         text, slot.prints_for = prints.read(line, trial)
         if text is not None:
             shown = printed(text, slot.plan.number, trial) if self._log.format == "text" else text
-            self._say(slot, "slot_stderr", shown, trial=trial)
+            self._say(slot, OWN_PRINTS, shown, trial=trial)
 
     def _say(self, slot: KnownSlot, event: str, text: str, **fields: Any) -> None:
         held = slot.held
