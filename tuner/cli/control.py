@@ -46,7 +46,10 @@ def enqueue(
     engine = settings.open()
     opened = open_study(engine, study)
     sessions = Sessions(engine)
-    wanted = _checked(engine, opened, _pairs(params), force=force)
+    try:
+        wanted = _checked(engine, opened, _pairs(params), force=force)
+    except InvalidWriteError as error:
+        raise UsageError(str(error)) from error
     standing = standings.look(sessions, opened.study_id)
     closed = standings.closed(standing, opened.budget)
     ended = standings.closed(replace(standing, state="open"), opened.budget)  # whether or not it was stopped as well

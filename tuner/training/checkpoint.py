@@ -198,10 +198,13 @@ class Checkpoint:
         buffer = io.BytesIO(bytes(_HEAD.size))
         buffer.seek(_HEAD.size)
         torch.save(state, buffer)
-        data = buffer.getbuffer()
-        body = data[_HEAD.size :]
-        _HEAD.pack_into(data, 0, _MARK, self._identity, *progress, len(body), zlib.crc32(body))
-        return data
+        with buffer.getbuffer() as data, data[_HEAD.size :] as body:
+            head = _HEAD.pack(_MARK, self._identity, *progress, len(body), zlib.crc32(body))
+        buffer.seek(0)
+        buffer.write(head)
+        # Of its bytes, which it hands over: a view of the buffer itself that is left in a cycle, such as an error's
+        # traceback, crashed the garbage collector of Python 3.12.1.
+        return memoryview(buffer.getvalue())
 
     def _copy(self, data: memoryview, give_up: threading.Event) -> None:
         assert self._shared is not None

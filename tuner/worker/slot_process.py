@@ -109,12 +109,14 @@ class SlotProcess:
 
 def _forked(pid: int) -> list[int]:
     """Return the children of a process that run its own program, as its readers of samples do; none but on Linux."""
-    try:
+    found = []
+    with suppress(OSError):
         own = Path(f"/proc/{pid}/cmdline").read_bytes()
-        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-        return [int(child) for child in children if Path(f"/proc/{child}/cmdline").read_bytes() == own]
-    except OSError:
-        return []
+        for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+            with suppress(OSError):  # one that has ended since
+                if Path(f"/proc/{child}/cmdline").read_bytes() == own:
+                    found.append(int(child))
+    return found
 
 
 def current_directory() -> str:

@@ -13,7 +13,7 @@ TIMES = 10
 """A trial hangs that has told of no batch and no report for so many times as long as the study's slowest epoch took."""
 UNKNOWN_S = 1800.0
 """The same while no epoch has ended: no batch takes as long."""
-DUMP_S = 1.0
+DUMP_S = 3.0
 """How long a slot has to write where its threads are, before it is killed."""
 STOOD_STILL_S = 5.0
 """A worker that has not looked for so long stood still itself, and knows nothing of its slots."""
