@@ -26,6 +26,13 @@ _CLASSES: Final = frozenset(
 )
 
 
+# What unpickling raises for bytes that are cut, are none, or ask for what there is not.
+_UNREADABLE: Final = (
+    *(pickle.UnpicklingError, EOFError, AttributeError, LookupError),
+    *(ValueError, TypeError, ArithmeticError, MemoryError),
+)
+
+
 class SafeCmaEsSampler(CmaEsSampler):
     """Goes on from the state that a finished trial's attributes hold, as Optuna's does, if it is numbers and no code.
 
@@ -48,9 +55,11 @@ def restored(attrs: dict[str, Any], key: str) -> Any:
         if len(text) > MAX_STATE_CHARS:
             return None
         found = _Unpickler(io.BytesIO(bytes.fromhex(text))).load()
-    except (pickle.UnpicklingError, ValueError, TypeError, LookupError, AttributeError, EOFError, MemoryError):
+        whole = (found.dim, found.generation, found.population_size)  # one that was made without its state has none
+    except _UNREADABLE:
         return None
-    return found if type(found).__module__.startswith("cmaes.") else None
+    is_optimizer = type(found).__module__.startswith("cmaes.") and all(isinstance(its, int) for its in whole)
+    return found if is_optimizer else None
 
 
 class _Unpickler(pickle.Unpickler):

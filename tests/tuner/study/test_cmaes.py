@@ -81,6 +81,8 @@ def test_a_state_that_is_code_is_not_run_and_the_search_goes_on(tmp_path):
         "zz",
         "80",
         pickle.dumps(3).hex(),
+        b"ccmaes._cma\nCMA\n)\x81.".hex(),  # without its state
+        b"\x80\x02cnumpy._core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(L99999999999999999999L\ntc_x\nx\ntR.".hex(),
         pickle.dumps({"a": 1}).hex(),
         pickle.dumps(optuna.create_study).hex(),
         b"cposix\nsystem\n(S'touch /tmp/x'\ntR.".hex(),
