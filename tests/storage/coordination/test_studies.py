@@ -94,6 +94,22 @@ def test_the_best_trial_is_optunas(engine: Engine, database: str, direction: str
     assert best.number == values.index(study.best_value)
 
 
+def test_a_summary_tells_the_best_value_that_is_a_number_and_the_metrics_name(engine: Engine, database: str) -> None:
+    values = {"low": [2.0, 1.0], "high": [1.0, 2.0], "endless": [1.0, math.inf], "below": [-math.inf, 1.0], "none": []}
+    for name, its in values.items():
+        direction = "minimize" if name in ("low", "below") else "maximize"
+        studies.create_study(engine, name, direction, SPEC, {}, f"{name}ness")
+        optuna.load_study(study_name=name, storage=open_storage(database)).add_trials(map(a_finished_trial, its))
+    found = studies.summaries(engine)
+    assert [(its.study.name, its.best, its.study.metrics, its.counts.complete) for its in found] == [
+        ("low", 1.0, ("lowness",), 2),
+        ("high", 2.0, ("highness",), 2),
+        ("endless", math.inf, ("endlessness",), 2),
+        ("below", -math.inf, ("belowness",), 2),
+        ("none", None, ("noneness",), 0),
+    ]
+
+
 def test_a_study_without_a_complete_trial_has_no_best(engine: Engine, database: str) -> None:
     record = studies.create_study(engine, "s", "minimize", SPEC, {}, "value")
     study = optuna.load_study(study_name="s", storage=open_storage(database))

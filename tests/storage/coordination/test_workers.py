@@ -45,6 +45,9 @@ def test_a_worker_is_one_row_from_its_start_to_its_end(database, sessions):
     assert second["slots"] == [{"slot": 0, "device": "cuda:0", "share": 0.5, "state": "running"}]
     assert second["started_at"] == first["started_at"] < second["last_seen"]
     assert (second["name"], second["versions"], second["ended_at"]) == ("gpu-1:7", {"torch": "2.10"}, None)
+    for number in (6, 8):  # another's end is not its own
+        workers.ended(sessions, uuid.UUID(int=number))
+    assert rows(sessions) == [second]
     workers.ended(sessions, uuid.UUID(int=7))
     (third,) = rows(sessions)
     assert third["ended_at"] == third["last_seen"] > second["last_seen"]
