@@ -43,6 +43,7 @@ def check_all(data_dir: Path, open_database: Callable[[], Engine]) -> list[Check
         ("torch", _torch),
         ("data", lambda: _data_dir(data_dir)),
         ("database", lambda: _database(open_database)),
+        ("records", lambda: _records(open_database)),
         ("objectives", _objectives),
     ]
     return list(_run(checks))
@@ -99,6 +100,22 @@ def _database(open_database: Callable[[], Engine]) -> str:
     with engine.connect() as conn:
         server = conn.execute(text("show server_version")).scalar_one()
     return f"PostgreSQL {server} at {mask_url(engine.url)}"
+
+
+def _records(open_database: Callable[[], Engine]) -> str:
+    from storage.database.integrity import faults
+
+    try:
+        engine = open_database()
+    except (TunerError, StorageError):
+        return "not looked at, as the database is not there"
+    found = faults(engine)
+    if found:
+        raise CheckFailedError(
+            f"{'; '.join(found)}: what a dump leaves that was restored in part, or over tables; restore it into an"
+            " empty database (docs/deployment.md, Backup and restore)"
+        )
+    return "every study has its trials, every trial its values"
 
 
 def _objectives() -> str:

@@ -30,7 +30,7 @@ def by_name(checks):
 @pytest.mark.slow
 def test_everything_is_looked_at_for_real(tmp_path, open_database, database):
     checks = by_name(doctor.check_all(tmp_path / "new", open_database))
-    assert list(checks) == ["python", "torch", "data", "database", "objectives"]
+    assert list(checks) == ["python", "torch", "data", "database", "records", "objectives"]
     assert all(check.ok for check in checks.values()), checks
     assert checks["torch"].found.startswith(f"{torch.__version__} on ")
     assert "PostgreSQL 1" in checks["database"].found

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import random
 
+import numpy as np
 import optuna
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from optuna.pruners import MedianPruner
 from optuna.trial import TrialState, create_trial
 from sqlalchemy import event
@@ -15,7 +19,7 @@ from storage.coordination.claims import Claim
 from storage.coordination.standings import Budget
 from storage.optuna_storage.pruning import IndexedPercentilePruner
 from storage.trials import finished
-from storage.trials.finished import FinishedTrials
+from storage.trials.finished import FinishedTrials, Reports
 
 BUDGET = Budget(trials=1000, timeout_s=None, max_failures=3, max_attempts=2)
 
@@ -63,6 +67,20 @@ def test_a_decision_after_a_report_takes_no_query_unless_a_trial_has_finished(ot
     sent.clear()
     trial.report(0.6, 2)
     assert (trial.should_prune(), len(sent)) == (True, 2)
+
+
+@given(
+    st.lists(st.lists(st.floats(-1e6, 1e6) | st.just(math.nan), max_size=6), max_size=4),
+    st.floats(0, 100),
+)
+def test_a_percentile_is_numpys_whatever_was_added_since(parts, percentile):
+    reports, values = Reports(), np.array([])
+    for part in parts:
+        reports.add(np.array(part, dtype=">f8").tobytes())
+        values = np.append(values, part)
+        wanted = math.nan if np.isnan(values).all() else float(np.nanpercentile(values, percentile))
+        assert reports.percentile(percentile) == pytest.approx(wanted, rel=0, abs=0, nan_ok=True)
+    assert reports.count == len(values)
 
 
 def test_a_decision_later_than_a_moment_after_the_report_asks_anew(other, study_id, trial, sent, monkeypatch):
