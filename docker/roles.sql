@@ -1,7 +1,11 @@
 -- Run once, by the superuser, when the image makes the database. Afterwards the superuser has no password and gets
 -- in through 'docker compose exec postgres psql -U postgres' alone.
+-- The passwords may have been set before (docs/server.md).
+\if :{?password}
+\else
 \set password `cat /run/secrets/postgres_password`
 \set reader_password `cat /run/secrets/reader_password`
+\endif
 CREATE ROLE tuner LOGIN PASSWORD :'password';
 CREATE ROLE tuner_reader LOGIN PASSWORD :'reader_password';
 ALTER ROLE tuner_reader SET default_transaction_read_only = on;
