@@ -9,6 +9,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -34,6 +35,15 @@ cd / && sudo -u postgres pg_ctl --pgdata="$CLUSTER" --wait --silent --log="$CLUS
 }
 """
 
+START = r"""
+cd /
+sudo -u postgres initdb --pgdata="$CLUSTER" --encoding=UTF8 --no-locale --no-sync --auth-local=trust \
+    --auth-host=reject --username=postgres
+printf "port = %s\nfsync = off\nunix_socket_directories = '%s'\n" "$PGPORT" "$CLUSTER" >> "$CLUSTER/postgresql.conf"
+sed -i '/^host /d' "$CLUSTER/pg_hba.conf"
+sudo -u postgres pg_ctl --pgdata="$CLUSTER" --wait --log="$CLUSTER/log" start
+"""
+
 
 def programs(major: str, shared: Path) -> Path | None:
     """Where the programs of a server of this version are that the account postgres may run; None if there are none."""
@@ -49,28 +59,34 @@ def blocks() -> list[str]:
     return re.findall(r"^```sh\n(.*?)^```$", PAGE.read_text(), re.M | re.S)
 
 
+@pytest.fixture
+def open_directory() -> Iterator[Path]:
+    """A directory that the account of a server may enter, which pytest's own are not."""
+    with tempfile.TemporaryDirectory(prefix="tuner-test-") as name:
+        Path(name).chmod(0o711)
+        yield Path(name)
+
+
 @pytest.fixture(params=["15", "18"])
-def environment(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[dict[str, str]]:
+def environment(request: pytest.FixtureRequest, open_directory: Path, tmp_path: Path) -> Iterator[dict[str, str]]:
     """A fresh cluster that runs, and what the page's commands find it by."""
     if os.geteuid() != 0 or shutil.which("setpriv") is None:
         pytest.skip("a server of another account needs root and setpriv")
-    found = programs(request.param, tmp_path)
+    found = programs(request.param, open_directory)
     if found is None:
         pytest.skip(f"PostgreSQL {request.param} is not here")
-    for directory in (tmp_path, *tmp_path.parents):
-        directory.chmod(directory.stat().st_mode | 0o711)
-    (tmp_path / "bin").mkdir()
+    (open_directory / "bin").mkdir()
     for name, text in (("sudo", SUDO), ("systemctl", SYSTEMCTL)):
-        (tmp_path / "bin" / name).write_text(text)
-        (tmp_path / "bin" / name).chmod(0o755)
-    cluster = tmp_path / "cluster"
+        (open_directory / "bin" / name).write_text(text)
+        (open_directory / "bin" / name).chmod(0o755)
+    cluster = open_directory / "cluster"
     cluster.mkdir()
     shutil.chown(cluster, "postgres", "postgres")
-    path = os.pathsep.join([str(tmp_path / "bin"), str(found), str(Path(sys.executable).parent), os.environ["PATH"]])
+    places = [str(open_directory / "bin"), str(found), str(Path(sys.executable).parent), os.environ["PATH"]]
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = str(free.getsockname()[1])
     environment = {
-        "PATH": path,
+        "PATH": os.pathsep.join(places),
         "HOME": str(tmp_path),
         "CLUSTER": str(cluster),
         "PGPORT": port,
@@ -80,16 +96,7 @@ def environment(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[dict
         "NAME": "localhost",
         "TUNER_DATA_DIR": str(tmp_path / "data"),
     }
-    start = r"""
-    cd /
-    sudo -u postgres initdb --pgdata="$CLUSTER" --encoding=UTF8 --no-locale --no-sync --auth-local=trust \
-        --auth-host=reject --username=postgres
-    printf "port = %s\nfsync = off\nunix_socket_directories = '%s'\n" "$PGPORT" "$CLUSTER" \
-        >> "$CLUSTER/postgresql.conf"
-    sed -i '/^host /d' "$CLUSTER/pg_hba.conf"
-    sudo -u postgres pg_ctl --pgdata="$CLUSTER" --wait --log="$CLUSTER/log" start
-    """
-    run(start, environment, tmp_path)
+    run(START, environment, tmp_path)
     try:
         yield environment
     finally:
