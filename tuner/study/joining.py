@@ -364,7 +364,7 @@ def plan(
     objective suggests params once, so that a space that cannot be is told now. Raises UsageError that names the
     option or the line at fault.
     """
-    from tuner.study.sampling import discover, grid_size, pruner_spec, sampler_spec
+    from tuner.study.sampling import discover, grid_size, most_epochs, pruner_spec, sampler_spec
 
     objective = None
     if is_objective_class(kind):
@@ -388,6 +388,8 @@ def plan(
                 raise UsageError(f"--{option}: the plain function {source.name} keeps no checkpoints")
         metric, direction, epochs = "value", direction or "minimize", 1
     sampler_ = sampler_spec(sampler, objective) if isinstance(sampler, str) else sampler
+    if isinstance(pruner, str):
+        pruner = pruner_spec(pruner, None if objective is None else most_epochs(objective, epochs))
     spec = Spec(
         objective=ObjectiveSpec(
             name=source.name,
@@ -397,7 +399,7 @@ def plan(
         metric=metric,
         direction=direction,
         sampler=sampler_,
-        pruner=(pruner_spec(pruner, epochs if objective is not None else None) if isinstance(pruner, str) else pruner),
+        pruner=pruner,
         budget=budget.model_copy(update={"trials": min(budget.trials, grid_size(sampler_) or budget.trials)}),
         epochs=epochs,
         seed=seed,
