@@ -288,14 +288,17 @@ def _create_or_join(
         wanted = _with_direction(settings, wanted)
     named = "" if name is None else f" --study {shlex.quote(name)}"
     again = f"tuner {command_name} {shlex.quote(reference)}{named}{settings.options()}"
+    notes: list[str] = []
     joined = create_or_join(
         engine,
         study_name,
         wanted,
         command=again,
         allow_code_change=allow_code_change,
-        history=_history(settings, engine, wanted),
+        history=_history(engine, wanted, notes),
     )
+    for note in notes if joined.created else []:
+        settings.log().event("history", note)
     if joined.replaced is not None:
         why = f": {joined.why}" if joined.why else ""
         log = settings.log(study=study_name)
@@ -321,8 +324,8 @@ def _with_direction(settings: Settings, wanted: Wanted) -> Wanted:
     return wanted
 
 
-def _history(settings: Settings, engine: Engine, wanted: Wanted) -> Callable[[], list[dict[str, Any]] | None]:
-    """Return what reads the trials that a new study is to learn from, None without any, and tells of them."""
+def _history(engine: Engine, wanted: Wanted, notes: list[str]) -> Callable[[], list[dict[str, Any]] | None]:
+    """Return what reads the trials that a new study is to learn from, None without any, and notes what to tell."""
 
     def read() -> list[dict[str, Any]] | None:
         from tuner.study.history import history_of
@@ -331,8 +334,7 @@ def _history(settings: Settings, engine: Engine, wanted: Wanted) -> Callable[[],
         if name is None:
             return None
         found = history_of(engine, name, wanted.spec, wanted.objective)
-        for note in found.notes:
-            settings.log().event("history", note)
+        notes[:] = found.notes
         return found.trials
 
     return read

@@ -344,6 +344,12 @@ def _explored(objective: Objective) -> Iterator[dict[str, BaseDistribution]]:
         yield suggested
 
 
+def common_space(objective: Objective) -> dict[str, BaseDistribution]:
+    """Return the params that the objective suggests whatever the others are, each as it always is."""
+    common, *others = _explored(objective)
+    return {name: its for name, its in common.items() if all(other.get(name) == its for other in others)}
+
+
 def most_epochs(objective: Objective, epochs: int) -> int:
     """Return how many epochs a trial may have: the most of the param of this name, `epochs` where there is none."""
     most = []

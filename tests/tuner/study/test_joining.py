@@ -367,3 +367,7 @@ def test_past_trials_are_read_to_create_a_study_and_not_to_join_it(engine):
     assert not create_or_join(engine, "s", wanted(), **command).created
     with pytest.raises(TunerError, match="history: the study has other, this command says another"):
         create_or_join(engine, "s", wanted(history="another"), **command)
+    add_trials(engine, create_or_join(engine, "s", wanted(), **command).study, "COMPLETE", *["FAIL"] * 11)
+    read.clear()
+    create_or_join(engine, "s", wanted(history="other"), **command)  # ended by its failures, and stays
+    assert read == []
