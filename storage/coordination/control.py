@@ -184,15 +184,20 @@ def delete_if_nothing_done(sessions: Sessions, study_id: int) -> list[dict[str, 
 
     def work(conn: Connection) -> list[dict[str, Any]] | None:
         claims.lock(conn, study_id)
-        standing = standings.standing_of(conn, study_id)
-        is_lost = [worker.is_lost for worker in workers.present(conn, study_id)]
-        if standing.done or standing.running > standing.expired or not all(is_lost):
+        if not is_nothing_done(conn, study_id):
             return None
         kept = list(queued_params(conn, study_id).values())
         delete_rows(conn, study_id)
         return kept
 
     return sessions.transaction(work)
+
+
+def is_nothing_done(conn: Connection, study_id: int) -> bool:
+    """Whether none of the study's trials is complete or pruned and no worker is there."""
+    standing = standings.standing_of(conn, study_id)
+    is_lost = [worker.is_lost for worker in workers.present(conn, study_id)]
+    return not standing.done and standing.running <= standing.expired and all(is_lost)
 
 
 def delete_rows(conn: Connection, study_id: int) -> None:

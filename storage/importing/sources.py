@@ -92,8 +92,8 @@ class Source(ABC):
     def trials(self, trial_ids: Sequence[int]) -> list[FrozenTrial]:
         """Return the trials of these ids, in no order; a trial that is gone by now is left out."""
 
-    def spec(self, study_id: int) -> tuple[dict[str, Any], dt.datetime] | None:  # noqa: ARG002 - for subclasses
-        """Return the spec that tuner created the study with, and when; None for a study of other programs."""
+    def spec(self, study_id: int) -> dict[str, Any] | None:  # noqa: ARG002 - for subclasses
+        """Return what tuner created the study with, by the columns' names; None for a study of other programs."""
         return None
 
     def curves(self, trial_ids: Sequence[int]) -> list[dict[str, Any]]:  # noqa: ARG002 - for subclasses
@@ -138,8 +138,10 @@ class SqlSource(Source):
         with self.connect() as conn:
             names = set(inspect(conn).get_table_names())
             _check_tables(conn, names, shown)
-        self._has_specs = tuner_studies.name in names
-        self._has_curves = tuner_curves.name in names  # which version 0.1 had not
+            ours = inspect(conn).get_columns(tuner_studies.name) if tuner_studies.name in names else []
+        has = {column["name"] for column in ours}  # version 0.1 had no history, and no curves
+        self._kept = [tuner_studies.c[name] for name in ("spec", "created_at", "history") if name in has]
+        self._has_curves = tuner_curves.name in names
 
     @contextmanager
     def connect(self) -> Iterator[Connection]:
@@ -192,13 +194,13 @@ class SqlSource(Source):
                 f" {max(trial_ids)}: {error}; mend or delete them there"
             ) from error
 
-    def spec(self, study_id: int) -> tuple[dict[str, Any], dt.datetime] | None:
-        if not self._has_specs:
+    def spec(self, study_id: int) -> dict[str, Any] | None:
+        if not self._kept:
             return None
-        query = select(tuner_studies.c.spec, tuner_studies.c.created_at).where(tuner_studies.c.study_id == study_id)
+        query = select(*self._kept).where(tuner_studies.c.study_id == study_id)
         with self.connect() as conn:
             row = conn.execute(query).one_or_none()
-        return None if row is None else (row.spec, row.created_at)
+        return None if row is None else dict(row._mapping)
 
     def curves(self, trial_ids: Sequence[int]) -> list[dict[str, Any]]:
         if not self._has_curves:

@@ -23,7 +23,7 @@ from typing import Any, Final, TypeVar
 
 from optuna.study._frozen import FrozenStudy
 from optuna.trial import FrozenTrial
-from sqlalchemy import Connection, Engine, Row, Select, Table, func, insert, literal, select
+from sqlalchemy import Connection, Engine, Row, Select, Table, func, insert, literal, null, select
 from sqlalchemy.dialects.postgresql import ARRAY, INTEGER
 from sqlalchemy.dialects.postgresql import insert as upsert
 
@@ -416,9 +416,9 @@ class _Copy:
         )
 
     def _write_spec(self, conn: Connection, study_id: int) -> None:
-        """Give a study of another tuner database its spec, so that workers can go on with it here."""
+        """Give a study of another tuner database its spec and what it learns from: workers can go on with it here."""
         found = self._source.spec(self._plan.study._study_id)
         if found is not None:
-            spec, created_at = found
-            row = {"study_id": study_id, "spec": spec, "created_at": created_at}
+            history = found.get("history") or null()  # None would be JSON's null
+            row = {"study_id": study_id, **found, "history": history}
             conn.execute(upsert(tuner_studies).values(row).on_conflict_do_nothing())

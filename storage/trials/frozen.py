@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import datetime as dt
 import gc
+import json
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -59,6 +60,20 @@ LoadReports: TypeAlias = Callable[[TrialState], None]
 UNFINISHED = ("RUNNING", "WAITING")
 
 _SCALARS = (str, int, float, bool, type(None))
+
+
+class _List(list[Any]):
+    """A choice that is a list, as stock Optuna takes them; the dashboard puts choices into sets."""
+
+    def __hash__(self) -> int:  # type: ignore[override]
+        return hash(repr(self))
+
+
+class _Dict(dict[str, Any]):
+    """A choice that is an object of JSON, likewise."""
+
+    def __hash__(self) -> int:  # type: ignore[override]
+        return hash(json.dumps(self, sort_keys=True))
 
 
 class LazyTrial(FrozenTrial):
@@ -196,7 +211,7 @@ class _Contents:
         self.reports: dict[int, dict[int, float]] = {}
 
     def add_params(self, name: str, distribution_json: str, ids: list[int], internals: list[float]) -> None:
-        distribution = json_to_distribution(distribution_json)
+        distribution = _with_hashes(json_to_distribution(distribution_json))
         external = external_of(distribution)
         for trial_id, internal in zip(ids, internals, strict=True):
             self.params[trial_id][name] = external(internal)
@@ -254,6 +269,20 @@ def _trial(
         del trial.__dict__["intermediate_values"]
         trial.__dict__["_load"] = lazily
     return trial
+
+
+def _with_hashes(distribution: BaseDistribution) -> BaseDistribution:
+    if isinstance(distribution, CategoricalDistribution):
+        choices: Sequence[Any] = distribution.choices
+        if any(isinstance(choice, list | dict) for choice in choices):
+            distribution.choices = tuple(_with_hash(choice) for choice in choices)
+    return distribution
+
+
+def _with_hash(choice: Any) -> Any:
+    if isinstance(choice, list):
+        return _List(choice)
+    return _Dict(choice) if isinstance(choice, dict) else choice
 
 
 def external_of(distribution: BaseDistribution) -> Callable[[float], Any]:

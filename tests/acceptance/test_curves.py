@@ -74,7 +74,9 @@ def searched(tuner: Tuner) -> Tuner:
     """Studies of an objective, with and without metrics of its training split, and of a plain function."""
     (tuner.directory / "mine.py").write_text(OBJECTIVE)
     options = ("--workers", "1", "--device", "cpu", "--no-export", "--no-preflight")
-    for study, more in (("it", ("--train-metrics", "--trials", "2", "--pruner", "none")), ("f", ("--trials", "1"))):
+    live = ("--tensorboard", str(tuner.directory / "live"))
+    of_it = ("--train-metrics", "--trials", "2", "--pruner", "none", *live)
+    for study, more in (("it", of_it), ("f", ("--trials", "1"))):
         objective = "mine.py:loss" if study == "f" else "mine.py:Signs"
         ran = tuner("run", objective, "--study", study, *more, *options)
         assert ran.code == 0, ran.stderr
@@ -164,11 +166,28 @@ def asked(url: str, path: str, body: dict[str, Any] | None = None) -> Any:
         return json.load(answer)
 
 
+def written(directory: Path) -> dict[str, list[tuple[int, str, list[float]]]]:
+    """What the files of each trial hold, in their order."""
+    from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+
+    return {
+        file.parent.name: [
+            (event.step, value.tag, list(value.tensor.float_val))
+            for event in EventFileLoader(str(file)).Load()
+            for value in event.summary.value
+        ]
+        for file in sorted(directory.glob("*/events.out.tfevents.*"))
+    }
+
+
 def _check_tensorboard(searched: Tuner, opened: Any, trials: list[Any], curve: list[Any]) -> None:
     directory = searched.directory / "tensorboard"
     for _ in range(2):  # written again, it shows each trial once
         wrote = searched("trials", "it", "--tensorboard", str(directory))
         assert wrote.stdout == f"wrote 2 trials; look at them by: tensorboard --logdir {directory}\n", wrote.stderr
+    live = written(searched.directory / "live")
+    assert live == written(directory)  # by the worker, as epochs ended
+    assert len(live) == 2
     url = opened(directory)
 
     def tags() -> Any:

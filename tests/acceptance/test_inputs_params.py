@@ -66,6 +66,8 @@ def test_on_a_terminal_the_direction_of_a_plain_function_is_asked_for(tuner: Tun
 
 def test_queued_values_become_what_their_params_are(tuner: Tuner, database: str) -> None:
     assert tuner("create", at("01-enqueue-text-number", "Typed"), "--study", "s", "--trials", "2").code == 0
+    refused = tuner("enqueue", "s", "drop=1e400")  # before a trial has told what params there are
+    assert (refused.code, "drop: a study holds finite numbers" in refused.error()) == (2, True)
     for params in (("width=16.0", "drop=.25", "release=2024"), ("width=12.7",)):
         assert tuner("enqueue", "s", *params).code == 0
     optuna.load_study(study_name="s", storage=open_storage(database)).enqueue_trial({"width": "8", "drop": 0})

@@ -13,16 +13,16 @@ ONE_TRIAL = ("--trials", "1", "--workers", "1", "--max-failures", "0", "--json")
 
 
 @pytest.mark.parametrize(
-    ("folder", "name"),
+    ("folder", "name", "options"),
     [
-        ("08-lbfgs", "ByLbfgs"),
-        ("22-ignored-label", "Places"),
-        ("23-several-labels", "Several"),
-        ("24-label-types", "Int16"),
+        ("08-lbfgs", "ByLbfgs", ()),
+        ("22-ignored-label", "Places", ("--allow-leak",)),
+        ("23-several-labels", "Several", ()),
+        ("24-label-types", "Int16", ()),
     ],
 )
-def test_a_search_with_it_ends_with_a_model(tuner: Tuner, folder: str, name: str) -> None:
-    done = tuner("run", f"{INPUTS / folder / 'search.py'}:{name}", *ONE_TRIAL)
+def test_a_search_with_it_ends_with_a_model(tuner: Tuner, folder: str, name: str, options: tuple[str, ...]) -> None:
+    done = tuner("run", f"{INPUTS / folder / 'search.py'}:{name}", *ONE_TRIAL, *options)
     assert done.code == 0, done.stderr
     best = done.json()
     assert best["value"] > 0.9, done.stderr

@@ -15,7 +15,7 @@ import typer
 from pydantic import ValidationError
 from sqlalchemy.exc import DBAPIError
 
-from storage.database.errors import InvalidURLError, StorageError, UnreachableError
+from storage.database.errors import InvalidURLError, InvalidWriteError, StorageError, UnreachableError
 from tuner.cli import comparing, control, db, growing, importing, model, reading, search, service, status
 from tuner.cli.settings import DataDir, Debug, Format, PasswordFile, Settings, Storage
 from tuner.cli.streams import flush_streams, open_streams, say
@@ -129,7 +129,7 @@ def main() -> None:
         code = EXIT_FAILED  # the reader of our output went away, as in `tuner trials digits | head`
     except UnicodeEncodeError as error:  # of an argument that is no text, or a database without Unicode
         code = fail(f"{error.object!r} cannot be written as {error.encoding}; give text in UTF-8", EXIT_USAGE)
-    except (TunerError, StorageError, ValidationError, OSError) as error:
+    except (TunerError, StorageError, InvalidWriteError, ValidationError, OSError) as error:
         if is_debugging():
             raise
         code = fail(first_problem(error) if isinstance(error, ValidationError) else str(error), _code_of(error))
@@ -151,7 +151,7 @@ def _path(text: str | None) -> Path | None:
 def _code_of(error: Exception) -> int:
     if isinstance(error, UnreachableError):
         return EXIT_UNREACHABLE
-    if isinstance(error, InvalidURLError):
+    if isinstance(error, InvalidURLError | InvalidWriteError):
         return EXIT_USAGE
     return getattr(error, "exit_code", EXIT_FAILED)
 

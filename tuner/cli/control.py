@@ -38,7 +38,6 @@ def enqueue(
     Params that are not given are sampled. The trial counts towards the
     study's budget like any other.
     """
-    from storage import InvalidWriteError
     from storage.coordination import control, standings
     from storage.database.sessions import Sessions
     from tuner.study.joining import open_study
@@ -46,10 +45,7 @@ def enqueue(
     engine = settings.open()
     opened = open_study(engine, study)
     sessions = Sessions(engine)
-    try:
-        wanted = _checked(engine, opened, _pairs(params), force=force)
-    except InvalidWriteError as error:
-        raise UsageError(str(error)) from error
+    wanted = _checked(engine, opened, _pairs(params), force=force)
     standing = standings.look(sessions, opened.study_id)
     closed = standings.closed(standing, opened.budget)
     ended = standings.closed(replace(standing, state="open"), opened.budget)  # whether or not it was stopped as well
@@ -58,10 +54,7 @@ def enqueue(
             f"study {study!r} is finished, and would not run it: {ended.reason};"
             f" '{more(study, ended.limit)}' lets it go on"
         )
-    try:
-        number = control.enqueue(sessions, opened.study_id, wanted)
-    except InvalidWriteError as error:
-        raise UsageError(str(error)) from error
+    number = control.enqueue(sessions, opened.study_id, wanted)
     if closed is not None and closed.final:
         say(f"trial {number} waits, but {closed.reason}", err=True)
     if as_json:
@@ -197,41 +190,41 @@ def _set_state(settings: Settings, study: str, state: StudyState, *, as_json: bo
     say(f"study {study} is {state}{back}")
 
 
-def _pairs(texts: list[str]) -> dict[str, JsonValue]:
-    from tuner.study.params import parse_value
-
-    pairs: dict[str, JsonValue] = {}
+def _pairs(texts: list[str]) -> dict[str, str]:
+    pairs: dict[str, str] = {}
     for text in texts:
         name, equals, value = text.partition("=")
         if not equals or not name:
             raise UsageError(f"enqueue needs PARAM=VALUE, got {text!r}")
         if name in pairs:
             raise UsageError(f"enqueue got {name!r} twice")
-        pairs[name] = parse_value(value)
+        pairs[name] = value
     return pairs
 
 
-def _checked(engine: Engine, study: AnyStudy, wanted: dict[str, JsonValue], *, force: bool) -> dict[str, JsonValue]:
-    """Return the params as the study's trials have them, as far as it had any.
+def _checked(engine: Engine, study: AnyStudy, wanted: dict[str, str], *, force: bool) -> dict[str, JsonValue]:
+    """Return the params, given as text, as the study's trials have them, as far as it had any.
 
-    Raises UsageError for a value that is none of the param's, and unless `force` for a param that no trial has had;
-    InvalidWriteError for a name that the database cannot hold.
+    Raises UsageError for a value that is none of the param's or that no study holds, and unless `force` for a param
+    that no trial has had; InvalidWriteError for a name that the database cannot hold.
     """
     from storage.database.sessions import Sessions
     from storage.database.values import checked_name
     from storage.trials.creation import distributions_of, param_names
-    from tuner.study.params import ParamError, as_param
+    from tuner.study.params import ParamError, as_param, check_number, parse_value
 
     sessions = Sessions(engine)
     known = distributions_of(sessions, study.study_id, [checked_name(name, "a param's name") for name in wanted])
     unknown = [name for name in wanted if name not in known]
     all_names = param_names(sessions, study.study_id) if unknown else []
-    for name in unknown:
-        if all_names and not force:
-            raise UsageError(_unknown(study.name, name, all_names))
-        say(f"no trial of study {study.name} has had a param {name!r} so far", err=True)
+    if all_names and not force:
+        raise UsageError(_unknown(study.name, unknown[0], all_names))
+    values = {name: parse_value(text) for name, text in wanted.items()}
     try:
-        return {name: as_param(name, known[name], value) if name in known else value for name, value in wanted.items()}
+        for name in unknown:
+            check_number(name, wanted[name])
+            say(f"no trial of study {study.name} has had a param {name!r} so far", err=True)
+        return {name: as_param(name, known[name], value) if name in known else value for name, value in values.items()}
     except ParamError as error:
         raise UsageError(str(error)) from error
 

@@ -185,7 +185,7 @@ class StudyOptions:
     def plan(self) -> dict[str, Any]:
         """Return the arguments of `tuner.study.joining.plan`, as far checked as can be before torch is imported."""
         from tuner.slot.shared_checkpoints import checked_place
-        from tuner.study.params import parse_value
+        from tuner.study.params import MAX_INT, parse_value
         from tuner.study.sampling import check_sampler_name, pruner_spec
 
         if self.epochs is not None:
@@ -195,7 +195,7 @@ class StudyOptions:
         if self.direction not in (None, "minimize", "maximize"):
             raise UsageError(f"--direction needs minimize or maximize, got {self.direction!r}")
         check_sampler_name(self.sampler)
-        pruner_spec(self.pruner, 1)
+        pruner_spec(self.pruner, MAX_INT)  # as many epochs as there may be: how many is the objective's to say
         texts = _pairs(self.set_ or [])
         return {
             "options": {name: parse_value(text) for name, text in texts.items()},

@@ -58,6 +58,11 @@ AllowLeak = Annotated[
     typer.Option("--allow-leak", help="Go on although two splits have the same rows.", rich_help_panel=WORKERS),
 ]
 
+TensorBoard = Annotated[
+    Path | None,
+    typer.Option(metavar="DIR", help="Write curves and params for TensorBoard as epochs end.", rich_help_panel=WORKERS),
+]
+
 
 @command
 def run(
@@ -86,6 +91,7 @@ def run(
     allow_code_change: AllowCodeChange = False,
     no_preflight: NoPreflight = False,
     allow_leak: AllowLeak = False,
+    tensorboard: TensorBoard = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.", rich_help_panel=RESULT)] = False,
 ) -> None:
     """Search OBJECTIVE with local workers, then retrain and export the best trial.
@@ -96,6 +102,7 @@ def run(
     from tuner.model.output import check_output, link_by_name
     from tuner.study.joining import Wanted
     from tuner.study.registry import find_objective, is_objective_class
+    from tuner.study.tensorboard import check_tensorboard, follow
     from tuner.worker.slots import plan_slots
     from tuner.worker.supervisor import Slots, Worker
 
@@ -104,6 +111,8 @@ def run(
     source = find_objective(objective)
     if export and output is not None:
         check_output(output)
+    if tensorboard is not None:
+        check_tensorboard(tensorboard)
     slots = Slots(plans, objective)  # they import torch and the objective while this process does
     try:
         kind = source.load()
@@ -130,7 +139,8 @@ def run(
                 allow_leak=allow_leak,
             )
             try:
-                Worker(engine, joined, slots, config, log).run()
+                with follow(engine, joined, tensorboard, lambda line: log.event("note", line)) as on_trial:
+                    Worker(engine, joined, slots, config, log, on_trial=on_trial).run()
             except TunerError:
                 # An objective that cannot even load is about to be corrected: its spec must not be in the way.
                 if created and studies.delete_if_unused(engine, joined.study_id):
@@ -205,6 +215,7 @@ def worker(
     allow_code_change: AllowCodeChange = False,
     no_preflight: NoPreflight = False,
     allow_leak: AllowLeak = False,
+    tensorboard: TensorBoard = None,
     trials: Annotated[
         int | None, typer.Option(help="Trials to run here (default: all that are left).", rich_help_panel=LIMITS)
     ] = None,
@@ -226,6 +237,7 @@ def worker(
     """Run trials of STUDY until its budget is used up. Sampler, pruner and objective are the study's."""
     from tuner.study.joining import check_code, open_study, why_failed
     from tuner.study.registry import find_objective
+    from tuner.study.tensorboard import check_tensorboard, follow
     from tuner.worker.slots import plan_slots
     from tuner.worker.supervisor import Limits, Slots, Worker
 
@@ -237,6 +249,8 @@ def worker(
         idle_exit_s=None if idle_exit is None else seconds("--idle-exit", idle_exit),
     )
     plans = plan_slots(slots, device, at_most=trials)
+    if tensorboard is not None:
+        check_tensorboard(tensorboard)
     engine = settings.open_for_work()
     joined = open_study(engine, study)
     if (why := why_failed(engine, joined)) is not None:  # whatever code is here
@@ -257,7 +271,8 @@ def worker(
     )
     processes = Slots(plans, reference)
     try:
-        Worker(engine, joined, processes, config, log, limits).run()
+        with follow(engine, joined, tensorboard, lambda line: log.event("note", line)) as on_trial:
+            Worker(engine, joined, processes, config, log, limits, on_trial).run()
     finally:
         processes.close()
 
@@ -288,14 +303,17 @@ def _create_or_join(
         wanted = _with_direction(settings, wanted)
     named = "" if name is None else f" --study {shlex.quote(name)}"
     again = f"tuner {command_name} {shlex.quote(reference)}{named}{settings.options()}"
+    notes: list[str] = []
     joined = create_or_join(
         engine,
         study_name,
         wanted,
         command=again,
         allow_code_change=allow_code_change,
-        history=_history(settings, engine, wanted),
+        history=_history(engine, wanted, notes),
     )
+    for note in notes if joined.created else []:
+        settings.log().event("history", note)
     if joined.replaced is not None:
         why = f": {joined.why}" if joined.why else ""
         log = settings.log(study=study_name)
@@ -321,8 +339,8 @@ def _with_direction(settings: Settings, wanted: Wanted) -> Wanted:
     return wanted
 
 
-def _history(settings: Settings, engine: Engine, wanted: Wanted) -> Callable[[], list[dict[str, Any]] | None]:
-    """Return what reads the trials that a new study is to learn from, None without any, and tells of them."""
+def _history(engine: Engine, wanted: Wanted, notes: list[str]) -> Callable[[], list[dict[str, Any]] | None]:
+    """Return what reads the trials that a new study is to learn from, None without any, and notes what to tell."""
 
     def read() -> list[dict[str, Any]] | None:
         from tuner.study.history import history_of
@@ -331,8 +349,7 @@ def _history(settings: Settings, engine: Engine, wanted: Wanted) -> Callable[[],
         if name is None:
             return None
         found = history_of(engine, name, wanted.spec, wanted.objective)
-        for note in found.notes:
-            settings.log().event("history", note)
+        notes[:] = found.notes
         return found.trials
 
     return read

@@ -26,7 +26,7 @@ from tuner.formats.weights import WEIGHTS, weights_file
 from tuner.objective import Objective
 from tuner.places import place_of
 from tuner.seeds import derive_seed, seed_everything
-from tuner.slot.attempt import built_metrics, built_model
+from tuner.slot.attempt import built_metrics, built_model, epochs_of
 from tuner.spec import Spec
 from tuner.study.sampling import build_sampler
 from tuner.training.checkpoint import generator_states, set_generator_states
@@ -180,7 +180,7 @@ def _train(tried: _Tried) -> list[str]:
             tried.valid,
             tried.params,
             metrics=tried.metrics,
-            epochs=tried.spec.epochs,
+            epochs=epochs_of(tried.params, tried.spec),
             seed=tried.seed,
             on_epoch=end,
             run=training.Run(until=1, metric=tried.spec.metric, direction=tried.spec.direction),

@@ -164,15 +164,16 @@ class Slot:
             worker=self._config.worker, slot=self._config.slot, device=shown, share=self._config.share
         )
         sweep(study, self._config.data_dir, self._storage.sessions, what.log)
-        self._sampler_of = samplers(self._storage.sessions, study)
+        searched = what.objective if isinstance(what.objective, Objective) else None
+        self._sampler_of = samplers(self._storage.sessions, study, searched)
         optuna_study = StoppableStudy(
             study.name,
             self._storage,
             sampler=self._sampler_of(0),
             pruner=pruner_on(self._storage, study.study_id, study.spec.pruner),
         )
-        if isinstance(what.objective, Objective):
-            self._try_first(study, what, what.objective)
+        if searched is not None:
+            self._try_first(study, what, searched)
         self._emit(Event(event="ready", device=shown))
         poll_s = FIRST_POLL_S
         while True:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final
 
 import optuna
@@ -26,7 +27,7 @@ from tuner.errors import UsageError
 from tuner.spec import Spec
 from tuner.study.joining import Study, find_study
 from tuner.study.params import range_text
-from tuner.study.sampling import build_sampler, discover
+from tuner.study.sampling import build_sampler, common_space, discover
 
 if TYPE_CHECKING:
     from tuner.objective import Objective
@@ -99,22 +100,36 @@ def history_of(engine: Engine, name: str, spec: Spec, objective: Objective | Non
     return History(trials=trials, notes=[f"learns from {len(trials)} trials of study {name}", *notes])
 
 
-def samplers(sessions: Sessions, study: Study) -> Callable[[int], BaseSampler]:
-    """Return what makes the sampler of a trial by its number; the history is read once."""
+def samplers(sessions: Sessions, study: Study, objective: Objective | None = None) -> Callable[[int], BaseSampler]:
+    """Return what makes the sampler of a trial by its number; the history is read once.
+
+    `objective` tells which params there are before a trial has had any; None for a plain function.
+    """
     spec = study.spec
     if spec.history is None:
         return lambda number: build_sampler(spec.sampler, spec.seed, number)
     stored = TypeAdapter(list[PastTrial]).validate_python(studies.history(sessions, study.study_id))
     past = [_frozen(index - len(stored), trial) for index, trial in enumerate(stored)]
-    return lambda number: Learned(build_sampler(spec.sampler, spec.seed, number), past)
+    space: dict[str, BaseDistribution] = {}
+    if spec.sampler.name == "gp" and objective is not None:
+        # The others of the history would be left out for what one trial does not tell of.
+        space = {name: its for name, its in common_space(objective).items() if all(name in its.params for its in past)}
+    return lambda number: Learned(build_sampler(spec.sampler, spec.seed, number), past, space)
 
 
 class Learned(BaseSampler):
     """A sampler that sees past trials, oldest first and with numbers below 0, before the study's own."""
 
-    def __init__(self, sampler: BaseSampler, past: Sequence[FrozenTrial]) -> None:
+    def __init__(
+        self,
+        sampler: BaseSampler,
+        past: Sequence[FrozenTrial],
+        first_space: Mapping[str, BaseDistribution] = MappingProxyType({}),
+    ) -> None:
+        """`first_space` is what is sampled as a whole before a trial of the study tells what it has in common."""
         self._sampler = sampler
         self._past = past
+        self._first_space = {name: its for name, its in first_space.items() if not its.single()}
 
     def reseed_rng(self) -> None:
         """Reseed the sampler."""
@@ -122,7 +137,7 @@ class Learned(BaseSampler):
 
     def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
         """Infer it from the study's own trials: only they have the params that are new, and their ranges."""
-        return self._sampler.infer_relative_search_space(study, trial)
+        return self._sampler.infer_relative_search_space(study, trial) or dict(self._first_space)
 
     def sample_relative(
         self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]

@@ -202,9 +202,9 @@ def create_or_join(
 
     A study of which nothing is complete, and which nobody runs, is replaced if other code of its objective is here,
     or if it ended by its failures. `command` joins the study when nothing is given; `allow_code_change` is None where
-    there is no such option. `history` is asked for only to create it: the study that it is from need not be there any
-    more to join this one. Raises TunerError that lists the differences if it exists with another spec; other code of
-    the objective is none with `allow_code_change`.
+    there is no such option. `history` is asked for only to create or replace it: the study that it is from need not be
+    there any more to join this one. Raises TunerError that lists the differences if it exists with another spec; other
+    code of the objective is none with `allow_code_change`.
     """
     spec = wanted.spec
     try:
@@ -245,7 +245,10 @@ def _replaced(
     engine: Engine, study: Study, wanted: Wanted, history: Callable[[], Sequence[Mapping[str, Any]] | None]
 ) -> Joined | None:
     """Delete the study and create it anew, with what was enqueued; None if any of it is done or somebody runs it."""
-    spec, past, sessions = wanted.spec, history(), Sessions(engine)
+    spec, sessions = wanted.spec, Sessions(engine)
+    if not sessions.snapshot(lambda conn: control.is_nothing_done(conn, study.study_id)):
+        return None
+    past = history()  # before anything is deleted: it may not be there
     enqueued = control.delete_if_nothing_done(sessions, study.study_id)
     if enqueued is None:
         return None
@@ -364,7 +367,7 @@ def plan(
     objective suggests params once, so that a space that cannot be is told now. Raises UsageError that names the
     option or the line at fault.
     """
-    from tuner.study.sampling import discover, grid_size, pruner_spec, sampler_spec
+    from tuner.study.sampling import discover, grid_size, most_epochs, pruner_spec, sampler_spec
 
     objective = None
     if is_objective_class(kind):
@@ -388,6 +391,8 @@ def plan(
                 raise UsageError(f"--{option}: the plain function {source.name} keeps no checkpoints")
         metric, direction, epochs = "value", direction or "minimize", 1
     sampler_ = sampler_spec(sampler, objective) if isinstance(sampler, str) else sampler
+    if isinstance(pruner, str):
+        pruner = pruner_spec(pruner, None if objective is None else most_epochs(objective, epochs))
     spec = Spec(
         objective=ObjectiveSpec(
             name=source.name,
@@ -397,7 +402,7 @@ def plan(
         metric=metric,
         direction=direction,
         sampler=sampler_,
-        pruner=(pruner_spec(pruner, epochs if objective is not None else None) if isinstance(pruner, str) else pruner),
+        pruner=pruner,
         budget=budget.model_copy(update={"trials": min(budget.trials, grid_size(sampler_) or budget.trials)}),
         epochs=epochs,
         seed=seed,

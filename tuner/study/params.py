@@ -40,6 +40,21 @@ def finite(text: str) -> float | str:
     return number if math.isfinite(number := float(text)) else text
 
 
+def check_number(name: str, text: str) -> None:
+    """Raise ParamError for the text of a number that no study holds: not finite, or whole and one that floats round."""
+    value = parse_value(text)
+    try:
+        number = float(text)
+    except ValueError:
+        return
+    if number != value if isinstance(value, int) else not math.isfinite(number):
+        shown = text if len(text) <= 40 else f"{text[:40]}..."
+        raise ParamError(
+            f"{name}: a study holds finite numbers, and whole ones as far as floats hold each (2^53), got {shown};"
+            f" if it is text, quote it as JSON: {name}='\"{shown}\"'"
+        )
+
+
 def check_distribution(name: str, distribution: BaseDistribution) -> None:
     """Raise ParamError if a study would not give back the values that this param was searched with."""
     if isinstance(distribution, CategoricalDistribution):

@@ -26,7 +26,7 @@ from tuner.errors import UsageError, first_line
 from tuner.seeds import derive_seed
 from tuner.spec import PrunerName, PrunerSpec, SamplerName, SamplerSpec
 from tuner.study.cmaes import SafeCmaEsSampler
-from tuner.study.params import ParamError, as_param, check_distribution, finite, parse_value
+from tuner.study.params import MAX_INT, ParamError, as_param, check_distribution, finite, parse_value
 
 if TYPE_CHECKING:
     from pydantic import JsonValue
@@ -45,6 +45,7 @@ _PLAIN_TYPES: dict[str, tuple[type, ...]] = {
     "bool": (bool,),
     "str": (str,),
     "None": (type(None),),
+    "dict[str, Any]": (dict,),
 }
 
 
@@ -110,7 +111,7 @@ _PRUNERS: dict[str, type[BasePruner]] = {
     "none": optuna.pruners.NopPruner,
 }
 _PRUNER_DEFAULTS: dict[str, dict[str, Any]] = {"percentile": {"percentile": 25.0}}
-# Callables and samplers cannot be written into a spec; the seed is the study's.
+# Callables and samplers cannot be written into a spec; the seed is the study's; the last two do nothing any more.
 _NOT_SETTABLE = {
     "seed",
     "number",
@@ -119,6 +120,26 @@ _NOT_SETTABLE = {
     "constraints_func",
     "independent_sampler",
     "source_trials",
+    "restart_strategy",
+    "inc_popsize",
+}
+# From where to where a setting works, both included: Optuna takes most of them as they are, and fails in a trial.
+# The upper ends are where a trial's memory or time would go into the setting alone.
+_RANGES: dict[str, tuple[float, float]] = {
+    "n_startup_trials": (0, MAX_INT),
+    "n_ei_candidates": (1, 10**6),
+    "prior_weight": (1e-10, 10**10),
+    "sigma0": (1e-10, 10**10),
+    "popsize": (3, 10**6),
+    "percentile": (0, 100),
+    "n_warmup_steps": (0, MAX_INT),
+    "interval_steps": (1, MAX_INT),
+    "n_min_trials": (1, MAX_INT),
+    "min_resource": (1, MAX_INT),
+    "max_resource": (1, MAX_INT),
+    "reduction_factor": (2, MAX_INT),
+    "min_early_stopping_rate": (0, 1000),
+    "bootstrap_count": (0, MAX_INT),
 }
 # QMC draws one sequence and grid shuffles its cells once for the whole study: every worker the same way.
 _ONE_SEQUENCE = {"qmc", "grid"}
@@ -165,7 +186,24 @@ def sampler_spec(text: str, objective: Objective | None, points: int = 4) -> Sam
         settings = _grid_settings(settings, objective, points)
     spec = SamplerSpec.model_validate({"name": name, "settings": settings})
     build_sampler(spec, 0, 0)
+    if "x0" in settings:
+        _check_start(settings["x0"], objective)
     return spec
+
+
+def _check_start(start: Any, objective: Objective | None) -> None:
+    """Raise UsageError if CMA-ES cannot start from these params: it wants all that are numbers, as far as known."""
+    numbers = {} if objective is None else discover(objective)
+    numbers = {name: its for name, its in numbers.items() if not isinstance(its, CategoricalDistribution)}
+    if missing := [name for name in numbers if name not in start]:
+        raise UsageError(f"--sampler cmaes: x0 needs a value for {', '.join(missing)} too")
+    for name, value in start.items():
+        if objective is not None and name not in numbers:
+            raise UsageError(f"--sampler cmaes: x0 has {name!r}; the numbers to search are: {', '.join(numbers)}")
+        try:
+            as_param(name, numbers.get(name, FloatDistribution(-1e300, 1e300)), value)
+        except ParamError as error:
+            raise UsageError(f"--sampler cmaes: x0: {error}") from error
 
 
 def _grid_settings(settings: dict[str, JsonValue], objective: Objective | None, points: int) -> dict[str, JsonValue]:
@@ -306,6 +344,22 @@ def _explored(objective: Objective) -> Iterator[dict[str, BaseDistribution]]:
         yield suggested
 
 
+def common_space(objective: Objective) -> dict[str, BaseDistribution]:
+    """Return the params that the objective suggests whatever the others are, each as it always is."""
+    common, *others = _explored(objective)
+    return {name: its for name, its in common.items() if all(other.get(name) == its for other in others)}
+
+
+def most_epochs(objective: Objective, epochs: int) -> int:
+    """Return how many epochs a trial may have: the most of the param of this name, `epochs` where there is none."""
+    most = []
+    for suggested in _explored(objective):
+        its = suggested.get("epochs")
+        values = its.choices if isinstance(its, CategoricalDistribution) else [getattr(its, "high", epochs)]
+        most += [int(value) for value in values if isinstance(value, int | float)]
+    return max(most, default=epochs)
+
+
 def drawn(objective: Objective) -> dict[str, Any]:
     """Return params of the objective, the same each time, for a model to look at before there is a trial."""
     with _quiet():
@@ -372,12 +426,15 @@ def _check_grid(space: JsonValue) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep Optuna from saying that a sampler is experimental, that it made a study in memory, or what we refuse."""
+    """Keep Optuna from saying that a sampler is experimental, that a setting goes in its next version, that it made a
+    study in memory, or what we refuse.
+    """
     level = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            warnings.simplefilter("ignore", FutureWarning)
             warnings.filterwarnings("ignore", "Fixed parameter|Choices for a categorical", UserWarning)
             yield
     finally:
@@ -390,23 +447,33 @@ def _as_points(value: object) -> int:
     return value
 
 
-def _is_of_type(value: object, wanted: str) -> bool:
-    """Whether a setting is of one of the plain types that Optuna's annotation names; True where it names others."""
+def _check_setting(what: str, key: str, annotation: object, value: Any) -> None:
+    """Raise UsageError if a setting is of none of the types that Optuna's annotation names, or out of its range.
+
+    Annotations that name other types are not checked.
+    """
+    wanted = annotation.__name__ if isinstance(annotation, type) else str(annotation)
     names = {name.strip() for name in wanted.split("|")}
-    if not names <= _PLAIN_TYPES.keys():
-        return True
-    return any(type(value) in _PLAIN_TYPES[name] for name in names)
+    if names <= _PLAIN_TYPES.keys() and not any(type(value) in _PLAIN_TYPES[name] for name in names):
+        raise UsageError(f"{what}: {key} needs to be {wanted}, got {value!r}")
+    if key in _RANGES and isinstance(value, int | float):
+        low, high = _RANGES[key]
+        if not low <= value <= high:
+            end = f"at least {low}" if high == MAX_INT and value < low else f"within {low} to {high}"
+            raise UsageError(f"{what}: {key} needs to be {end}, got {value!r}")
 
 
 def _build(option: str, kind: type[T], name: str, settings: Mapping[str, Any], **ours: Any) -> T:
     """Return `kind(**settings, **ours)`, once it is sure that people may make these settings."""
-    known = [key for key in inspect.signature(kind).parameters if key not in _NOT_SETTABLE]
-    for key in settings:
+    parameters = inspect.signature(kind).parameters
+    known = [key for key in parameters if key not in _NOT_SETTABLE]
+    for key, value in settings.items():
         if key not in known:
             raise UsageError(f"{option} {name} has no setting {key!r}; it has: {', '.join(known) or 'none'}")
-        wanted = str(inspect.signature(kind).parameters[key].annotation)
-        if not _is_of_type(settings[key], wanted):
-            raise UsageError(f"{option} {name}: {key} needs to be {wanted}, got {settings[key]!r}")
+        _check_setting(f"{option} {name}", key, parameters[key].annotation, value)
+    least, most = settings.get("min_resource"), settings.get("max_resource")
+    if isinstance(least, int) and isinstance(most, int) and least > most:
+        raise UsageError(f"{option} {name}: min_resource needs to be at most max_resource, {most}, got {least}")
     try:
         with _quiet():
             return kind(**{**ours, **settings})

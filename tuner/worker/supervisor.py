@@ -8,7 +8,7 @@ import queue
 import threading
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -91,8 +91,12 @@ class Worker:
         config: dict[str, Any],
         log: Log,
         limits: Limits = Limits(),
+        on_trial: Callable[[int], None] = lambda _: None,
     ) -> None:
-        """`config` is a `tuner.slot.slot.SlotConfig` without what differs from slot to slot."""
+        """`config` is a `tuner.slot.slot.SlotConfig` without what differs from slot to slot.
+
+        `on_trial` is told the number of each trial that has reported or ended.
+        """
         self._engine = engine
         self._study = study
         self._slots = slots.all
@@ -101,6 +105,7 @@ class Worker:
         self._config = config
         self._log = log
         self._limits = limits
+        self._on_trial = on_trial
         self._id = uuid.uuid4()
         self._n_ended = 0
         self._refusal: TunerError | None = None
@@ -296,6 +301,8 @@ class Worker:
         if name not in _SILENT and (text or self._log.format == "json"):
             message = event.pop("message", "")
             self._say(slot, name, text or message, **event)
+        if name in ("report", "trial_ended"):
+            self._on_trial(event["trial"])
         if name in ("trial_ended", "trial_released", "result_kept"):
             self._give_up_trial(slot)
         self._grant()

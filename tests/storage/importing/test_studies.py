@@ -16,6 +16,7 @@ from sqlalchemy import event, func, select
 
 from storage import PostgresStorage, StudyExistsError, StudyNotFoundError, open_engine, open_storage
 from storage.coordination import claims, records, standings, studies
+from storage.database.sessions import Sessions
 from storage.database.tables import tuner_curves
 from storage.importing.sources import Source, open_source
 from storage.importing.studies import IMPORTED_FROM, import_studies
@@ -350,16 +351,18 @@ def test_the_curves_of_another_tuner_database_come_along(another_database, targe
     elsewhere.engine.dispose()
 
 
-def test_a_study_of_another_tuner_database_keeps_its_spec(database, another_database, target):
+@pytest.mark.parametrize("history", [None, [{"number": 0, "value": 0.5, "params": {"lr": 0.1}}]])
+def test_a_study_of_another_tuner_database_keeps_its_spec_and_history(database, another_database, target, history):
     spec = {"version": 1, "budget": {"trials": 3}}
     elsewhere = open_engine(another_database)
-    created = studies.create_study(elsewhere, "s", "maximize", spec, {"metric": "accuracy"}, "accuracy")
+    created = studies.create_study(elsewhere, "s", "maximize", spec, {"metric": "accuracy"}, "accuracy", history)
     elsewhere.dispose()
     with open_source(another_database) as source:
         import_studies(source, target)
         import_studies(source, target)
     found = studies.find_study(target, "s")
     assert (found.spec, found.created_at, found.metrics) == (spec, created.created_at, ("accuracy",))
+    assert studies.history(Sessions(target), found.study_id) == (history or [])
 
 
 def test_the_pickles_of_a_sampler_stay_where_they_are(journal, target):

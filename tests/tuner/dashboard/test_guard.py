@@ -141,6 +141,26 @@ def test_nan_and_infinite_reports_leave_the_study_readable(database: str) -> Non
     assert trials[3]["values"] == ["inf"]
 
 
+@pytest.mark.filterwarnings("ignore:Choices for a categorical distribution:UserWarning")
+@pytest.mark.parametrize("choices", [[[16], [16, 8], None], [{"depth": 1}, {"depth": [2]}]])
+def test_a_study_whose_choices_are_lists_can_be_opened(database: str, choices: list[Any]) -> None:
+    url = open_engine(database).url.render_as_string(hide_password=False)
+    study = optuna.create_study(storage=optuna.storages.RDBStorage(url), study_name="shapes")
+    for choice in [*choices, choices[0]]:
+        distributions = {
+            "shape": optuna.distributions.CategoricalDistribution(choices),
+            "lr": optuna.distributions.FloatDistribution(0, 1),
+        }
+        params = {"shape": choice, "lr": len(study.trials) / 4}
+        study.add_trial(create_trial(params=params, distributions=distributions, value=len(study.trials)))
+    with guarded(dashboard_of(database)) as client:
+        for path in ("/api/studies/{}/param_importances", "/csv/{}"):
+            assert client.ask(path.format(study._study_id)).status == 200, path
+        detail = json.loads(client.ask(f"/api/studies/{study._study_id}").body)
+    shown = [param["param_external_value"] for trial in detail["trials"] for param in trial["params"]]
+    assert str(choices[1]) in shown
+
+
 def test_the_export_has_attributes_of_any_size(database: str) -> None:
     csv.field_size_limit(131_072)  # as every process begins
     history = "=" + "x" * 200_000

@@ -246,6 +246,21 @@ def test_a_rate_that_starts_at_zero_is_no_fault():
     assert _tried(Warm()) == []
 
 
+def test_a_schedule_is_made_for_the_epochs_that_the_params_say():
+    seen = []
+
+    class Long(Signs):
+        def suggest(self, trial):
+            super().suggest(trial)
+            trial.suggest_int("epochs", 7, 7)
+
+        def build_scheduler(self, optimizer, params, epochs):
+            seen.append(epochs)
+
+    assert _tried(Long()) == []
+    assert set(seen) == {7}
+
+
 def test_lazy_shared_and_undefined_weights_are_no_fault():
     class Odd(nn.Module):
         def __init__(self):

@@ -94,6 +94,24 @@ def test_the_sampler_starts_from_what_the_other_study_found(engine, other, sampl
     assert suggested(engine, alone, own, 1, {"x": X})["x"] != pytest.approx(0.8, abs=0.1)
 
 
+class Narrow(Searched):
+    def suggest(self, trial: optuna.Trial) -> None:
+        trial.suggest_float("x", 0, 1)
+        if trial.suggest_categorical("kind", ["a", "b"]) == "a":
+            trial.suggest_int("units", 8, 64, step=8)
+
+
+def test_the_first_trial_of_gp_is_sampled_from_the_past_in_what_the_objective_always_suggests(engine, other):
+    add(other)
+    study = create(engine, a_spec("gp"), Narrow())
+    own = optuna.create_study(direction="maximize")
+    own.sampler = samplers(Sessions(engine), study, Narrow())(0)
+    trial = own.ask()
+    Narrow().suggest(trial)
+    assert trial.params["x"] == pytest.approx(0.8, abs=0.1)
+    assert "kind" in trial.params  # of which nothing is known: by chance
+
+
 def test_past_trials_are_none_of_the_study(engine, other):
     add(other)
     study = create(engine, a_spec())

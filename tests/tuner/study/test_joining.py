@@ -72,6 +72,24 @@ def test_a_plan_takes_what_the_objective_says_where_the_command_says_nothing():
     assert a_spec(pruner="hyperband", epochs=7).pruner.settings == {"max_resource": 7}
 
 
+@pytest.mark.parametrize(
+    ("suggest", "last"),
+    [
+        (lambda trial: trial.suggest_int("epochs", 3, 81, log=True), 81),
+        (lambda trial: trial.suggest_categorical("epochs", [3, 27]), 27),
+        (lambda trial: trial.suggest_categorical("long", [False, True]) and trial.suggest_int("epochs", 3, 5), 9),
+    ],
+    ids=["range", "choices", "in one branch"],
+)
+def test_hyperband_ends_its_brackets_at_the_most_epochs_that_a_trial_may_have(suggest, last):
+    class Long(Digits):
+        def suggest(self, trial):
+            suggest(trial)
+
+    assert a_spec(kind=Long, pruner="hyperband", epochs=9).pruner.settings == {"max_resource": last}
+    assert a_spec(kind=Long, pruner="hyperband:max_resource=4", epochs=9).pruner.settings == {"max_resource": 4}
+
+
 def test_how_samples_are_read_is_what_the_objective_says_where_the_command_says_nothing():
     class Read(Digits):
         readers = 0
@@ -349,3 +367,7 @@ def test_past_trials_are_read_to_create_a_study_and_not_to_join_it(engine):
     assert not create_or_join(engine, "s", wanted(), **command).created
     with pytest.raises(TunerError, match="history: the study has other, this command says another"):
         create_or_join(engine, "s", wanted(history="another"), **command)
+    add_trials(engine, create_or_join(engine, "s", wanted(), **command).study, "COMPLETE", *["FAIL"] * 11)
+    read.clear()
+    create_or_join(engine, "s", wanted(history="other"), **command)  # ended by its failures, and stays
+    assert read == []

@@ -4,7 +4,7 @@ import json
 import pytest
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
-from tuner.study.params import MAX_INT, ParamError, as_param, check_distribution, parse_value, range_text
+from tuner.study.params import MAX_INT, ParamError, as_param, check_distribution, check_number, parse_value, range_text
 
 UNITS = IntDistribution(8, 64, step=8)
 RATE = FloatDistribution(1e-4, 0.5, log=True)
@@ -133,6 +133,19 @@ def test_a_space_that_a_study_cannot_give_back_is_refused_by_name(distribution, 
 def test_choices_that_come_back_as_something_else_are_refused_with_a_way_out(choice):
     with pytest.raises(ParamError, match=r"(?s)p: choices need.*TABLE\[trial.suggest_categorical\('p', list\(TABLE\)"):
         check_distribution("p", CategoricalDistribution((choice, "b")))
+
+
+@pytest.mark.parametrize(
+    "text", ["nan", "-Infinity", "inf", "1e400", "+1e400", "-1e309", str(2**53 + 1), "1" + "0" * 400, "9" * 5000]
+)
+def test_a_number_that_no_study_holds_is_refused_where_it_would_be_taken_as_text_or_rounded(text):
+    with pytest.raises(ParamError, match=r"lr: a study holds finite numbers.* got .*quote it as JSON: lr='\""):
+        check_number("lr", text)
+
+
+@pytest.mark.parametrize("text", ['"nan"', "adam", "", "1e308", ".5", "-32", str(2**53), "1e30", "true", "007", "[1]"])
+def test_all_other_numbers_and_texts_are_taken(text):
+    check_number("lr", text)
 
 
 def test_ranges_are_told_as_people_write_them():

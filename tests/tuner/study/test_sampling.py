@@ -1,6 +1,8 @@
+import inspect
 import itertools
 import json
 import math
+import re
 from decimal import Decimal
 
 import optuna
@@ -16,6 +18,10 @@ from tuner.objective import Objective
 from tuner.spec import PrunerSpec
 from tuner.study.params import parse_value
 from tuner.study.sampling import (
+    _NOT_SETTABLE,
+    _PRUNERS,
+    _RANGES,
+    _SAMPLERS,
     _grid_values,
     build_pruner,
     build_sampler,
@@ -361,6 +367,12 @@ def test_what_is_no_json_is_text(text):
         ("tpe:gamma=3", "no setting 'gamma'"),
         ("qmc:qmc_type=grid", "--sampler qmc does not take these settings"),
         ("qmc:number=3", "no setting 'number'"),
+        ("tpe:n_ei_candidates=0", "--sampler tpe: n_ei_candidates needs to be within 1 to 1000000, got 0"),
+        ("gp:n_startup_trials=-1", "--sampler gp: n_startup_trials needs to be at least 0, got -1"),
+        ("cmaes:inc_popsize=2", "--sampler cmaes has no setting 'inc_popsize'"),
+        ('cmaes:{"x0": {"lr": 0.01}}', "x0 needs a value for units too"),
+        ('cmaes:{"x0": {"lr": 0.01, "units": 32, "depth": 2}}', "x0 has 'depth'; the numbers to search are: lr, units"),
+        ('cmaes:{"x0": {"lr": 1, "units": 32}}', "x0: lr: 0.0001 to 0.1, log; got 1"),
         ("grid:points=0", "points to be a whole number in 1..1000, got 0"),
         ("grid:points=true", "points to be a whole number in 1..1000, got True"),
         ("grid:points=many", "got 'many'"),
@@ -383,9 +395,13 @@ def test_a_sampler_that_cannot_work_is_refused_with_advice(text, told):
     [
         ("hedge", "--pruner needs one of median, percentile, hyperband, asha, none, got 'hedge'"),
         ("median:warmup=3", "--pruner median has no setting 'warmup'; it has: n_startup_trials, n_warmup_steps"),
-        ("median:n_warmup_steps=-1", "--pruner median does not take these settings"),
-        ("percentile:percentile=200", "--pruner percentile does not take these settings"),
-        ("median:n_startup_trials=many", "--pruner median does not take these settings"),
+        ("median:n_warmup_steps=-1", "--pruner median: n_warmup_steps needs to be at least 0, got -1"),
+        ("percentile:percentile=200", "--pruner percentile: percentile needs to be within 0 to 100, got 200"),
+        ("median:n_startup_trials=many", "--pruner median: n_startup_trials needs to be int, got 'many'"),
+        ("median:n_startup_trials=1.5", "--pruner median: n_startup_trials needs to be int, got 1.5"),
+        ("hyperband:reduction_factor=0", "--pruner hyperband: reduction_factor needs to be at least 2, got 0"),
+        ("hyperband:min_resource=30", "--pruner hyperband: min_resource needs to be at most max_resource, 20, got 30"),
+        ("hyperband:max_resource=soon", "--pruner hyperband does not take these settings"),
         ("none:x=1", "it has: none"),
     ],
 )
@@ -394,6 +410,32 @@ def test_a_pruner_that_cannot_work_is_refused_with_advice(text, told):
         pruner_spec(text, 20)
     assert told in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+SETTINGS = [
+    (name, key)
+    for name, kind in {**_SAMPLERS, **_PRUNERS}.items()
+    for key, parameter in inspect.signature(kind).parameters.items()
+    if key not in _NOT_SETTABLE and re.search(r"\b(int|float)\b", str(parameter.annotation))
+]
+
+
+@pytest.mark.parametrize(("name", "key"), SETTINGS)
+def test_a_setting_works_at_the_lower_end_of_its_range_and_is_refused_below(name, key, recwarn):
+    low, _ = _RANGES[key]
+
+    def specs(value):
+        settings = {"n_startup_trials": 1} if name in ("tpe", "gp", "cmaes") else {}
+        text = f"{name}:{json.dumps({**settings, key: value})}"
+        if name in PRUNERS:
+            return sampler_spec("random", Flat()), pruner_spec(text, 8)
+        return sampler_spec(text, Flat()), None
+
+    with pytest.raises(UsageError, match=f"{name}: {key} needs to be (within|at least) {low}"):
+        specs(low - 1)
+    sampler, pruner = specs("auto" if key == "min_resource" and name == "asha" else low)
+    study = run_trials(Flat(), sampler, 4, pruner=pruner, workers=1)
+    assert {trial.state for trial in study.trials} <= {TrialState.COMPLETE, TrialState.PRUNED}
 
 
 def test_a_grid_of_a_plain_function_needs_its_values():
