@@ -10,13 +10,24 @@ import torch
 from optuna.samplers import RandomSampler
 
 from tuner.data import Data, Split, tensors
+from tuner.objective import Objective
 from tuner.seeds import seed_everything
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from tuner.objective import Objective, Params
+    from tuner.objective import Params
     from tuner.training import Epoch
+
+
+class Untrained(Objective):
+    """The base of objectives that are searched by nobody, and only suggest."""
+
+    def load_data(self, root: Any) -> Data:
+        raise NotImplementedError
+
+    def build_model(self, params: Params) -> nn.Module:
+        raise NotImplementedError
 
 
 def some_params(objective: Objective, *fixed: dict[str, Any], seed: int = 0) -> list[dict[str, Any]]:

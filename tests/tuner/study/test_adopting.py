@@ -8,13 +8,12 @@ import optuna
 import pytest
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import TrialState, create_trial
+from searching import Untrained
 
-from storage import PostgresStorage, open_engine
 from storage.coordination import claims
 from storage.coordination.claims import Claim
 from storage.database.sessions import Sessions
 from tuner.errors import TunerError, UsageError
-from tuner.objective import Objective
 from tuner.spec import Budget, ObjectiveSpec, SamplerSpec, Spec
 from tuner.study.adopting import adopt_study
 from tuner.study.extending import Amount
@@ -24,33 +23,13 @@ X = FloatDistribution(0, 1)
 MORE = Amount(value=3, is_more=True)
 
 
-class Searched(Objective):
+class Searched(Untrained):
     metric = "score"
     direction = "maximize"
 
     def suggest(self, trial: optuna.Trial) -> None:
         trial.suggest_float("x", 0, 2)
         trial.suggest_int("units", 8, 64)
-
-    def load_data(self, data_dir: Any) -> Any:
-        raise NotImplementedError
-
-    def build_model(self, params: Any) -> Any:
-        raise NotImplementedError
-
-
-@pytest.fixture
-def engine(database):
-    engine = open_engine(database)
-    yield engine
-    engine.dispose()
-
-
-@pytest.fixture
-def storage(database):
-    storage = PostgresStorage(database)
-    yield storage
-    storage.engine.dispose()
 
 
 def a_spec(**changes: Any) -> Spec:

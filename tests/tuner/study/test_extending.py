@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 from sqlalchemy import text
 
-from storage import open_engine
 from storage.coordination import claims
 from storage.coordination.claims import Claim
 from storage.coordination.standings import NothingToClaim
@@ -18,13 +17,6 @@ from tuner.spec import Budget, ObjectiveSpec, SamplerSpec, Spec
 from tuner.study.extending import Amount, extend_study
 from tuner.study.joining import Study, create_study, open_study
 from tuner.study.status import look
-
-
-@pytest.fixture
-def engine(database):
-    engine = open_engine(database)
-    yield engine
-    engine.dispose()
 
 
 def a_spec(sampler: SamplerSpec = SamplerSpec(), **budget: Any) -> Spec:  # noqa: B008 - frozen

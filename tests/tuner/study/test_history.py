@@ -8,12 +8,12 @@ import optuna
 import pytest
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import TrialState, create_trial
+from searching import Untrained
 
-from storage import PostgresStorage, StudyNotFoundError, open_engine
+from storage import StudyNotFoundError
 from storage.coordination import records, standings, studies
 from storage.database.sessions import Sessions
 from tuner.errors import TunerError, UsageError
-from tuner.objective import Objective
 from tuner.spec import Budget, ObjectiveSpec, SamplerSpec, Spec
 from tuner.study.history import Learned, history_of, samplers
 from tuner.study.joining import best_of, create_study
@@ -21,7 +21,7 @@ from tuner.study.joining import best_of, create_study
 X = FloatDistribution(0, 1)
 
 
-class Searched(Objective):
+class Searched(Untrained):
     metric = "score"
     direction = "maximize"
 
@@ -30,26 +30,11 @@ class Searched(Objective):
         trial.suggest_categorical("kind", ["a", "b"])
         trial.suggest_int("units", 8, 64, step=8)
 
-    def load_data(self, data_dir: Any) -> Any:
-        raise NotImplementedError
-
-    def build_model(self, params: Any) -> Any:
-        raise NotImplementedError
-
 
 @pytest.fixture
-def engine(database):
-    engine = open_engine(database)
-    yield engine
-    engine.dispose()
-
-
-@pytest.fixture
-def other(database):
+def other(storage):
     """A study of another program, whose score is highest near x = 0.8."""
-    storage = PostgresStorage(database)
-    yield optuna.create_study(study_name="other", storage=storage, direction="maximize")
-    storage.engine.dispose()
+    return optuna.create_study(study_name="other", storage=storage, direction="maximize")
 
 
 def a_spec(sampler: str = "tpe", **changes: Any) -> Spec:

@@ -4,7 +4,7 @@ import optuna
 import pytest
 
 from objectives.digits import Digits
-from storage import StudyNotFoundError, open_engine, open_storage
+from storage import StudyNotFoundError, open_storage
 from storage.coordination import claims, control
 from storage.database.errors import StudyExistsError
 from storage.database.sessions import Sessions
@@ -12,14 +12,6 @@ from tuner.errors import TunerError, UsageError
 from tuner.spec import Budget, TrainingSpec
 from tuner.study.joining import Wanted, best_of, check_code, create_or_join, create_study, open_study, plan, why_failed
 from tuner.study.registry import find_objective
-
-
-@pytest.fixture
-def engine(database):
-    engine = open_engine(database)
-    yield engine
-    engine.dispose()
-
 
 GIVEN = {
     "options": {},

@@ -11,10 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import TrialState
+from searching import Untrained
 
-from tuner.data import Data
 from tuner.errors import UsageError
-from tuner.objective import Objective
 from tuner.spec import PrunerSpec
 from tuner.study.params import parse_value
 from tuner.study.sampling import (
@@ -37,22 +36,14 @@ SAMPLERS = ("tpe", "random", "gp", "cmaes", "qmc", "grid")
 PRUNERS = ("median", "percentile", "hyperband", "asha", "none")
 
 
-class _Space(Objective):
-    def load_data(self, root) -> Data:
-        raise NotImplementedError
-
-    def build_model(self, params):
-        raise NotImplementedError
-
-
-class Flat(_Space):
+class Flat(Untrained):
     def suggest(self, trial):
         trial.suggest_float("lr", 1e-4, 1e-1, log=True)
         trial.suggest_int("units", 16, 64, step=16)
         trial.suggest_categorical("activation", ["relu", "gelu"])
 
 
-class Conditional(_Space):
+class Conditional(Untrained):
     def suggest(self, trial):
         for layer in range(trial.suggest_int("layers", 1, 2)):
             trial.suggest_int(f"units_{layer}", 8, 16, log=True)
@@ -139,7 +130,7 @@ def test_trials_that_start_at_the_same_time_get_different_params(name):
 
 @pytest.mark.parametrize("name", ["gp", "cmaes", "qmc", "tpe"])
 def test_params_that_a_sampler_draws_by_chance_differ_from_trial_to_trial(name):
-    class Late(_Space):
+    class Late(Untrained):
         def suggest(self, trial):
             trial.suggest_float("x", 0, 1)
             trial.suggest_float("y", 0, 1)
@@ -185,7 +176,7 @@ def test_a_grid_of_a_conditional_space_covers_every_branch():
     assert len({json.dumps(params) for params in drawn(study)}) == size
 
 
-class Both(_Space):
+class Both(Untrained):
     """A param that two others lead to together, which no value of one alone shows."""
 
     def suggest(self, trial):
@@ -230,7 +221,7 @@ def test_a_grid_s_values_are_written_as_their_params_types():
     assert json.dumps(spec.settings) == '{"search_space": {"lr": [1.0], "units": [32], "activation": ["gelu"]}}'
 
 
-class _Broken(_Space):
+class _Broken(Untrained):
     at: str
 
     def suggest(self, trial):

@@ -5,19 +5,12 @@ import uuid
 import pytest
 from sqlalchemy import text
 
-from storage import StudyNotFoundError, open_engine
+from storage import StudyNotFoundError
 from storage.coordination import claims, control
 from storage.database.sessions import Sessions
 from tuner.spec import Budget, ObjectiveSpec, Spec
 from tuner.study.joining import create_study
 from tuner.study.status import look
-
-
-@pytest.fixture
-def engine(database):
-    engine = open_engine(database)
-    yield engine
-    engine.dispose()
 
 
 def a_study(engine, **budget):

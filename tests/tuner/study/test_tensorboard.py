@@ -8,19 +8,11 @@ from command import wait_for
 from sqlalchemy import text
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
-from storage import PostgresStorage
 from tuner.errors import TunerError
 from tuner.study.joining import find_study
 from tuner.study.tensorboard import check_tensorboard, follow
 
 pytestmark = pytest.mark.filterwarnings("ignore:Heartbeat of storage:UserWarning")
-
-
-@pytest.fixture
-def storage(database):
-    storage = PostgresStorage(database)
-    yield storage
-    storage.engine.dispose()
 
 
 @pytest.fixture
