@@ -22,6 +22,7 @@ from urllib.error import URLError
 import torch
 from torch import Tensor
 
+from storage.files import UntrustedError, own_directory, require_own_files
 from tuner.errors import DataError as DataError
 from tuner.errors import first_line
 from tuner.labels import Labels, LabelsOfEach
@@ -402,13 +403,17 @@ def split_in_two(rows: Split, second: float, *, stratified: bool = False, seed: 
 
 
 @contextmanager
-def downloading(name: str, directory: Path) -> Iterator[None]:
+def downloading(name: str, directory: Path, *, pickled: bool = False) -> Iterator[None]:
     """Let the block read a data set from `directory`, or download it there, in one process at a time.
 
-    Raises DataError, in one line, if the data set is neither there nor to be had, may not be read, or is damaged.
+    Raises DataError, in one line, if the data set is neither there nor to be had, may not be read, or is damaged; and
+    if anybody else could write to the directory. What is `pickled` is code to whoever reads it: none of the directory's
+    files may be anybody else's then.
     """
     try:
-        directory.mkdir(parents=True, exist_ok=True)
+        own_directory(directory)
+        if pickled:
+            require_own_files(directory)
         handle = os.open(directory, os.O_RDONLY)
         try:
             with suppress(OSError):  # a network file system may lock no directories
@@ -418,6 +423,8 @@ def downloading(name: str, directory: Path) -> Iterator[None]:
             os.close(handle)
     except DataError:
         raise
+    except UntrustedError as error:
+        raise DataError(f"{name} is not read from {directory}: {error}") from error
     except (OSError, *_UNREADABLE) as error:
         raise DataError(_why_not(error, name, directory)) from error
 
