@@ -21,7 +21,7 @@ def fetch(name: str, fetcher: Callable[..., Any], root: Path) -> tuple[Tensor, T
     Raises DataError if it is neither there nor to be downloaded.
     """
     home = root / "scikit_learn"
-    with downloading(name, home), warnings.catch_warnings(action="ignore"):  # that it tries a second time
+    with downloading(name, home, pickled=True), warnings.catch_warnings(action="ignore"):  # that it tries a second time
         features, targets = fetcher(data_home=home, return_X_y=True, n_retries=1)
     return torch.tensor(features, dtype=torch.float32), torch.tensor(targets)
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from sqlalchemy import Engine, text
 
 from storage.database.errors import StorageError
+from storage.files import UntrustedError, own_directory
 from tuner.errors import TunerError
 from tuner.study.registry import installed_objectives
 
@@ -83,9 +84,11 @@ def _torch() -> str:
 
 def _data_dir(data_dir: Path) -> str:
     try:
-        data_dir.mkdir(parents=True, exist_ok=True)
+        own_directory(data_dir)
         with tempfile.TemporaryFile(dir=data_dir):
             free = shutil.disk_usage(data_dir).free
+    except UntrustedError as error:
+        raise CheckFailedError(str(error)) from error
     except OSError as error:
         raise CheckFailedError(f"cannot write to {data_dir}: {error.strerror}; choose another --data-dir") from error
     if free < MIN_FREE_BYTES:

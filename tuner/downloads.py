@@ -11,6 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from urllib.error import URLError
 
+from storage.files import UntrustedError, own_directory, require_own_files
 from tuner.errors import DataError
 
 # What readers of files raise for one that was cut off or is something else: of torch, NumPy, pickle and zlib.
@@ -18,13 +19,17 @@ _UNREADABLE = (RuntimeError, ValueError, LookupError, AssertionError, EOFError, 
 
 
 @contextmanager
-def downloading(name: str, directory: Path) -> Iterator[None]:
+def downloading(name: str, directory: Path, *, pickled: bool = False) -> Iterator[None]:
     """Let the block read a data set from `directory`, or download it there, in one process at a time.
 
-    Raises DataError, in one line, if the data set is neither there nor to be had, may not be read, or is damaged.
+    Raises DataError, in one line, if the data set is neither there nor to be had, may not be read, or is damaged; and
+    if anybody else could write to the directory. What is `pickled` is code to whoever reads it: none of the directory's
+    files may be anybody else's then.
     """
     try:
-        directory.mkdir(parents=True, exist_ok=True)
+        own_directory(directory)
+        if pickled:
+            require_own_files(directory)
         handle = os.open(directory, os.O_RDONLY)
         try:
             with suppress(OSError):  # a network file system may lock no directories
@@ -34,6 +39,8 @@ def downloading(name: str, directory: Path) -> Iterator[None]:
             os.close(handle)
     except DataError:
         raise
+    except UntrustedError as error:
+        raise DataError(f"{name} is not read from {directory}: {error}") from error
     except (OSError, *_UNREADABLE) as error:
         raise DataError(_why_not(error, name, directory)) from error
 

@@ -16,7 +16,7 @@ def own_place(frames: Iterable[traceback.FrameSummary]) -> str | None:
     """
     installed = None
     for frame in reversed(list(frames)):
-        kind = _kind_of(frame.filename)
+        kind = kind_of(frame.filename)
         if kind == "own":
             return f"{frame.filename}, line {frame.lineno}"
         if kind == "installed" and installed is None:
@@ -30,7 +30,8 @@ def place_of(error: BaseException) -> str | None:
 
 
 @cache
-def _kind_of(file: str) -> str:
+def kind_of(file: str) -> str:
+    """Return whose a file of code is: `own`, `installed`, `ours` or `python`."""
     if file.startswith("<") or not Path(file).is_absolute():
         return "python"
     installed, ours, python = _places()

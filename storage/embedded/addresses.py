@@ -1,16 +1,51 @@
-"""Where a server is reached: its URL, and the address that it listens on if it does."""
+"""Where a server is reached: its sockets, its URL, and the address that it listens on if it does."""
 
 from __future__ import annotations
 
 import ipaddress
-from typing import TYPE_CHECKING
+import os
+import re
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
 from urllib.parse import quote
 
 from storage.database.errors import EmbeddedServerError
 from storage.embedded.cluster import DATABASE
+from storage.files import require_own
 
 if TYPE_CHECKING:
     from storage.embedded.postmaster import Postmaster
+    from storage.embedded.programs import Account
+
+_SOCKET_PATH_MAX_BYTES: Final = 90  # the kernel's limit is 108 on Linux, 104 on macOS
+
+
+def socket_directory(home: Path, key: str, account: Account) -> Path:
+    """Return where a server that is about to start has its sockets; `key` names it among the user's servers.
+
+    It is still to be made or checked. Who joins the server takes the place from its pid file: it may be another one by
+    then.
+    """
+    near = home / "socket"
+    if _is_fit(near):
+        return near
+    runtime = Path(os.environ.get("XDG_RUNTIME_DIR", ""))
+    short = runtime / f"tuner-{key}"
+    if account.is_us and runtime.is_absolute() and _is_fit(short):
+        with suppress(OSError):
+            require_own(runtime)
+            if runtime.is_dir():
+                return short
+    # Not gettempdir(): what TMPDIR names may be as long.
+    return Path(f"/tmp/tuner-{os.geteuid()}-{key}")  # noqa: S108  (checked by private_directory)
+
+
+def _is_fit(sockets: Path) -> bool:
+    """Whether PostgreSQL takes a directory for its sockets."""
+    longest = os.fsencode(sockets / ".s.PGSQL.65535")
+    # PostgreSQL takes a list of directories, so a comma or a quote would need quoting of its own.
+    return len(longest) <= _SOCKET_PATH_MAX_BYTES and re.fullmatch(rb"[\w./+-]+", longest) is not None
 
 
 def url(server: Postmaster, role: str) -> str:

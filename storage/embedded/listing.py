@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from storage.embedded import server as embedded
 from storage.embedded.server import EmbeddedServer
+from storage.files import read_own, require_own
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -48,14 +49,17 @@ def find(directory: Path) -> EmbeddedServer:
 
 
 def _homes() -> Iterator[Path]:
-    if os.geteuid() == 0:
-        candidates = list(embedded.SHARED_DIRECTORY.glob("*"))
-    else:
-        candidates = [Path(note.read_text()) for note in embedded.notes().glob("*")]
-    for home in candidates:
+    for home in embedded.SHARED_DIRECTORY.glob("*") if os.geteuid() == 0 else _noted():
         with suppress(PermissionError):
+            require_own(home)
             if (home / "postgresql" / "PG_VERSION").exists():
                 yield home
+
+
+def _noted() -> Iterator[Path]:
+    for note in embedded.notes().glob("*"):
+        with suppress(OSError):  # such as one that is not ours
+            yield Path(os.fsdecode(read_own(note)))
 
 
 def _look(home: Path) -> EmbeddedDatabase:

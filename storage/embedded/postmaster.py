@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import socket
+import stat
 import struct
 import sys
 import threading
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from storage.database.errors import EmbeddedServerError
+from storage.files import UntrustedError, open_lock, read_own
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -38,10 +40,13 @@ class Postmaster:
         return self.socket_directory / f".s.PGSQL.{self.port}"
 
 
-def read_postmaster(cluster: Path) -> Postmaster | None:
-    """Read the pid file of a cluster; None if there is none, or one not written to its end yet."""
+def read_postmaster(cluster: Path, owner: int) -> Postmaster | None:
+    """Read the pid file of a cluster; None if there is none, or one not written to its end yet.
+
+    Raises UntrustedError, an OSError, for one that `owner`, the cluster's, has not written.
+    """
     try:
-        lines = (cluster / "postmaster.pid").read_text(errors="replace").splitlines()
+        lines = read_own(cluster / "postmaster.pid", owner=owner).decode(errors="replace").splitlines()
     except FileNotFoundError:
         return None
     # pid, data directory, start time, port, socket directory, listen address, shared memory, status
@@ -56,11 +61,18 @@ def read_postmaster(cluster: Path) -> Postmaster | None:
     )
 
 
-def listener_pid(server: Postmaster) -> int | None:
+def listener_pid(server: Postmaster, owner: int) -> int | None:
     """Connect to the server's socket and return the pid that listens there; None if nobody does.
 
     The kernel tells the pid (0 for a process of another container). macOS does not, and gives the pid file's.
+    Raises UntrustedError, an OSError, where somebody else listens than `owner`, or could.
     """
+    try:
+        found = os.lstat(server.socket_directory)
+    except FileNotFoundError:
+        return None
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != owner or found.st_mode & 0o022:
+        raise UntrustedError(f"{server.socket_directory} is not a directory of uid {owner} alone")
     with socket.socket(socket.AF_UNIX) as client:
         client.settimeout(_CONNECT_TIMEOUT_S)
         try:
@@ -69,8 +81,10 @@ def listener_pid(server: Postmaster) -> int | None:
             return None
         if sys.platform == "linux":
             credentials = client.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
-            pid: int = struct.unpack("3i", credentials)[0]
-            return pid
+            pid, uid, _ = struct.unpack("3i", credentials)
+            if uid != owner:
+                raise UntrustedError(f"the server at {server.socket} is uid {uid}'s and not uid {owner}'s")
+            return int(pid)
         else:  # noqa: RET505  (mypy takes the plain form for unreachable code)
             return server.pid
 
@@ -81,7 +95,7 @@ def exclusive(lock: Path, timeout_s: float, *, create: bool = True) -> Iterator[
 
     The lock ends with the block, or with the last process that inherited the descriptor.
     """
-    descriptor = os.open(lock, os.O_RDWR | (os.O_CREAT if create else 0), 0o600)
+    descriptor = open_lock(lock, create=create)
     try:
         if not wait_until(lambda: try_lock(descriptor), timeout_s):
             raise EmbeddedServerError(
@@ -96,7 +110,7 @@ def exclusive(lock: Path, timeout_s: float, *, create: bool = True) -> Iterator[
 def is_held(lock: Path) -> bool:
     """Whether some process holds the lock file. The answer stands only while nobody else may take it."""
     try:
-        descriptor = os.open(lock, os.O_RDWR)
+        descriptor = open_lock(lock, create=False)
     except FileNotFoundError:
         return False
     try:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-import re
 import secrets
 import shlex
 import shutil
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING, Final
 
 from storage.database.errors import EmbeddedServerError
 from storage.database.variables import MARK, hidden
-from storage.embedded.addresses import loopback, shown, url
+from storage.embedded.addresses import loopback, shown, socket_directory, url
 from storage.embedded.cluster import (
     ADMIN_ROLE,
     READER_ROLE,
@@ -55,6 +54,7 @@ from storage.embedded.users import (
     read_idle_exit_s,
     register,
 )
+from storage.files import UntrustedError, new_file, own_directory, read_own, replace, require_own
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -68,7 +68,6 @@ NOTE: Final = "postgresql.directory"
 """A file of this name in root's clusters tells their data directories."""
 
 _DEFAULT_PORT: Final = 5432  # without TCP it is but a part of the socket's name
-_SOCKET_PATH_MAX_BYTES: Final = 90  # the kernel's limit is 108 on Linux, 104 on macOS
 _FREE_BYTES_MIN: Final = 64 * 2**20
 _LOG_MAX_BYTES: Final = 16 * 2**20
 
@@ -108,6 +107,7 @@ class EmbeddedServer:
 
         `home` is where its files are known to lie already.
         """
+        self._given = data_dir
         self._data_dir = Path(os.path.realpath(data_dir))
         self._timeout_s = timeout_s
         self._key = hashlib.sha256(os.fsencode(self._data_dir)).hexdigest()[:12]
@@ -267,14 +267,15 @@ class EmbeddedServer:
             if self._home != self._data_dir:
                 shutil.rmtree(self._home, ignore_errors=True)
             elif self._home.exists():
-                for directory in (self._cluster, aside_of(self._cluster), self._socket_directory()):
+                sockets = socket_directory(self._home, self._key, own_account())
+                for directory in (self._cluster, aside_of(self._cluster), sockets):
                     shutil.rmtree(directory, ignore_errors=True)
                 for file in self._home.glob("postgresql.*"):
                     file.unlink()
                 (notes() / self._key).unlink(missing_ok=True)
 
     def _end(self, server: Postmaster) -> None:
-        if listener_pid(server) != server.pid:
+        if listener_pid(server, self._owner()) != server.pid:
             raise EmbeddedServerError(f"the server of {self._cluster} was started in another container; stop it there")
         os.kill(server.pid, signal.SIGINT)  # PostgreSQL's "fast" shutdown
         if not wait_until(self._is_gone, self._timeout_s):
@@ -284,10 +285,19 @@ class EmbeddedServer:
             )
 
     def _running(self) -> Postmaster | None:
-        server = read_postmaster(self._cluster)
-        if server is not None and server.ready and listener_pid(server) is not None:
+        """Return the server that runs. Raises UntrustedError, an OSError, if it could be somebody else's."""
+        require_own(self._home)
+        if not self._cluster.exists():
+            return None
+        owner = self._owner()
+        server = read_postmaster(self._cluster, owner)
+        if server is not None and server.ready and listener_pid(server, owner) is not None:
             return server
         return None
+
+    def _owner(self) -> int:
+        """Return the user whose the cluster's files and processes are: we, or for root the one that it was made for."""
+        return os.lstat(self._cluster).st_uid if os.geteuid() == 0 else os.geteuid()
 
     def _running_url(self, role: str) -> str:
         with self._explained():
@@ -330,8 +340,7 @@ class EmbeddedServer:
             self._readable_file(NOTE, str(self._data_dir))
             return
         with suppress(OSError):  # such as a home that cannot be written to: it is not listed then
-            notes().mkdir(parents=True, exist_ok=True)
-            (notes() / self._key).write_text(str(self._data_dir))
+            replace(notes() / self._key, os.fsencode(self._data_dir))
 
     def _programs(self, account: Account) -> Programs:
         bundled = bundled_programs()
@@ -347,9 +356,10 @@ class EmbeddedServer:
         return reachable_by(account, fitting[0], SHARED_DIRECTORY)
 
     def _start_postmaster(self, account: Account, programs: Programs, address: tuple[str, int] | None) -> Postmaster:
-        self._remove_leftovers()
-        sockets = private_directory(self._socket_directory(), account)
-        (sockets / MARK).touch()
+        sockets = private_directory(socket_directory(self._home, self._key, account), account)
+        self._remove_leftovers(sockets)
+        with suppress(FileExistsError):
+            os.close(new_file(sockets / MARK))
         host, port = address or ("", _DEFAULT_PORT)
         options = {
             "hba_file": self._readable_file("postgresql.hba", _ACCESS),
@@ -383,13 +393,13 @@ class EmbeddedServer:
             )
         return server
 
-    def _remove_leftovers(self) -> None:
+    def _remove_leftovers(self, sockets: Path) -> None:
         """Remove what a killed server left, whose pid may be another process's by now.
 
         For the holder of the decision lock, when no process of the server lives.
         """
         (self._cluster / "postmaster.pid").unlink(missing_ok=True)
-        for leftover in self._socket_directory().glob(".s.PGSQL.*"):
+        for leftover in sockets.glob(".s.PGSQL.*"):
             leftover.unlink()
 
     def _prepare_home(self) -> None:
@@ -397,8 +407,9 @@ class EmbeddedServer:
             raise EmbeddedServerError(
                 f"pg_ctl cannot handle {min(unsafe)!r} in {self._home}; choose another --data-dir"
             )
+        require_own(self._given)
         if self._home == self._data_dir:
-            self._home.mkdir(mode=0o700, parents=True, exist_ok=True)
+            own_directory(self._home)
             return
         SHARED_DIRECTORY.parent.mkdir(parents=True, exist_ok=True)
         for directory in (SHARED_DIRECTORY, self._home):
@@ -412,22 +423,10 @@ class EmbeddedServer:
                 f"{_FREE_BYTES_MIN // 2**20}; free some and start again, nothing stored is lost"
             )
 
-    def _socket_directory(self) -> Path:
-        near = self._home / "socket"
-        longest = os.fsencode(near / ".s.PGSQL.65535")
-        # PostgreSQL takes a list of directories, so a comma or a quote would need quoting of its own.
-        if len(longest) <= _SOCKET_PATH_MAX_BYTES and re.fullmatch(rb"[\w./+-]+", longest):
-            return near
-        # Not gettempdir(): what TMPDIR names may be as long, and others must find the same place.
-        return Path(f"/tmp/tuner-{os.geteuid()}-{self._key}")  # noqa: S108  (verified by _private_directory)
-
     def _readable_file(self, name: str, content: str) -> Path:
         """Write a file that the server's user may read and not write."""
         path = self._home / name
-        aside = path.with_name(f"{name}.new")
-        aside.write_text(content)
-        aside.chmod(0o644)
-        aside.rename(path)
+        replace(path, content.encode(), mode=0o644)
         return path
 
     def _prepare_log(self, account: Account) -> int:
@@ -435,7 +434,7 @@ class EmbeddedServer:
         if self._log.exists() and self._log.stat().st_size > _LOG_MAX_BYTES:
             self._log.rename(self._log.with_name(f"{self._log.name}.old"))
         if not self._log.exists():
-            self._log.touch(mode=0o600)
+            os.close(new_file(self._log))
             if not account.is_us:
                 os.chown(self._log, account.uid, account.gid)
         return self._log.stat().st_size
@@ -453,11 +452,9 @@ class EmbeddedServer:
         import psycopg2  # only TCP needs it
         from psycopg2.extensions import encrypt_password
 
-        with suppress(FileExistsError):
-            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
-            with open(os.open(self.password_file, flags, 0o600), "w") as file:
-                file.write(secrets.token_urlsafe(32))
-        password = self.password_file.read_text()
+        with suppress(FileExistsError), open(new_file(self.password_file), "w") as file:
+            file.write(secrets.token_urlsafe(32))
+        password = read_own(self.password_file, is_secret=True).decode()
         with hidden():
             connection = psycopg2.connect(url(server, ADMIN_ROLE))
         try:
@@ -472,6 +469,8 @@ class EmbeddedServer:
     def _explained(self) -> Iterator[None]:
         try:
             yield
+        except UntrustedError as error:
+            raise EmbeddedServerError(f"the database of {self._data_dir} is not used: {error}") from error
         except OSError as error:
             where = f" {error.filename}" if error.filename else ""
             raise EmbeddedServerError(

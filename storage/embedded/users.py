@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Final
 from storage.database.errors import EmbeddedServerError
 from storage.database.variables import hidden
 from storage.embedded.postmaster import try_lock, wait_until
+from storage.files import open_lock, read_own
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -76,7 +77,7 @@ def read_idle_exit_s(setting: Path) -> float:
     """Return after how many seconds a server ends that goes unused, infinity for never."""
     text = ""
     with suppress(FileNotFoundError):
-        text = setting.read_text().strip()
+        text = read_own(setting).decode(errors="replace").strip()
     match = re.fullmatch(r"([\d.]+)([smhd]?)", text)
     return math.inf if match is None else float(match[1]) * _UNITS_S[match[2]]
 
@@ -99,7 +100,7 @@ def register(lock: Path, timeout_s: float) -> None:
 @contextmanager
 def alone(lock: Path) -> Iterator[bool]:
     """Keep others from becoming users within the block; yields whether there are none."""
-    descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o600)
+    descriptor = open_lock(lock)
     try:
         yield try_lock(descriptor)
     finally:
@@ -108,7 +109,7 @@ def alone(lock: Path) -> Iterator[bool]:
 
 def have_a_watcher(lock: Path, data_dir: Path, home: Path) -> None:
     """Start the process that ends a server once it is idle (`storage.embedded.watcher`), unless one holds the lock."""
-    descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o600)
+    descriptor = open_lock(lock)
     try:
         if not try_lock(descriptor):
             return
@@ -128,7 +129,7 @@ def have_a_watcher(lock: Path, data_dir: Path, home: Path) -> None:
 
 
 def _shared(lock: Path, timeout_s: float) -> int:
-    descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o600)
+    descriptor = open_lock(lock)
 
     def is_taken() -> bool:
         try:

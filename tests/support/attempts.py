@@ -1,5 +1,7 @@
 """One attempt at a trial of a small objective, as a slot makes it."""
 
+from pathlib import Path
+
 import optuna
 import torch
 from torch import nn
@@ -46,7 +48,7 @@ class Signs(Objective):
 def attempt(study, objective, *, check=lambda: None, checkpoints=None, log=print, **spec):
     """Run the study's next trial and tell its end, as a slot does."""
     cpu = torch.device("cpu")
-    what = TrialObjective.load(a_spec(**spec), objective, "", cpu, checkpoints=checkpoints, log=log)
+    what = TrialObjective.load(a_spec(**spec), objective, Path(), cpu, checkpoints=checkpoints, log=log)
     trial = CheckedTrial(study, study.ask()._trial_id, check)
     outcome = run_attempt(what, trial)
     study.tell(trial, outcome.value, outcome.state)

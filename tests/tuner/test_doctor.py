@@ -61,6 +61,13 @@ def test_a_data_directory_that_cannot_be_made_is_told_with_advice(tmp_path, with
     assert data.found == f"cannot write to {tmp_path / 'file' / 'data'}: Not a directory; choose another --data-dir"
 
 
+def test_a_data_directory_that_others_may_write_to_is_told(tmp_path, without_torch, open_database):
+    tmp_path.chmod(0o777)
+    data = by_name(doctor.check_all(tmp_path, open_database))["data"]
+    assert not data.ok
+    assert data.found.startswith(f"{tmp_path} may be written to by everybody (mode 0777)")
+
+
 def test_a_disk_with_little_room_is_told(tmp_path, without_torch, open_database, monkeypatch):
     monkeypatch.setattr(doctor, "MIN_FREE_BYTES", 1 << 60)
     data = by_name(doctor.check_all(tmp_path, open_database))["data"]

@@ -63,7 +63,7 @@ def export(
         opened,
         source,
         output=target,
-        data_dir=settings.data_dir,
+        data_dir=settings.own_data_dir(),
         device=device,
         log=settings.log(study=opened.name),
         full_schedule=full_schedule,
@@ -96,7 +96,7 @@ def default_output(settings: Settings, study: Study) -> Path:
         url = settings.storage_url()
         server = f"{url.host} {url.port} {url.database} {dict(url.query).get('host')}"
         name += f"-{hashlib.sha256(server.encode()).hexdigest()[:8]}"
-    return settings.data_dir / "models" / name
+    return settings.own_data_dir() / "models" / name
 
 
 def print_exported(

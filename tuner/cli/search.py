@@ -106,6 +106,7 @@ def run(
     from tuner.worker.slots import plan_slots
     from tuner.worker.supervisor import Slots, Worker
 
+    settings.own_data_dir()  # before anything starts
     plans = plan_slots(str(_workers(workers)), device)
     planned = options.plan()
     source = find_objective(objective)
@@ -159,7 +160,7 @@ def run(
             joined,
             source,
             output=target,
-            data_dir=settings.data_dir,
+            data_dir=settings.own_data_dir(),
             device=device,
             log=log,
             full_schedule=full_schedule,
@@ -403,7 +404,7 @@ def _slot_config(
         "study": study.name,
         "worker": _worker_name(),
         "objective": reference if source.module is not None else f"{source.file}:{source.attribute}",
-        "data_dir": str(settings.data_dir),
+        "data_dir": str(settings.own_data_dir()),
         "allow_code_change": allow_code_change,
         "preflight": preflight,
         "allow_leak": allow_leak,

@@ -119,6 +119,13 @@ class Settings:
         except RuntimeError as error:
             raise UsageError("--data-dir is needed where HOME is not set and the user has no home directory") from error
 
+    def own_data_dir(self) -> Path:
+        """Return the data directory for what is read and written there. Raises UntrustedError if others could, too."""
+        from storage.files import require_own
+
+        require_own(self.data_dir)
+        return self.data_dir
+
     def log(self, **fields: Any) -> Log:
         """Return a log in the chosen format with these fields in every line."""
         return Log(self.given_log_format or "text", **fields)

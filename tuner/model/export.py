@@ -22,11 +22,12 @@ from torchmetrics import Metric
 from storage.coordination import studies
 from storage.coordination.records import TrialRecord
 from storage.database.errors import StorageError
+from storage.files import sync_directory
 from storage.trials.curves import curves
 from tuner import training
+from tuner.caches import keep_compiled_apart
 from tuner.data import ClassNames, Data, Rows, Split, Tensors, tensors
 from tuner.errors import FormatError, TunerError
-from tuner.files import sync_directory
 from tuner.formats.program import PROGRAM, program_file
 from tuner.formats.weights import WEIGHTS, differing, weights_file
 from tuner.log import Log
@@ -75,6 +76,7 @@ def export_study(
     best = best_of(engine, study)
     objective = _objective(study, source)
     check_output(output)
+    keep_compiled_apart()
     set_deterministic(study.spec.training.deterministic)  # before anything is computed
     data = load_data(objective, data_dir, study.spec.training)
     seed = derive_seed(study.spec.seed, "export", best.number)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -21,6 +20,7 @@ from torch import nn
 
 from storage.database.engine import is_outage
 from storage.database.errors import LeaseLostError, StorageError, StudyHaltedError, UnreachableError
+from storage.files import UntrustedError, own_directory
 from tuner import training
 from tuner.data import BROKEN_ERRNOS, Data, DataError
 from tuner.errors import BrokenDeviceError, ObjectiveError, TunerError, first_line, is_debugging
@@ -261,8 +261,12 @@ def load_data(
     Raises TunerError that says what went wrong in its `load_data`.
     """
     name = type(objective).__name__
-    with suppress(OSError):  # not all need it
-        os.makedirs(data_dir, 0o700, exist_ok=True)
+    try:
+        own_directory(data_dir)
+    except UntrustedError as error:
+        raise TunerError(str(error)) from error
+    except OSError:
+        pass  # not all need it
     try:
         data = objective.load_data(data_dir)
     except (Exception, SystemExit) as error:

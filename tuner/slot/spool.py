@@ -12,12 +12,12 @@ from typing import Any, Final, Literal
 from optuna.trial import TrialState
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from storage import files
 from storage.coordination import delivery, standings
 from storage.coordination.delivery import Result
 from storage.database.errors import InvalidWriteError
 from storage.database.sessions import Sessions
 from storage.trials.curves import CurvePoint
-from tuner import files
 
 _STATES: Final[dict[TrialState, Literal["COMPLETE", "PRUNED", "FAIL"]]] = {
     TrialState.COMPLETE: "COMPLETE",
@@ -126,7 +126,7 @@ def _put_aside(path: Path) -> Path:
 def _read(path: Path) -> _File | None:
     """Return the result, None for a file that is gone or not ours to understand. Raises ValueError if it is no JSON."""
     try:
-        found = json.loads(path.read_text())
+        found = json.loads(files.read_own(path))
     except OSError:
         return None
     try:

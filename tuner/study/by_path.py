@@ -14,24 +14,45 @@ import json
 import os
 import re
 import sys
+import sysconfig
 from collections.abc import Sequence
-from importlib.machinery import ModuleSpec
+from importlib.machinery import (
+    BYTECODE_SUFFIXES,
+    EXTENSION_SUFFIXES,
+    SOURCE_SUFFIXES,
+    ExtensionFileLoader,
+    FileFinder,
+    ModuleSpec,
+    SourceFileLoader,
+    SourcelessFileLoader,
+)
 from pathlib import Path
-from types import ModuleType
+from types import FrameType, ModuleType
+
+from tuner.places import kind_of
 
 VARIABLE = "TUNER_OBJECTIVE_FILES"
+_PYTHON = sysconfig.get_path("stdlib")
+_PASSES_ON = ("<", f"{_PYTHON}/importlib/", f"{_PYTHON}/runpy.py", f"{_PYTHON}/pkgutil.py")
+_LOADERS = (
+    (ExtensionFileLoader, EXTENSION_SUFFIXES),
+    (SourceFileLoader, SOURCE_SUFFIXES),
+    (SourcelessFileLoader, BYTECODE_SUFFIXES),
+)
+_OF_PROCESSES = tuple(f"{_PYTHON}/{name}" for name in ("pickle.py", "multiprocessing/", "concurrent/"))
 __path__: list[str] = []  # so that the modules which the finder finds may be in here
 
 
 def import_file(file: Path) -> ModuleType:
     """Import a file as part of the package that it lies in, if it lies in one.
 
-    The directory that its name starts in, and so its neighbours, can be imported from then on; what is installed
-    comes first.
+    The directory that its name starts in, and so its neighbours, can be imported from then on, by the user's own code
+    alone; what is installed comes first.
     """
     root, parts = module_place(file)
     if str(root) not in sys.path:
         sys.path.append(str(root))
+        sys.path_importer_cache[str(root)] = _Neighbours(str(root), *_LOADERS)
     importlib.invalidate_caches()  # it may have been written just now
     if not parts[0].isidentifier() or elsewhere(parts[0], root) is not None:
         parts[0] = _named(root / parts[0] / "__init__.py" if file.parent != root else file)
@@ -90,6 +111,30 @@ class _Finder:
         if not name.startswith(f"{__name__}.") or (file := _files().get(name)) is None:
             return None
         return importlib.util.spec_from_file_location(name, file)
+
+
+class _Neighbours(FileFinder):
+    """Finds what lies in the directory of an objective, for the user's own code and not for what is installed.
+
+    Much of that tries to import what need not be there, such as pandas, and a neighbour may be called so. What is
+    unpickled, or sent to another process, is the user's.
+    """
+
+    def find_spec(self, fullname: str, target: ModuleType | None = None) -> ModuleSpec | None:
+        return super().find_spec(fullname, target) if _is_for_own_code() else None
+
+
+def _is_for_own_code() -> bool:
+    """Whether what is being imported is wanted by the user's own code, or by a process or a pickle of it."""
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None and frame.f_code.co_filename.startswith(_PASSES_ON):
+        frame = frame.f_back
+    if frame is None:
+        return True
+    file = frame.f_code.co_filename
+    if file.startswith(_OF_PROCESSES):
+        return frame.f_code.co_name != "<module>"  # which imports what is Python's
+    return file == __file__ or kind_of(file) == "own"
 
 
 sys.meta_path.append(_Finder)

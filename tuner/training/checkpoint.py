@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tuner import files
+from storage import files
 from tuner.errors import SharedPlaceError, first_line
 from tuner.spec import Spec
 from tuner.training.devices import generator_state, set_generator_state
@@ -249,7 +249,7 @@ class _File:
             return None
 
     def open(self) -> BinaryIO:
-        return self._path.open("rb")
+        return files.open_own(self._path)
 
     def write(self, data: memoryview) -> None:
         """Replace it, so that it is whole at any time. Raises OSError, and then leaves it as it was."""

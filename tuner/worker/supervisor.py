@@ -20,6 +20,7 @@ from storage.coordination import claims
 from storage.coordination.workers import SlotSeen, WorkerSeen
 from storage.database.engine import is_outage
 from storage.database.errors import StorageError, StudyNotFoundError
+from tuner.caches import keep_compiled_apart
 from tuner.errors import TunerError, WorkerInterrupted
 from tuner.log import OWN_PRINTS, Log
 from tuner.slot import prints
@@ -56,6 +57,7 @@ class Slots:
     """
 
     def __init__(self, plans: Sequence[SlotPlan], objective: str) -> None:
+        keep_compiled_apart()
         self._objective = objective
         self._directory = current_directory()
         self.inbox: Inbox = queue.SimpleQueue()

@@ -9,6 +9,8 @@ import pytest
 from sqlalchemy import text
 
 from storage import EmbeddedServer, EmbeddedServerError, open_engine
+from storage.embedded.addresses import socket_directory
+from storage.embedded.programs import own_account
 
 AS_ROOT = os.geteuid() == 0
 
@@ -188,7 +190,7 @@ def test_the_users_settings_for_postgresql_do_not_reach_the_server(killable, mon
 def test_a_socket_path_too_long_for_the_kernel_moves_to_a_private_directory(killable, monkeypatch):
     killable.stop()
     with monkeypatch.context() as patched:
-        patched.setattr("storage.embedded.server._SOCKET_PATH_MAX_BYTES", 1)
+        patched.setattr("storage.embedded.addresses._SOCKET_PATH_MAX_BYTES", 1)
         assert _scalar(killable.start(), "SELECT 1") == 1
     # Whoever joins takes the place from the server that runs, and does not work it out again.
     directory = EmbeddedServer(killable._data_dir).status().socket_directory
@@ -201,8 +203,8 @@ def test_a_socket_path_too_long_for_the_kernel_moves_to_a_private_directory(kill
 
 def test_a_socket_directory_that_others_can_enter_is_refused(tmp_path, killable, monkeypatch):
     killable.stop()
-    monkeypatch.setattr("storage.embedded.server._SOCKET_PATH_MAX_BYTES", 1)
-    planted = killable._socket_directory()
+    monkeypatch.setattr("storage.embedded.addresses._SOCKET_PATH_MAX_BYTES", 1)
+    planted = socket_directory(killable._home, killable._key, own_account())
     planted.mkdir()
     planted.chmod(0o777)
     try:

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.metadata
 import math
+from pathlib import Path
 
 import optuna
 import pytest
@@ -103,7 +104,7 @@ def test_the_best_epoch_is_the_earliest_of_the_best(values, direction, number):
 
 @pytest.mark.cuda
 def test_train_and_valid_are_on_the_device_and_test_stays_behind():
-    what = TrialObjective.load(a_spec(), Signs(), "", torch.device("cuda"))
+    what = TrialObjective.load(a_spec(), Signs(), Path(), torch.device("cuda"))
     devices = [split.targets.device.type for _, split in what.data.splits()]
     assert devices == ["cuda", "cuda", "cpu"]
 

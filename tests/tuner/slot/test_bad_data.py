@@ -166,7 +166,7 @@ def test_streamed_samples_are_checked_all_over_each_split(study):
             data = super().load_data(root)
             return Data(data.train, Samples(Rows()), Samples(Rows()), data.class_names)
 
-    TrialObjective.load(a_spec(data="stream"), Watched(), "", torch.device("cpu"))
+    TrialObjective.load(a_spec(data="stream"), Watched(), Path(), torch.device("cpu"))
     assert len(set(reads)) == CHECKED_ROWS
     assert max(later - earlier for earlier, later in itertools.pairwise(sorted(set(reads)))) == 16
     assert len(reads) < 2 * CHECKED_ROWS  # of valid alone: the search does not see test
@@ -291,7 +291,7 @@ def test_a_data_directory_that_cannot_be_read_is_told_in_one_line(tmp_path, make
 @pytest.mark.skipif(torch.cuda.is_available(), reason="has the device that is to be missing")
 def test_data_that_cannot_be_put_on_the_device_are_told_in_one_line():
     with pytest.raises(TunerError) as caught:
-        TrialObjective.load(a_spec(), Signs(), "", torch.device("cuda"))
+        TrialObjective.load(a_spec(), Signs(), Path(), torch.device("cuda"))
     message = str(caught.value)
     assert message.startswith("Signs: the data cannot be put on cuda: ")
     assert message.endswith("where memory is short, try --data stream or fewer slots")

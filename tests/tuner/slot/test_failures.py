@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import weakref
+from pathlib import Path
 
 import optuna
 import pytest
@@ -235,7 +236,7 @@ def test_a_reader_of_samples_that_was_killed_is_not_the_trial_s_fault(study):
 
 def on_cuda(study, objective):
     """Return how an attempt on a CUDA device ended, and how much memory it left in use that one before it had not."""
-    what = TrialObjective.load(a_spec(), objective, "", torch.device("cuda", 0))
+    what = TrialObjective.load(a_spec(), objective, Path(), torch.device("cuda", 0))
     run_attempt(what, CheckedTrial(study, study.ask()._trial_id, lambda: None))  # libraries keep some from then on
     before = torch.cuda.memory_allocated()
     outcome = run_attempt(what, CheckedTrial(study, study.ask()._trial_id, lambda: None))
@@ -275,6 +276,7 @@ def test_a_trial_gives_its_memory_back_to_the_device(study):
 
 BROKEN = """
 import sys
+from pathlib import Path
 import optuna
 import torch
 from attempts import a_spec
@@ -288,7 +290,7 @@ def objective(trial):
     raise ValueError("of another kind")
 
 study = optuna.create_study()
-what = TrialObjective.load(a_spec(), objective, "", torch.device("cuda", 0))
+what = TrialObjective.load(a_spec(), objective, Path(), torch.device("cuda", 0))
 outcome = run_attempt(what, CheckedTrial(study, study.ask()._trial_id, lambda: None))
 print(outcome.failure, outcome.is_poisoned, "afterwards" in outcome.message, flush=True)
 import os

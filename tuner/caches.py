@@ -1,0 +1,27 @@
+"""Where libraries keep what they load again, where that is code and the place would be anybody's."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+from typing import Final
+
+from storage.files import own_directory
+
+_VARIABLE: Final = "TORCHINDUCTOR_CACHE_DIR"
+
+
+def keep_compiled_apart() -> None:
+    """Have `torch.compile`, here and in processes that are started from here, load only what this user has compiled.
+
+    It keeps pickles and libraries in a directory of /tmp that anybody could have made. One that the variable names is
+    the user's choice.
+    """
+    if _VARIABLE in os.environ:
+        return
+    try:
+        directory = own_directory(Path(tempfile.gettempdir(), f"tuner-torchinductor-{os.geteuid()}"))
+    except OSError:  # somebody else was there first
+        directory = Path(tempfile.mkdtemp(prefix="tuner-torchinductor-"))
+    os.environ[_VARIABLE] = str(directory)
