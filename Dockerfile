@@ -1,7 +1,10 @@
-FROM python:3.13-slim
+FROM python:3.13.9-slim-trixie
 
+# What is not of its hash is not installed; docs/deployment.md says how the file is made.
+COPY docker/constraints.txt /src/docker/constraints.txt
+RUN --mount=type=cache,target=/root/.cache/pip pip install --require-hashes --requirement /src/docker/constraints.txt
 COPY . /src
-RUN --mount=type=cache,target=/root/.cache/pip pip install /src && rm -r /src
+RUN pip install --no-deps --no-build-isolation --no-index /src && rm -r /src
 
 # The user is a default: docker-compose.yml runs as whoever owns the secrets. Hence a /data for everybody, in which
 # that user makes a directory of their own, and USER for those who ask who they are without being in /etc/passwd.

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import re
 from typing import Final
 
 from sqlalchemy import Connection, and_, select
 
+from storage.database.foreign import BAD, json_values
 from storage.database.tables import trial_system_attributes, trial_user_attributes, trials
 from storage.trials.queued import FIXED_PARAMS
 
@@ -46,4 +46,4 @@ def failed_alike(conn: Connection, study_id: int) -> str | None:
         counts[shape] = counts.get(shape, 0) + 1
         if counts[shape] >= N_ALIKE:
             found = text
-    return None if found is None else str(json.loads(found))
+    return None if found is None else str(found if (value := json_values([found])[0]) is BAD else value)

@@ -11,6 +11,7 @@ from sqlalchemy import Connection, Engine, func, select
 from sqlalchemy.dialects.postgresql import insert
 
 from storage.coordination.studies import states_of
+from storage.database.foreign import json_values
 from storage.database.sessions import Sessions
 from storage.database.tables import study_system_attributes as attributes
 
@@ -27,12 +28,17 @@ def is_due(sessions: Sessions, study_id: int, code_hash: str, own_hash: str) -> 
     def work(conn: Connection) -> bool:
         query = select(attributes.c.value_json).where(attributes.c.study_id == study_id, attributes.c.key == _KEY)
         text = conn.scalar(query)
-        if text is not None and json.loads(text).get("code_hash") == code_hash:
+        if text is not None and _code_hash(text) == code_hash:
             return False
         counts = states_of(conn, study_id)
         return code_hash != own_hash or not (counts.done or counts.running or counts.failed)
 
     return sessions.statement(work)
+
+
+def _code_hash(text: str) -> object:
+    recorded = json_values([text])[0]
+    return recorded.get("code_hash") if isinstance(recorded, dict) else None
 
 
 @contextmanager

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import datetime as dt
-import json
 import math
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import Any, Final, Literal, TypeVarTuple
 
 from sqlalchemy import (
@@ -25,6 +23,8 @@ from sqlalchemy import (
 )
 from sqlalchemy.dialects.postgresql import distinct_on
 
+from storage.database.columns import known_json, known_time
+from storage.database.foreign import BAD, BadRowError, json_value, json_values, skipped
 from storage.database.tables import (
     trial_intermediate_values,
     trial_params,
@@ -32,7 +32,8 @@ from storage.database.tables import (
     trial_values,
     trials,
 )
-from storage.database.values import json_values, number_of
+from storage.database.values import number_of
+from storage.trials.kinds import CATEGORICAL, checked_internal, kind_of
 from storage.trials.queued import queued_params
 
 Ts = TypeVarTuple("Ts")
@@ -71,33 +72,38 @@ def list_trials(engine: Engine, study_id: int) -> list[TrialRecord]:
         rows = conn.execute(_select_trials().where(trials.c.study_id == study_id).order_by(trials.c.number))
         found = rows.all()
         in_study = select(trials.c.trial_id).where(trials.c.study_id == study_id)
-        params = _params(conn, in_study)
+        params, bad = _params(conn, in_study)
         attrs = _user_attrs(conn, in_study)
         latest = _latest_reports(conn, in_study)
         if any(row.state == "WAITING" for row in found):
             for trial_id, queued in queued_params(conn, study_id).items():
                 params[trial_id] = queued | params.get(trial_id, {})
-    return [_trial(row, params, attrs, latest) for row in found]
+    return [_trial(row, params, attrs, latest) for row in found if row.trial_id not in bad]
 
 
 def find_trial(engine: Engine, study_id: int, number: int) -> TrialRecord | None:
     """Return the trial of that number, None if there is none."""
-    query = _select_trials().where(trials.c.study_id == study_id, trials.c.number == number)
-    return _first_trial(engine, query)
+    return _first_trial(engine, _select_trials().where(trials.c.study_id == study_id, trials.c.number == number))
 
 
 def best_trial(engine: Engine, study_id: int, direction: str) -> TrialRecord | None:
     """Return the complete trial with the best value, the earliest of equals; None while there is none."""
-    return _first_trial(engine, best_first(_select_trials(), study_id, direction).limit(1))
+    return _first_trial(engine, best_first(_select_trials(), study_id, direction))
 
 
 def _first_trial(engine: Engine, query: Select[Any]) -> TrialRecord | None:
     with engine.connect() as conn:
-        row = conn.execute(query).one_or_none()
-        if row is None:
-            return None
-        this = select(trials.c.trial_id).where(trials.c.trial_id == row.trial_id)
-        return _trial(row, _params(conn, this), _user_attrs(conn, this), _latest_reports(conn, this))
+        unreadable: set[int] = set()
+        while True:
+            left = query.where(trials.c.trial_id.not_in(unreadable)) if unreadable else query
+            row = conn.execute(left.limit(1)).one_or_none()
+            if row is None:
+                return None
+            this = select(trials.c.trial_id).where(trials.c.trial_id == row.trial_id)
+            params, bad = _params(conn, this)
+            if not bad:
+                return _trial(row, params, _user_attrs(conn, this), _latest_reports(conn, this))
+            unreadable |= bad
 
 
 def best_first(query: Select[*Ts], study_id: int, direction: str) -> Select[*Ts]:
@@ -153,18 +159,16 @@ def count_failures(engine: Engine, study_id: int) -> dict[str, tuple[int, str]]:
     return failures
 
 
-def param_value(internal: float, distribution_json: str) -> Any:
-    """Return a param's value from what Optuna stores: a float, and the distribution that gives it its type."""
-    kind, choices = _kind_and_choices(distribution_json)
-    if kind == "CategoricalDistribution":
-        return choices[int(internal)]
-    return int(internal) if kind.startswith("Int") else internal
+def param_value(internal: float | None, distribution_json: str) -> Any:
+    """Return a param's value from what Optuna stores: a float, and the distribution that gives it its type.
 
-
-@lru_cache(maxsize=1000)  # a study has few distributions, repeated in every trial
-def _kind_and_choices(distribution_json: str) -> tuple[str, list[Any]]:
-    distribution = json.loads(distribution_json)
-    return distribution["name"], distribution["attributes"].get("choices", [])
+    Raises BadRowError for what it does not store.
+    """
+    number = checked_internal(internal, distribution_json)
+    kind, attributes = kind_of(distribution_json)
+    if kind == CATEGORICAL:
+        return attributes["choices"][int(number)]
+    return int(number) if kind.startswith("Int") else number
 
 
 def _select_trials() -> Select[Any]:
@@ -172,15 +176,15 @@ def _select_trials() -> Select[Any]:
         trials.c.trial_id,
         trials.c.number,
         trials.c.state,
-        trials.c.datetime_start,
-        trials.c.datetime_complete,
+        known_time(trials.c.datetime_start).label("datetime_start"),
+        known_time(trials.c.datetime_complete).label("datetime_complete"),
         trial_values.c.value,
         trial_values.c.value_type,
     ).select_from(TRIALS_WITH_VALUE)
 
 
-def _params(conn: Connection, of: Select[Any]) -> dict[int, dict[str, Any]]:
-    """Return params by trial id, in the order in which they came up in the study."""
+def _params(conn: Connection, of: Select[Any]) -> tuple[dict[int, dict[str, Any]], set[int]]:
+    """Return params by trial id, in the order in which they came up in the study; and which trials' cannot be read."""
     table = trial_params
     rows = conn.execute(
         # A row a distribution: 50,000 trials have 250,000 params, and few of these.
@@ -195,10 +199,15 @@ def _params(conn: Connection, of: Select[Any]) -> dict[int, dict[str, Any]]:
         .order_by(func.min(table.c.param_id))
     )
     params: dict[int, dict[str, Any]] = {}
+    bad: set[int] = set()
     for name, distribution_json, trial_ids, internals in rows:
         for trial_id, internal in zip(trial_ids, internals, strict=True):
-            params.setdefault(trial_id, {})[name] = param_value(internal, distribution_json)
-    return params
+            try:
+                params.setdefault(trial_id, {})[name] = param_value(internal, distribution_json)
+            except BadRowError as error:
+                skipped(f"the trial of id {trial_id}", f"param {name!r}: {error}")
+                bad.add(trial_id)
+    return params, bad
 
 
 def _user_attrs(conn: Connection, of: Select[Any]) -> dict[int, dict[str, Any]]:
@@ -208,7 +217,7 @@ def _user_attrs(conn: Connection, of: Select[Any]) -> dict[int, dict[str, Any]]:
         select(
             table.c.key,
             func.array_agg(table.c.trial_id, type_=ARRAY(Integer)),
-            func.array_agg(table.c.value_json, type_=ARRAY(Text)),
+            func.array_agg(known_json(table.c.value_json), type_=ARRAY(Text)),
         )
         .where(table.c.trial_id.in_(of))
         .group_by(table.c.key)
@@ -217,7 +226,10 @@ def _user_attrs(conn: Connection, of: Select[Any]) -> dict[int, dict[str, Any]]:
     attrs: dict[int, dict[str, Any]] = {}
     for key, trial_ids, texts in rows:
         for trial_id, value in zip(trial_ids, json_values(texts), strict=True):
-            attrs.setdefault(trial_id, {})[key] = value
+            if value is BAD:
+                skipped(f"the attribute {key!r} of the trial of id {trial_id}", "it is no JSON that can be used")
+            else:
+                attrs.setdefault(trial_id, {})[key] = value
     return attrs
 
 
@@ -255,7 +267,10 @@ def _trial(
 
 def _attribute_text(value_json: str) -> str:
     """Return an attribute that is text as a rule; another program may have set any JSON by its name."""
-    value = json.loads(value_json)
+    try:
+        value = json_value(value_json)
+    except BadRowError:
+        return value_json
     return value if isinstance(value, str) else value_json
 
 

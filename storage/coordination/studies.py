@@ -31,6 +31,7 @@ from sqlalchemy.exc import IntegrityError
 
 from storage.coordination.records import TRIALS_WITH_VALUE, State
 from storage.database.errors import StudyExistsError, StudyNotFoundError
+from storage.database.foreign import json_values
 from storage.database.sessions import Sessions
 from storage.database.tables import (
     STUDY_NAME_MAX_LENGTH,
@@ -256,11 +257,18 @@ def _study(row: Row[Any]) -> StudyRecord:
     return StudyRecord(
         study_id=row.study_id,
         name=row.study_name,
-        metrics=tuple(unnamed if row.metrics is None else json.loads(row.metrics)),
+        metrics=_names(row.metrics, unnamed),
         directions=tuple("maximize" if direction == "MAXIMIZE" else "minimize" for direction in directions),
         spec=row.spec,
         created_at=row.created_at,
     )
+
+
+def _names(text: str | None, unnamed: list[str]) -> tuple[str, ...]:
+    """Return the metrics' names, one an objective; another program may have set any JSON for them."""
+    names = unnamed if text is None else json_values([text])[0]
+    is_usable = isinstance(names, list) and len(names) == len(unnamed) and all(isinstance(one, str) for one in names)
+    return tuple(names if is_usable else unnamed)
 
 
 def _state_counts(counts: Mapping[str, int]) -> StateCounts:

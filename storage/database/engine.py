@@ -24,6 +24,7 @@ from storage.database.errors import (
     StorageError,
     UnreachableError,
 )
+from storage.database.foreign import json_column
 from storage.database.url import FILE_PARAMETER, mask_url, parse_url, read_password
 from storage.database.variables import hidden, in_the_way, is_embedded
 
@@ -78,6 +79,7 @@ def engine_options(url: URL, read_only: bool, application_name: str) -> dict[str
     connect_args["options"] = _server_options(url, read_only)
     return {
         "connect_args": connect_args,
+        "json_deserializer": json_column,
         "max_overflow": CONNECTIONS_PER_PROCESS - 1,
         "plugins": [_PLUGIN],
         "pool_size": 1,

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import datetime as dt
-import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, Final
 
 from storage.database.errors import InvalidWriteError
+from storage.database.foreign import json_text
 from storage.database.tables import STUDY_NAME_MAX_LENGTH
 
 MAX_STEP: Final = 2**31 - 1  # PostgreSQL's integer
@@ -60,15 +60,8 @@ def checked_name(name: str, what: str) -> str:
 
 
 def json_texts(attrs: Mapping[str, Any]) -> dict[str, str]:
-    """Return the attributes as JSON by name. Raises InvalidWriteError for a name that the column cannot hold."""
-    return {checked_name(key, "an attribute's key"): json.dumps(value) for key, value in attrs.items()}
-
-
-def json_values(texts: Iterable[str]) -> list[Any]:
-    """Return the value of each JSON text."""
-    # Parsed as one text: a call for each of 100,000 takes 0.3 s (2 cores, 2026-11).
-    values: list[Any] = json.loads(f"[{','.join(texts)}]")
-    return values
+    """Return the attributes as JSON by name. Raises InvalidWriteError for what the columns cannot hold."""
+    return {checked_name(key, "an attribute's key"): json_text(value) for key, value in attrs.items()}
 
 
 def local_time(time: dt.datetime | None) -> dt.datetime | None:

@@ -37,15 +37,22 @@ _SETTINGS: Final = {
     "timezone": "UTC",
 }
 
-# Run on template1, so that a new database inherits what the reader may do; one statement a line.
+# Run on template1, so that a new database inherits what the reader may do; one statement a line. Large objects and
+# temporary tables would let it fill the disk, and advisory locks hold up those who write.
 _ROLES_AND_DATABASE: Final = """\
 CREATE ROLE tuner LOGIN
-CREATE ROLE tuner_reader LOGIN
+CREATE ROLE tuner_reader LOGIN CONNECTION LIMIT 20
 ALTER ROLE tuner_reader SET default_transaction_read_only = on
+ALTER ROLE tuner_reader SET temp_file_limit = '1GB'
 GRANT USAGE ON SCHEMA public TO tuner_reader
 ALTER DEFAULT PRIVILEGES FOR ROLE tuner GRANT SELECT ON TABLES TO tuner_reader
+DO $$ DECLARE one regprocedure; BEGIN FOR one IN SELECT oid FROM pg_proc WHERE proname ~ '^(lo_|lowrite$|loread$)' \
+LOOP EXECUTE format('REVOKE ALL ON FUNCTION %s FROM PUBLIC', one); END LOOP; END $$
+DO $$ DECLARE one regprocedure; BEGIN FOR one IN SELECT oid FROM pg_proc WHERE proname ~ '^pg_(try_)?advisory_' \
+LOOP EXECUTE format('REVOKE ALL ON FUNCTION %s FROM PUBLIC', one); \
+EXECUTE format('GRANT EXECUTE ON FUNCTION %s TO tuner', one); END LOOP; END $$
 CREATE DATABASE tuner OWNER tuner
-REVOKE ALL ON DATABASE tuner FROM PUBLIC
+REVOKE ALL ON DATABASE tuner, postgres, template1 FROM PUBLIC
 GRANT CONNECT ON DATABASE tuner TO tuner_reader
 """
 

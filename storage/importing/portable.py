@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Final
 
-from optuna.distributions import BaseDistribution, json_to_distribution
+from optuna.distributions import BaseDistribution
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy import Connection, Table, select
 
+from storage.database.foreign import BadRowError, json_value, skipped
 from storage.database.tables import (
     trial_intermediate_values,
     trial_params,
@@ -21,7 +21,8 @@ from storage.database.tables import (
     trials,
 )
 from storage.database.values import local_time
-from storage.trials.frozen import external_of
+from storage.trials.kinds import checked_internal
+from storage.trials.params import distribution_of, external_of
 
 _NOT_FINITE: Final = {"INF_POS": math.inf, "INF_NEG": -math.inf, "NAN": math.nan}
 
@@ -33,7 +34,8 @@ def read_trials(conn: Connection, trial_ids: Sequence[int]) -> list[FrozenTrial]
         .where(trials.c.trial_id.in_(trial_ids))
         .order_by(trials.c.number)
     ).all()
-    params, distributions = _params(conn, trial_ids)
+    bad: set[int] = set()
+    params, distributions = _params(conn, trial_ids, bad)
     values = _values(conn, trial_ids)
     user_attrs = _attrs(conn, trial_user_attributes, trial_ids)
     system_attrs = _attrs(conn, trial_system_attributes, trial_ids)
@@ -54,27 +56,14 @@ def read_trials(conn: Connection, trial_ids: Sequence[int]) -> list[FrozenTrial]
             values=values.get(trial_id),
         )
         for trial_id, number, state, started, ended in rows
+        if trial_id not in bad
     ]
 
 
-class _Distributions:
-    """Distributions by their JSON: a study has few, and parsing 250,000 of them takes seconds."""
-
-    def __init__(self) -> None:
-        self._known: dict[str, tuple[BaseDistribution, Callable[[float], Any]]] = {}
-
-    def __call__(self, text: str) -> tuple[BaseDistribution, Callable[[float], Any]]:
-        """Return the distribution and what makes a param's value of the number stored for it."""
-        known = self._known.get(text)
-        if known is None:
-            distribution = json_to_distribution(text)
-            known = self._known[text] = (distribution, external_of(distribution))
-        return known
-
-
 def _params(
-    conn: Connection, trial_ids: Sequence[int]
+    conn: Connection, trial_ids: Sequence[int], bad: set[int]
 ) -> tuple[dict[int, dict[str, Any]], dict[int, dict[str, BaseDistribution]]]:
+    """Return params and distributions by trial id; the ids of trials that have one that cannot be read go to `bad`."""
     table = trial_params
     params: dict[int, dict[str, Any]] = defaultdict(dict)
     distributions: dict[int, dict[str, BaseDistribution]] = defaultdict(dict)
@@ -83,11 +72,14 @@ def _params(
         .where(table.c.trial_id.in_(trial_ids))
         .order_by(table.c.param_id)
     )
-    parse = _Distributions()
     for trial_id, name, internal, text in conn.execute(query):
-        distribution, external = parse(text)
-        params[trial_id][name] = external(internal)
-        distributions[trial_id][name] = distribution
+        try:
+            distribution = distribution_of(text)
+            params[trial_id][name] = external_of(distribution)(checked_internal(internal, text))
+            distributions[trial_id][name] = distribution
+        except BadRowError as error:
+            skipped(f"the trial of id {trial_id}", f"param {name!r}: {error}")
+            bad.add(trial_id)
     return params, distributions
 
 
@@ -112,7 +104,10 @@ def _attrs(conn: Connection, table: Table, trial_ids: Sequence[int]) -> dict[int
         .order_by(table.primary_key.columns[0])
     )
     for trial_id, key, text in conn.execute(query):
-        attrs[trial_id][key] = json.loads(text)
+        try:
+            attrs[trial_id][key] = json_value(text)
+        except BadRowError as error:
+            skipped(f"the attribute {key!r} of the trial of id {trial_id}", error)
     return attrs
 
 

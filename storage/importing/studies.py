@@ -28,6 +28,7 @@ from sqlalchemy.dialects.postgresql import ARRAY, INTEGER
 from sqlalchemy.dialects.postgresql import insert as upsert
 
 from storage.database.errors import InvalidWriteError, StorageError, StudyExistsError, StudyNotFoundError
+from storage.database.foreign import BadRowError, json_value, skipped
 from storage.database.sessions import Sessions
 from storage.database.tables import (
     studies,
@@ -221,8 +222,12 @@ def _origin(conn: Connection, study_id: int) -> _Origin | None:
     text: str | None = conn.execute(query).scalar()
     if text is None:
         return None
-    found = json.loads(text)
-    return _Origin(url=found["url"], study=found["study"], unfinished=frozenset(found["unfinished"]))
+    try:
+        found = json_value(text)
+        return _Origin(url=found["url"], study=found["study"], unfinished=frozenset(found["unfinished"]))
+    except (BadRowError, LookupError, TypeError) as error:
+        skipped(f"where the study of id {study_id} was imported from", repr(error))
+        return None
 
 
 def _write_curves(conn: Connection, study_id: int, curves: Sequence[Mapping[str, Any]]) -> None:

@@ -11,7 +11,8 @@ from optuna.trial import FrozenTrial, TrialState
 
 from storage.coordination.claims import Claim
 from storage.database.values import local_time
-from storage.trials.frozen import copied, external_of
+from storage.trials.frozen import copied
+from storage.trials.params import external_of
 
 
 class HeldTrial:

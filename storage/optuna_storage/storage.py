@@ -336,11 +336,16 @@ class PostgresStorage(StudyStorage, BaseHeartbeat):
             first_value = (trial_values.c.trial_id == trials.c.trial_id) & (trial_values.c.objective == 0)
             query = select(trials.c.trial_id).join(trial_values, first_value)
             direction = "maximize" if directions[0] == StudyDirection.MAXIMIZE else "minimize"
-            best = conn.execute(best_first(query, study_id, direction).limit(1)).scalar()
-            found = None if best is None else load_trial(conn, best)
-            if found is None:
-                raise ValueError(f"study id {study_id} has no complete trial")
-            return found
+            unreadable: set[int] = set()
+            while True:
+                left = query.where(trials.c.trial_id.not_in(unreadable)) if unreadable else query
+                best = conn.execute(best_first(left, study_id, direction).limit(1)).scalar()
+                if best is None:
+                    raise ValueError(f"study id {study_id} has no complete trial")
+                found = load_trial(conn, best)
+                if found is not None:
+                    return found
+                unreadable.add(best)
 
         return self.sessions.snapshot(work)
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import uuid
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from typing import Any
 
 from optuna.exceptions import DuplicatedStudyError
@@ -18,6 +17,8 @@ from sqlalchemy.dialects.postgresql import insert as upsert
 from sqlalchemy.exc import IntegrityError
 
 from storage.coordination.control import delete_rows
+from storage.database.columns import known_json
+from storage.database.foreign import BadRowError, json_text, json_value, skipped
 from storage.database.sessions import Sessions
 from storage.database.tables import (
     studies,
@@ -68,7 +69,7 @@ class StudyStorage(BaseStorage):
 
     def _set_study_attr(self, table: Table, study_id: int, key: str, value: Any) -> None:
         checked_name(key, "an attribute's key")
-        the_study = select(studies.c.study_id, literal(key), literal(json.dumps(value))).where(
+        the_study = select(studies.c.study_id, literal(key), literal(json_text(value))).where(
             studies.c.study_id == study_id
         )
         insertion = upsert(table).from_select(
@@ -112,7 +113,7 @@ class StudyStorage(BaseStorage):
     def _attrs(self, table: Table, owner: Column[int], owner_id: int) -> dict[str, Any]:
         """Return the attributes of a study or a trial. Raises KeyError if there is none of that id."""
         query = (
-            select(table.c.key, table.c.value_json)
+            select(table.c.key, known_json(table.c.value_json).label("value_json"))
             .select_from(owner.table.outerjoin(table, table.c[owner.name] == owner))
             .where(owner == owner_id)
             .order_by(table.primary_key.columns[0])
@@ -120,7 +121,8 @@ class StudyStorage(BaseStorage):
         rows = self.sessions.statement(lambda conn: conn.execute(query).all())
         if not rows:
             raise KeyError(f"no row of {owner.table.name} has the id {owner_id}")
-        return {row.key: json.loads(row.value_json) for row in rows if row.key is not None}
+        owner_text = f"{owner.table.name} of id {owner_id}"
+        return dict(_readable((row.key, row.value_json, owner_text) for row in rows if row.key is not None))
 
 
 def lock_study(conn: Connection, study_id: int) -> None:
@@ -166,12 +168,28 @@ def all_studies(conn: Connection) -> list[FrozenStudy]:
             study_id=row.study_id,
         )
         for row in rows
+        if _has_directions(row.study_id, row.study_name, directions)
     ]
+
+
+def _has_directions(study_id: int, name: str, directions: Container[int]) -> bool:
+    if study_id not in directions:
+        skipped(f"the study {name!r} of id {study_id}", "it has no direction")
+    return study_id in directions
 
 
 def _attrs_of_all(conn: Connection, table: Table) -> dict[int, dict[str, Any]]:
     attrs: dict[int, dict[str, Any]] = defaultdict(dict)
     query = select(table.c.study_id, table.c.key, table.c.value_json).order_by(table.primary_key.columns[0])
     for study_id, key, text in conn.execute(query):
-        attrs[study_id][key] = json.loads(text)
+        attrs[study_id].update(_readable([(key, text, f"studies of id {study_id}")]))
     return attrs
+
+
+def _readable(rows: Iterable[tuple[str, str | None, str]]) -> Iterator[tuple[str, Any]]:
+    """Yield key and value of each attribute that can be read."""
+    for key, text, owner in rows:
+        try:
+            yield key, json_value(text)
+        except BadRowError as error:
+            skipped(f"the attribute {key!r} of {owner}", error)

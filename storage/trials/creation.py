@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 from optuna.distributions import (
     BaseDistribution,
     check_distribution_compatibility,
     distribution_to_json,
-    json_to_distribution,
 )
 from optuna.trial import FrozenTrial
 from sqlalchemy import Connection, func, insert, select
 
+from storage.database.foreign import BadRowError, json_text
 from storage.database.sessions import Sessions
 from storage.database.tables import (
     trial_intermediate_values,
@@ -25,6 +24,7 @@ from storage.database.tables import (
 )
 from storage.database.values import checked_name, checked_step, stored, stored_objective, utc_time
 from storage.trials.guarded_writes import utc_now
+from storage.trials.params import distribution_of
 
 
 def create_trial(conn: Connection, study_id: int, template: FrozenTrial | None) -> int:
@@ -52,7 +52,10 @@ def create_trial(conn: Connection, study_id: int, template: FrozenTrial | None) 
 
 
 def known_distribution(conn: Connection, study_id: int, param_name: str) -> BaseDistribution | None:
-    """Return the distribution that the study's latest trial with such a param has for it; None if it is new."""
+    """Return the distribution that the study's latest trial with such a param has for it; None if it is new.
+
+    Also None where that trial's cannot be read.
+    """
     # From the latest trial back, an index probe each: the planner would rather read all params of all studies.
     in_trial = select(trial_params.c.distribution_json).where(
         trial_params.c.trial_id == trials.c.trial_id, trial_params.c.param_name == param_name
@@ -65,7 +68,10 @@ def known_distribution(conn: Connection, study_id: int, param_name: str) -> Base
     )
     query = select(latest_first.c.found).where(latest_first.c.found.is_not(None)).limit(1)
     found: str | None = conn.execute(query).scalar()
-    return None if found is None else json_to_distribution(found)
+    try:
+        return None if found is None else distribution_of(found)
+    except BadRowError:
+        return None  # whoever reads that trial is told
 
 
 def distributions_of(sessions: Sessions, study_id: int, names: list[str]) -> dict[str, BaseDistribution]:
@@ -134,6 +140,6 @@ def _fill(conn: Connection, study_id: int, trial_id: int, template: FrozenTrial)
 
 def _attributes(of_trial: dict[str, int], attrs: dict[str, Any]) -> list[dict[str, Any]]:
     return [
-        {**of_trial, "key": checked_name(key, "an attribute's key"), "value_json": json.dumps(value)}
+        {**of_trial, "key": checked_name(key, "an attribute's key"), "value_json": json_text(value)}
         for key, value in attrs.items()
     ]

@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from sqlalchemy import Connection, Double, and_, cast, func, select
+from sqlalchemy import Connection, Double, and_, case, cast, func, select
 
 from storage.database.tables import trial_intermediate_values, trials, tuner_curves
 from storage.database.values import checked_name, number_of
@@ -81,15 +81,42 @@ def curves(conn: Connection, study_id: int, numbers: Iterable[int] | None = None
     found: dict[int, list[CurvePoint]] = {}
     for row in conn.execute(query):
         value = finite(number_of(row.intermediate_value, row.intermediate_value_type))
-        epoch = {} if row.epoch is None else {**row.epoch, "rates": tuple(row.epoch["rates"])}
-        point = CurvePoint(step=row.step, value=value, **epoch)
-        found.setdefault(row.number, []).append(point)
+        found.setdefault(row.number, []).append(_point(row.step, value, row.epoch))
     return found
+
+
+def _point(step: int, value: float | None, epoch: object) -> CurvePoint:
+    """Return the point with as much of the details as is what `epoch_json` writes."""
+    kept = epoch if isinstance(epoch, dict) else {}
+    rates = kept.get("rates")
+    return CurvePoint(
+        step=step,
+        value=value,
+        train_loss=_number(kept.get("train_loss")),
+        seconds=_number(kept.get("seconds")),
+        rates=tuple(_number(rate) for rate in rates) if isinstance(rates, list) else (),
+        metrics=_numbers(kept.get("metrics")),
+        train_metrics=_numbers(kept.get("train_metrics")),
+    )
+
+
+def _numbers(found: object) -> dict[str, float | None]:
+    return {name: _number(value) for name, value in found.items()} if isinstance(found, dict) else {}
+
+
+def _number(value: object) -> float | None:
+    try:
+        return finite(value) if isinstance(value, int | float) else None
+    except OverflowError:
+        return None
 
 
 def slowest_epoch_s(conn: Connection, study_id: int) -> float:
     """Return how long the slowest epoch of the study took, 0 while none has ended."""
-    seconds = cast(tuner_curves.c.epoch["seconds"].astext, Double)
+    column = tuner_curves.c.epoch["seconds"]
+    # what is larger, or none, was not written by us and cannot be cast
+    is_number = column.astext.regexp_match("^[0-9]{1,9}([.][0-9]{1,30})?(e-[0-9]{1,2})?$")
+    seconds = case((is_number, cast(column.astext, Double)))
     query = select(func.coalesce(func.max(seconds), 0.0)).select_from(tuner_curves)
     of_study = query.join(trials, trials.c.trial_id == tuner_curves.c.trial_id).where(trials.c.study_id == study_id)
     return float(conn.execute(of_study).scalar_one())

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import datetime as dt
 import gc
-import json
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -14,7 +13,7 @@ from itertools import repeat
 from operator import itemgetter
 from typing import Any, Final, TypeAlias
 
-from optuna.distributions import BaseDistribution, CategoricalDistribution, IntDistribution, json_to_distribution
+from optuna.distributions import BaseDistribution
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy import (
     ARRAY,
@@ -39,12 +38,15 @@ from storage.database.columns import (
     int_array,
     integers,
     is_among,
+    known_json,
     local_times,
     packed,
     sent_time,
     stored_number,
 )
+from storage.database.foreign import BAD, BadRowError, json_value, json_values, skipped
 from storage.database.tables import (
+    study_directions,
     trial_intermediate_values,
     trial_params,
     trial_system_attributes,
@@ -52,28 +54,16 @@ from storage.database.tables import (
     trial_values,
     trials,
 )
-from storage.database.values import json_values
+from storage.trials.kinds import checked_internal
+from storage.trials.params import distribution_of, external_of
 
+_Head: TypeAlias = tuple[int, int, dt.datetime | None, dt.datetime | None, TrialState, int]
 LoadReports: TypeAlias = Callable[[TrialState], None]
 """Reads the intermediate values of a study's trials of one state."""
 
 UNFINISHED = ("RUNNING", "WAITING")
 
 _SCALARS = (str, int, float, bool, type(None))
-
-
-class _List(list[Any]):
-    """A choice that is a list, as stock Optuna takes them; the dashboard puts choices into sets."""
-
-    def __hash__(self) -> int:  # type: ignore[override]
-        return hash(repr(self))
-
-
-class _Dict(dict[str, Any]):
-    """A choice that is an object of JSON, likewise."""
-
-    def __hash__(self) -> int:  # type: ignore[override]
-        return hash(json.dumps(self, sort_keys=True))
 
 
 class LazyTrial(FrozenTrial):
@@ -138,12 +128,13 @@ def trials_where(*conditions: ColumnElement[bool]) -> Select[Any]:
     # A lookup each, as an OR of them may become a scan of the study.
     found = union_all(*(select(trials).where(condition) for condition in conditions)).subquery()
     return select(
-        found.c.state,
-        packed(func.int4send(found.c.number)),
+        cast(found.c.state, Text),
+        select(func.count()).where(study_directions.c.study_id == found.c.study_id).scalar_subquery(),
+        packed(func.int4send(func.coalesce(found.c.number, -1))),
         packed(func.int4send(found.c.trial_id)),
         packed(sent_time(found.c.datetime_start)),
         packed(sent_time(found.c.datetime_complete)),
-    ).group_by(found.c.state)
+    ).group_by(found.c.state, found.c.study_id)
 
 
 def load_trials(
@@ -154,10 +145,10 @@ def load_trials(
     `query` is made by `trials_where`, `values` are its bound parameters. With `lazily`, finished trials come without
     intermediate values, and call it when they are asked for.
     """
-    heads: list[tuple[int, int, dt.datetime | None, dt.datetime | None, TrialState]] = []
-    for state, numbers, ids, starts, ends in conn.execute(query, values):
+    heads: list[_Head] = []
+    for state, n_objectives, numbers, ids, starts, ends in conn.execute(query, values):
         columns = (integers(numbers), integers(ids), local_times(starts), local_times(ends))
-        heads.extend(zip(*columns, repeat(TrialState[state]), strict=False))
+        heads.extend(zip(*columns, repeat(TrialState[state]), repeat(n_objectives), strict=False))
     if not heads:
         return []
     heads.sort(key=itemgetter(0))
@@ -165,9 +156,9 @@ def load_trials(
         found = _contents(
             conn,
             [trial_id for _, trial_id, *_ in heads],
-            [trial_id for _, trial_id, *_, state in heads if lazily is None or not state.is_finished()],
+            [trial_id for _, trial_id, *_, state, _ in heads if lazily is None or not state.is_finished()],
         )
-        return [_trial(*head, found, lazily) for head in heads]
+        return [_trial(*head[:-1], found, lazily) for head in heads if _is_usable(head, found)]
 
 
 _ONE_TRIAL: Final = trials_where(trials.c.trial_id == bindparam("trial_id"))
@@ -209,13 +200,29 @@ class _Contents:
         self.user_attrs: dict[int, dict[str, Any]] = defaultdict(dict)
         self.system_attrs: dict[int, dict[str, Any]] = defaultdict(dict)
         self.reports: dict[int, dict[int, float]] = {}
+        self.bad: dict[int, str] = {}  # what cannot be read of trials that are skipped
 
     def add_params(self, name: str, distribution_json: str, ids: list[int], internals: list[float]) -> None:
-        distribution = _with_hashes(json_to_distribution(distribution_json))
+        try:
+            distribution = distribution_of(distribution_json)
+        except BadRowError as error:
+            self.bad.update(dict.fromkeys(ids, f"param {name!r}: {error}"))
+            return
         external = external_of(distribution)
         for trial_id, internal in zip(ids, internals, strict=True):
-            self.params[trial_id][name] = external(internal)
+            try:
+                self.params[trial_id][name] = external(checked_internal(internal, distribution_json))
+            except BadRowError as error:
+                self.bad[trial_id] = f"param {name!r}: {error}"
             self.distributions[trial_id][name] = distribution
+
+    def add_attrs(self, part: str, key: str, ids: list[int], texts: list[str | None]) -> None:
+        attrs = self.user_attrs if part == "user_attr" else self.system_attrs
+        for trial_id, value, text in zip(ids, json_values(texts), texts, strict=True):
+            if value is BAD:
+                skipped(f"the attribute {key!r} of the trial of id {trial_id}", _fault(text))
+            else:
+                attrs[trial_id][key] = value
 
     def add_values(self, ids: list[int], numbers: list[float]) -> None:
         """Add those of the next objective."""
@@ -233,12 +240,32 @@ def _contents(conn: Connection, trial_ids: list[int], reporting: list[int]) -> _
             case "value":
                 found.add_values(integers(ids), floats(numbers))
             case "user_attr" | "system_attr":
-                attrs = found.user_attrs if part == "user_attr" else found.system_attrs
-                for trial_id, value in zip(integers(ids), json_values(texts), strict=True):
-                    attrs[trial_id][name] = value
+                found.add_attrs(part, name, integers(ids), texts)
     if reporting:
         found.reports = load_reports(conn, reporting)
     return found
+
+
+def _is_usable(head: _Head, found: _Contents) -> bool:
+    """Whether a trial can be handed to Optuna's code, which expects what Optuna writes."""
+    number, trial_id, *_, state, n_objectives = head
+    n_values = len(found.values.get(trial_id, ()))
+    why = found.bad.get(trial_id)
+    if number < 0:
+        why = "it has no number"
+    elif n_values != n_objectives and (n_values or state == TrialState.COMPLETE):
+        why = f"it has {n_values} values, its study {n_objectives} directions"
+    if why is not None:
+        skipped(f"the trial of id {trial_id}", why)
+    return why is None
+
+
+def _fault(text: str | None) -> str:
+    try:
+        json_value(text)
+    except BadRowError as error:
+        return str(error)
+    return ""
 
 
 def _trial(
@@ -271,28 +298,6 @@ def _trial(
     return trial
 
 
-def _with_hashes(distribution: BaseDistribution) -> BaseDistribution:
-    if isinstance(distribution, CategoricalDistribution):
-        choices: Sequence[Any] = distribution.choices
-        if any(isinstance(choice, list | dict) for choice in choices):
-            distribution.choices = tuple(_with_hash(choice) for choice in choices)
-    return distribution
-
-
-def _with_hash(choice: Any) -> Any:
-    if isinstance(choice, list):
-        return _List(choice)
-    return _Dict(choice) if isinstance(choice, dict) else choice
-
-
-def external_of(distribution: BaseDistribution) -> Callable[[float], Any]:
-    """Return what makes a param's value of the number that is stored for it."""
-    if isinstance(distribution, CategoricalDistribution):
-        choices: Sequence[Any] = distribution.choices
-        return lambda internal: choices[int(internal)]
-    return int if isinstance(distribution, IntDistribution) else float
-
-
 def _ids(table: Table) -> ColumnElement[bytes]:
     return packed(func.int4send(table.c.trial_id)).label("ids")
 
@@ -308,7 +313,10 @@ def _part(part: str, table: Table, by: Sequence[ColumnElement[Any]], data: Seque
 
 def _attrs_part(part: str, table: Table) -> Select[Any]:
     return _part(
-        part, table, [table.c.key], [cast(null(), LargeBinary), func.array_agg(table.c.value_json, type_=ARRAY(Text))]
+        part,
+        table,
+        [table.c.key],
+        [cast(null(), LargeBinary), func.array_agg(known_json(table.c.value_json), type_=ARRAY(Text))],
     )
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any, Final
 
 from sqlalchemy import Connection, select
 
+from storage.database.foreign import BadRowError, json_value, skipped
 from storage.database.tables import trial_system_attributes, trials
 
 FIXED_PARAMS: Final = "fixed_params"
@@ -22,4 +22,13 @@ def queued_params(conn: Connection, study_id: int) -> dict[int, dict[str, Any]]:
         .where(trials.c.study_id == study_id, trials.c.state == "WAITING", fixed.c.key == FIXED_PARAMS)
         .order_by(trials.c.number)
     )
-    return {row.trial_id: json.loads(row.value_json) for row in rows}
+    found: dict[int, dict[str, Any]] = {}
+    for row in rows:
+        try:
+            params = json_value(row.value_json)
+            if not isinstance(params, dict):
+                raise BadRowError("it is no object of names and values")
+            found[row.trial_id] = params
+        except BadRowError as error:
+            skipped(f"what the trial of id {row.trial_id} was enqueued with", error)
+    return found

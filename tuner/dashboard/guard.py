@@ -19,6 +19,7 @@ from wsgiref.headers import Headers
 
 from tuner.dashboard import page
 from tuner.dashboard.sessions import LIFETIME_S, Sessions
+from tuner.dashboard.tries import Tries
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -85,6 +86,7 @@ class Guard:
         self._hosts = hosts
         self._token = token
         self._sessions = Sessions()
+        self._tries = Tries()
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         path = environ.get("PATH_INFO", "")
@@ -143,22 +145,36 @@ class Guard:
         """Ask for the token: as a bearer token, or as `?token=`, which is exchanged for a cookie."""
         if self._token is None:
             return
-        scheme, _, credentials = environ.get("HTTP_AUTHORIZATION", "").partition(" ")
-        if scheme.lower() == "bearer" and _same(credentials.strip(), self._token):
-            return
         cookie = _cookie_name(environ)
         query = parse_qsl(environ.get("QUERY_STRING", ""), keep_blank_values=True)
-        if any(name == "token" and _same(value, self._token) for name, value in query):
-            rest = urlencode([(name, value) for name, value in query if name != "token"])
-            path = quote(environ.get("PATH_INFO", ""), encoding="latin-1") or "/"
-            raise _Refused(
-                "303 See Other",
-                "welcome",
-                ("Location", f"{path}?{rest}" if rest else path),
-                ("Set-Cookie", f"{cookie}={self._sessions.start()}; Max-Age={LIFETIME_S}; {_COOKIE}"),
-                ("Cache-Control", "no-store"),
-            )
-        if any(self._sessions.is_open(value) for value in _cookies(environ, cookie)):
+        in_url = [value for name, value in query if name == "token"][:1]  # one try
+        has_session = any(self._sessions.is_open(value) for value in _cookies(environ, cookie))
+        if has_session and not in_url:
+            return
+        scheme, _, credentials = environ.get("HTTP_AUTHORIZATION", "").partition(" ")
+        bearer = [credentials.strip()] if scheme.lower() == "bearer" else []
+        if in_url or bearer:
+            client = environ.get("REMOTE_ADDR", ""), environ.get("HTTP_X_FORWARDED_FOR", "")
+            if (wait_s := self._tries.wait_s(*client)) and not has_session:
+                raise _Refused(
+                    "429 Too Many Requests",
+                    f"too many wrong tokens came from your address; try again in {wait_s} s",
+                    ("Retry-After", str(wait_s)),
+                )
+            if not wait_s and any(_same(value, self._token) for value in bearer):
+                return
+            if not wait_s and any(_same(value, self._token) for value in in_url):
+                rest = urlencode([(name, value) for name, value in query if name != "token"])
+                path = quote(environ.get("PATH_INFO", ""), encoding="latin-1") or "/"
+                raise _Refused(
+                    "303 See Other",
+                    "welcome",
+                    ("Location", f"{path}?{rest}" if rest else path),
+                    ("Set-Cookie", f"{cookie}={self._sessions.start()}; Max-Age={LIFETIME_S}; {_COOKIE}"),
+                    ("Cache-Control", "no-store"),
+                )
+            self._tries.was_wrong(*client)
+        if has_session:
             return
         raise _Refused(
             "401 Unauthorized",

@@ -27,8 +27,6 @@ if TYPE_CHECKING:
 
 __all__ = ["PortInUseError", "read_token", "serve"]
 
-MAX_BODY_BYTES = 1 << 20
-
 
 class PortInUseError(TunerError):
     """Something else listens on the port already."""
@@ -56,21 +54,17 @@ def serve(
     Raises PortInUseError, and UsageError for an address that cannot be bound or that needs a token.
     """
     from optuna_dashboard import wsgi
-    from waitress.server import create_server
     from waitress.wasyncore import close_all
+
+    from tuner.dashboard.connections import create_server
 
     with _listen(host, port, has_token=token is not None) as listener:
         address, port = listener.getsockname()[:2]
         hosts = _own_hosts(host, address, port) | {name.lower() for name in allowed_hosts}
         connections: dict[int, Any] = {}
         app = wsgi(storage) if outages is None else outages.answered(wsgi(storage))
-        server = create_server(
-            Guard(app, allow_edit=allow_edit, hosts=hosts, token=token),
-            map=connections,
-            sockets=[listener],
-            max_request_body_size=MAX_BODY_BYTES,
-            ident=None,
-        )
+        guard = Guard(app, allow_edit=allow_edit, hosts=hosts, token=token)
+        server = create_server(guard, listener, connections)
         # waitress stops on SystemExit; one that arrives before run(), or a second one while run() waits up to
         # 5 s for its threads, comes out of it
         try:

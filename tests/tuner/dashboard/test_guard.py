@@ -21,6 +21,7 @@ from optuna_dashboard import wsgi
 
 from storage import StorageError, open_engine, open_storage
 from tuner.dashboard.guard import Guard
+from tuner.dashboard.tries import OF_ONE_CLIENT
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -391,6 +392,23 @@ def test_a_session_ends_by_signing_out_and_with_the_dashboard(database: str) -> 
     with guarded(dashboard_of(database), token=TOKEN) as client:
         value = second.partition("=")[2]
         assert client.ask("/api/studies", headers={"Cookie": f"tuner_dashboard_{client.port}={value}"}).status == 401
+
+
+def test_a_client_that_tries_tokens_is_shut_out_for_a_while_and_sessions_are_not(database: str) -> None:
+    with guarded(dashboard_of(database), token=TOKEN) as client:
+        cookie = client.ask(f"/dashboard?token={TOKEN}").headers["Set-Cookie"].partition(";")[0]
+        right = {"Authorization": f"Bearer {TOKEN}"}
+        for _ in range(OF_ONE_CLIENT // 2):
+            # many in one URL are one try, and no token at all is none
+            assert client.ask("/dashboard?" + "token=wrong&" * 9 + f"token={TOKEN}").status == 401
+            assert client.ask("/api/studies", headers={"Authorization": "Bearer wrong"}).status == 401
+            assert client.ask("/api/studies").status == 401
+        for path, headers in ((f"/dashboard?token={TOKEN}", {}), ("/api/studies", right), ("/", right)):
+            answer = client.ask(path, headers=headers)
+            assert (answer.status, 0 < int(answer.headers["Retry-After"]) <= 61) == (429, True)
+        for path in ("/api/studies", f"/api/studies?token={TOKEN}"):
+            assert client.ask(path, headers={"Cookie": cookie}).status == 200
+        assert client.ask("/api/studies", headers=right | {"X-Forwarded-For": "203.0.113.7"}).status == 200
 
 
 def test_the_token_is_taken_as_a_bearer_token(database: str) -> None:
