@@ -138,7 +138,7 @@ def test_a_trial_that_was_stopped_goes_on_within_its_epoch_on_another_machine(
     assert tuner("create", objective, "--trials", "1", *chosen).code == 0
     with on_machine(tuner, "a").start(*worker(objective)) as running:
         interrupt_in_epoch_three(running, database)
-        assert running.finish().code == 130
+        assert running.finish().code == 143
     assert seconds_from_the_signal_to(running, "trial_released") < DRAIN_S
     assert the_trial(database).state == TrialState.WAITING
     is_there = (1, []) if place == "database" else (0, ["trial-0.pt"])
@@ -184,7 +184,7 @@ def test_kept_local_a_trial_starts_again_on_another_machine(
     assert tuner("create", objective, "--trials", "1", "--checkpoints", "local").code == 0
     with on_machine(tuner, "a").start(*worker(objective)) as running:
         interrupt_in_epoch_three(running, database)
-        assert running.finish().code == 130
+        assert running.finish().code == 143
     assert kept_in(database) == 0
     open_gate(tmp_path, 9)
     with on_machine(tuner, "b").start(*worker(objective)) as running:
@@ -228,7 +228,7 @@ def test_deleting_a_study_deletes_what_its_stopped_trials_kept(
     a = on_machine(tuner, "a")
     with a.start(*worker(objective)) as running:
         interrupt_in_epoch_three(running, database)
-        assert running.finish().code == 130
+        assert running.finish().code == 143
     assert files_below(tmp_path / "share") == files_below(tmp_path / "a") == ["trial-0.pt"]
     done = a("delete", "trains", "--yes")
     assert (done.code, done.stderr) == (0, "")

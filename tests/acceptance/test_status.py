@@ -316,7 +316,7 @@ def test_a_display_that_is_terminated_gives_the_cursor_back(tuner: Tuner, study_
     with on_terminal(tuner, "status", "gated", "--watch") as terminal:
         terminal.wait_for("Ctrl-C ends this")
         terminal.process.send_signal(signal.SIGTERM)
-        assert terminal.exit_code() == 130
+        assert terminal.exit_code() == 143
         assert terminal.written.rstrip().endswith("\x1b[?25h")
 
 

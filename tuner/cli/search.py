@@ -17,7 +17,7 @@ from tuner.cli.model import OBJECTIVE_HELP, default_output, installed_name, prin
 from tuner.cli.options import LIMITS, RESULT, WORKERS, ObjectiveName, StudyOptions, check_positive, seconds
 from tuner.cli.settings import Settings, command
 from tuner.cli.streams import say
-from tuner.errors import TunerError, UsageError
+from tuner.errors import StudyFailedError, TunerError, UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -240,7 +240,7 @@ def worker(
     engine = settings.open_for_work()
     joined = open_study(engine, study)
     if (why := why_failed(engine, joined)) is not None:  # whatever code is here
-        raise TunerError(why)
+        raise StudyFailedError(why)
     reference = objective or installed_name(joined)
     source = find_objective(reference)
     check_code(joined, source, allow_code_change=allow_code_change)

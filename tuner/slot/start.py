@@ -14,15 +14,15 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
+from tuner.exits import OF_SIGNAL, handle_until_fork
 from tuner.imports import uncollected
 
 
 def main() -> None:
     """Import what the slot will need, then run it (`tuner.slot.slot.main`)."""
-    # A scheduler sends SIGTERM to all processes: the worker, which gets it too, drains its slots. Not ignored, which
-    # what the objective starts would inherit.
-    signal.signal(signal.SIGTERM, lambda *_: None)
-    os.register_at_fork(after_in_child=lambda: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+    # A scheduler sends its signals to all processes: the worker, which gets them too, drains its slots. Not ignored,
+    # which what the objective starts would inherit.
+    handle_until_fork([number for number in OF_SIGNAL if number != signal.SIGINT], lambda *_: None)
     # For a worker that asks where a trial hangs: all threads' stacks, written without taking the interpreter's lock. On
     # a stream of its own, as an objective may close this one. Readers of samples, which are forked, have it too.
     faulthandler.register(signal.SIGQUIT, file=os.fdopen(os.dup(2), "w"), all_threads=True)
