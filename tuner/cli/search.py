@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import shlex
 import socket
 import sys
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -114,6 +116,7 @@ def run(
         )
         log = settings.log(worker=_worker_name(), study=joined.name)
         log.event("study", f"{'created' if created else 'joined'} study {joined.name}: {_outline(joined)}")
+        _tell_unwritable(log, settings, joined)
         if created:
             _tell_random_start(log, joined)
         target = output or default_output(settings, joined)
@@ -246,6 +249,7 @@ def worker(
     check_code(joined, source, allow_code_change=allow_code_change)
     log = settings.log(worker=_worker_name(), study=joined.name)
     log.event("study", f"joined study {joined.name}: {_outline(joined)}")
+    _tell_unwritable(log, settings, joined)
     config = _slot_config(
         settings,
         joined,
@@ -338,6 +342,22 @@ def _history(settings: Settings, engine: Engine, wanted: Wanted) -> Callable[[],
     return read
 
 
+def _tell_unwritable(log: Log, settings: Settings, study: Study) -> None:
+    """Tell once that nothing can be kept on this machine: trials go on, and what is lost with them is more."""
+    from tuner.files import refuses_writes
+
+    why = refuses_writes(settings.data_dir)
+    if why is None:
+        return
+    place = "the database" if study.spec.checkpoints == "database" else study.spec.checkpoints
+    where = "not kept at all" if place == "local" else f"kept in {place} alone"
+    log.event(
+        "note",
+        f"cannot write to {settings.data_dir}: {why}; checkpoints are {where}, and a result that the database does not"
+        " take is lost: mend that, or choose another --data-dir",
+    )
+
+
 def _tell_random_start(log: Log, study: Study) -> None:
     from tuner.study.sampling import random_start
 
@@ -357,8 +377,10 @@ def _workers(count: int | None) -> int:
     return count
 
 
+@cache
 def _worker_name() -> str:
-    return f"{socket.gethostname()}:{os.getpid()}"
+    """Return who this worker is: containers may have one hostname, and give their first process one number."""
+    return f"{socket.gethostname()}:{os.getpid()}-{secrets.token_hex(3)}"
 
 
 def _outline(study: Study) -> str:
