@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import os
 import socket
+import tempfile
 from contextlib import suppress
 from pathlib import Path
+
+_TRIED_BYTES = 1 << 20
 
 
 def replace(path: Path, data: bytes | memoryview) -> None:
@@ -26,6 +29,19 @@ def replace(path: Path, data: bytes | memoryview) -> None:
         with suppress(OSError):
             aside.unlink()
         raise
+
+
+def refuses_writes(directory: Path) -> str | None:
+    """Return why nothing can be kept in a directory, which is made if it is not there; None if it can."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory) as file:
+            file.write(bytes(_TRIED_BYTES))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        return error.strerror or str(error)
+    return None
 
 
 def sync_directory(directory: Path) -> None:
