@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
+import sys
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias
 
@@ -87,13 +88,21 @@ def states(engine: Engine) -> tuple[dict[int, StudyStatus], dict[int, Signs]]:
     """Return the state of each study of the database, and the signs of its workers."""
     with engine.connect() as conn:
         found, signs = standings.all_standings(conn), workers.signs(conn)
-    return {study_id: state_of(its, _budget_of(its))[0] for study_id, its in found.items()}, signs
+    states = {
+        study_id: state_of(replace(its, budget=None), _budget_of(its.budget))[0] for study_id, its in found.items()
+    }
+    return states, signs
 
 
-def _budget_of(standing: Standing) -> Budget | None:
-    if standing.budget is None:
+def _budget_of(stored: Any) -> Budget | None:
+    """Return the budget of a spec as far as it can be read: of another version's, too, a list tells what it can."""
+    names = ("trials", "timeout_s", "max_failures")
+    known = {
+        name: stored[name] for name in names if isinstance(stored, dict) and isinstance(stored.get(name), int | float)
+    }
+    if "trials" not in known:
         return None
-    return standing.now_of(Budget(trials=0, timeout_s=None, max_failures=0, max_attempts=0))
+    return Budget(**{"timeout_s": None, "max_failures": sys.maxsize, "max_attempts": 0, **known})
 
 
 def state_of(standing: Standing, budget: Budget | None, dropped: int = 0) -> tuple[StudyStatus, str | None]:
