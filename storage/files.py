@@ -15,6 +15,7 @@ import pwd
 import secrets
 import shlex
 import stat
+import tempfile
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -23,6 +24,7 @@ from typing import BinaryIO, Final
 TRUSTED: Final = "TUNER_TRUSTED_DIRECTORIES"
 """The variable that names directories, separated as in PATH, that are taken for own with all that is in them."""
 
+_TRIED_BYTES: Final = 1 << 20
 _LINKS_MAX: Final = 40  # the kernel's
 _ACL: Final = "system.posix_acl_access"
 _FULL_MAP: Final = ["0", "0", "4294967295"]
@@ -150,6 +152,19 @@ def read_own(path: Path, *, owner: int | None = None, is_secret: bool = False) -
     """Return what a file holds, as `open_own` opens it."""
     with open_own(path, owner=owner, is_secret=is_secret) as file:
         return file.read()
+
+
+def refuses_writes(directory: Path) -> str | None:
+    """Return why nothing can be kept in a directory, which is made if it is not there; None if it can."""
+    try:
+        own_directory(directory)
+        with tempfile.TemporaryFile(dir=directory) as file:
+            file.write(bytes(_TRIED_BYTES))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        return error.strerror or str(error)
+    return None
 
 
 def sync_directory(directory: Path) -> None:

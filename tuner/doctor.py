@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -22,6 +23,7 @@ from tuner.study.registry import installed_objectives
 
 MIN_FREE_BYTES = 1 << 30
 TORCH_TIMEOUT_S = 120
+MAX_CLOCK_S = 60
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +46,7 @@ def check_all(data_dir: Path, open_database: Callable[[], Engine]) -> list[Check
         ("torch", _torch),
         ("data", lambda: _data_dir(data_dir)),
         ("database", lambda: _database(open_database)),
+        ("clock", lambda: _clock(open_database)),
         ("records", lambda: _records(open_database)),
         ("objectives", _objectives),
     ]
@@ -103,6 +106,22 @@ def _database(open_database: Callable[[], Engine]) -> str:
     with engine.connect() as conn:
         server = conn.execute(text("show server_version")).scalar_one()
     return f"PostgreSQL {server} at {mask_url(engine.url)}"
+
+
+def _clock(open_database: Callable[[], Engine]) -> str:
+    """Compare this machine's clock with the database's, by which leases go."""
+    with open_database().connect() as conn:
+        before = time.time()
+        theirs = float(conn.execute(text("select extract(epoch from clock_timestamp())")).scalar_one())
+        after = time.time()
+    off_s = (before + after) / 2 - theirs
+    if abs(off_s) > MAX_CLOCK_S + (after - before) / 2:
+        side = "ahead of" if off_s > 0 else "behind"
+        raise CheckFailedError(
+            f"this machine's clock is {abs(off_s):.0f} s {side} the database's; set both by NTP: leases go by the"
+            " database's alone, but certificates are not valid by a wrong clock, and logs do not fit together"
+        )
+    return f"{abs(off_s):.1f} s from the database's"
 
 
 def _records(open_database: Callable[[], Engine]) -> str:

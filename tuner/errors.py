@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 
-EXIT_FAILED, EXIT_USAGE, EXIT_UNREACHABLE, EXIT_INTERRUPTED = 1, 2, 3, 130
-
 
 def first_line(error: BaseException) -> str:
     """Return the first line of an error's message."""
@@ -18,20 +16,22 @@ def is_debugging() -> bool:
 
 
 class TunerError(Exception):
-    """The command failed; the message says what was wanted, what was found and what to do."""
+    """The command failed; the message says what was wanted, what was found and what to do.
 
-    exit_code: int = EXIT_FAILED
+    `exit_code` is what a slot that refused ended with; without one `tuner.exits` goes by the class.
+    """
 
     def __init__(self, message: str, exit_code: int | None = None) -> None:
         super().__init__(message)
-        if exit_code is not None:
-            self.exit_code = exit_code
+        self.exit_code = exit_code
 
 
 class UsageError(TunerError):
     """The command was given something it cannot mean."""
 
-    exit_code = EXIT_USAGE
+
+class StudyFailedError(TunerError):
+    """The study ended by its failures: to run the same again would change nothing."""
 
 
 class FormatError(TunerError):
@@ -54,5 +54,12 @@ class SharedPlaceError(Exception):
     """A checkpoint could not be read from, or written to, the place that other machines reach."""
 
 
-class WorkerInterrupted(Exception):  # noqa: N818 - a request, like KeyboardInterrupt
-    """The worker was asked to stop by SIGINT, SIGTERM or SIGHUP, and has stopped."""
+class AskedToStop(BaseException):
+    """The command was asked to stop, as a rule by a signal, and is to end with this code.
+
+    A worker has given its trials back.
+    """
+
+    def __init__(self, exit_code: int) -> None:
+        super().__init__(exit_code)
+        self.exit_code = exit_code

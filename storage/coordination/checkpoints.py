@@ -3,31 +3,33 @@
 from __future__ import annotations
 
 import threading
+import uuid
 from collections.abc import Mapping, Sequence
 from functools import cache, partial
 from typing import Any, Final
 
-from sqlalchemy import Connection, Integer, Select, bindparam, cast, delete, func, insert, select
-from sqlalchemy.dialects.postgresql import UUID
-from sqlalchemy.sql.dml import ReturningInsert
+from psycopg2.errors import ForeignKeyViolation
+from sqlalchemy import Connection, Select, bindparam, func, select
 
 from storage.coordination.claims import Claim
+from storage.database.copying import copy_row, int4
 from storage.database.errors import InvalidWriteError
 from storage.database.sessions import Sessions
-from storage.database.tables import trials, tuner_leases
+from storage.database.tables import trials
 from storage.database.tables import tuner_checkpoints as checkpoints
 
 MAX_BYTES: Final = 64 * 2**20
 PART_BYTES: Final = 4 * 2**20
 _PARTS: Final = 1024
 """The numbers that each checkpoint of a trial has for its parts; the next one takes those after them."""
+_PART: Final = "tuner_checkpoints (trial_id, part, data)"
 
 
 def save(sessions: Sessions, held: Claim, data: bytes | memoryview, give_up: threading.Event | None = None) -> bool:
     """Replace the checkpoint of a trial that is held. False if it is not any more, or once `give_up` is set.
 
-    Each part is a statement of its own, guarded by the lease, so that no lock outlasts it and a slow network keeps
-    nobody waiting. The first part is written last, and the checkpoint before goes in the same statement: whoever
+    Each part is a request of its own, guarded by the lease, so that no lock outlasts it and a slow network keeps
+    nobody waiting. The first part is written last, and the checkpoint before goes in the same request: whoever
     reads has the one or the other. Raises InvalidWriteError for more than MAX_BYTES, and StorageError.
     """
     if len(data) > MAX_BYTES:
@@ -37,12 +39,13 @@ def save(sessions: Sessions, held: Claim, data: bytes | memoryview, give_up: thr
     view = memoryview(data)
     # Nobody else can take the same numbers: an earlier holder's statements have come to their end before our claim.
     first = sessions.statement(lambda conn: conn.scalar(_next(), {"the_trial": held.trial_id}))
-    guard = {"the_trial": held.trial_id, "the_token": held.token, "first": first}
+    guard = {"trial": held.trial_id, "token": held.token}
     for part in reversed(range(max(1, -(-len(view) // PART_BYTES)))):
         if give_up is not None and give_up.is_set():
             return False
-        values = {**guard, "new_part": first + part, "new_data": view[part * PART_BYTES : (part + 1) * PART_BYTES]}
-        if sessions.statement(partial(_written, completing=part == 0, values=values)) is None:
+        values = {**guard, "part": first + part, "replaces": first if part == 0 else None}
+        data_of_part = view[part * PART_BYTES : (part + 1) * PART_BYTES]
+        if not sessions.statement(partial(_written, values=values, data=data_of_part)):
             return False
     return True
 
@@ -80,9 +83,31 @@ def still_needed(sessions: Sessions, study_id: int, numbers: Sequence[int]) -> s
     return set(sessions.statement(lambda conn: conn.scalars(query).all()))
 
 
-def _written(conn: Connection, *, completing: bool, values: Mapping[str, Any]) -> int | None:
-    part: int | None = conn.scalar(_add(completing=completing), values)
-    return part
+def _written(conn: Connection, *, values: Mapping[str, Any], data: memoryview) -> bool:
+    """Write a part if the trial runs under our lease; `replaces`, delete the checkpoint before that number."""
+    try:
+        return copy_row(conn, _PART, _guard(**values), [int4(values["trial"]), int4(values["part"]), data]) > 0
+    except ForeignKeyViolation:  # the trial was deleted
+        return False
+
+
+def _guard(*, trial: int, token: uuid.UUID, part: int, replaces: int | None) -> str:
+    """Return what takes a part back that was not ours to write, and tells by a row of one that was.
+
+    All are numbers of ours: what comes with a COPY cannot be bound.
+    """
+    before = "false" if replaces is None else f"part < {replaces:d}"
+    return f"""
+        WITH ours AS (
+            SELECT trial_id FROM tuner_leases
+            WHERE trial_id = {trial:d} AND token = '{token}'
+              AND expires_at IS NOT NULL -- else the trial has ended: its lease keeps the token
+            FOR SHARE
+        )
+        DELETE FROM tuner_checkpoints WHERE trial_id = {trial:d}
+          AND CASE WHEN EXISTS (SELECT FROM ours) THEN {before} ELSE part = {part:d} END;
+        SELECT FROM tuner_checkpoints WHERE trial_id = {trial:d} AND part = {part:d}
+    """  # noqa: S608 - numbers, and ours
 
 
 @cache
@@ -109,28 +134,3 @@ def _head() -> Select[Any]:
     return _current().with_only_columns(
         func.substring(checkpoints.c.data, 1, bindparam("n_bytes"), type_=checkpoints.c.data.type)
     )
-
-
-@cache
-def _add(*, completing: bool) -> ReturningInsert[Any]:
-    """Insert a part if the trial runs under our lease; `completing`, delete the checkpoint before."""
-    ours = (
-        select(tuner_leases.c.trial_id)
-        .where(
-            tuner_leases.c.trial_id == bindparam("the_trial"),
-            tuner_leases.c.token == bindparam("the_token", type_=UUID),
-            tuner_leases.c.expires_at.is_not(None),  # else the trial has ended: its lease keeps the token
-        )
-        .with_for_update(read=True)
-        .cte("ours")
-    )
-    part, data = bindparam("new_part", type_=Integer), bindparam("new_data", type_=checkpoints.c.data.type)
-    statement = insert(checkpoints).from_select(
-        ["trial_id", "part", "data"], select(ours.c.trial_id, cast(part, Integer), data)
-    )
-    if completing:
-        before = delete(checkpoints).where(
-            checkpoints.c.trial_id == ours.c.trial_id, checkpoints.c.part < bindparam("first")
-        )
-        statement = statement.add_cte(before.cte("before"))
-    return statement.returning(checkpoints.c.part)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime as dt
 from dataclasses import dataclass
 
-from sqlalchemy import Connection, select
+from sqlalchemy import Connection, func, select
 
 from storage.database.tables import trials, tuner_attempts
 
@@ -22,6 +22,18 @@ class Attempt:
     ended_at: dt.datetime | None
     outcome: str | None
     message: str | None
+
+
+def last_attempts(conn: Connection, study_id: int) -> dict[int, tuple[int, str]]:
+    """Return of each trial that a worker of tuner's has run, by number, how often that was and who ran it last."""
+    its = tuner_attempts.c
+    query = (
+        select(trials.c.number, func.count().over(partition_by=its.trial_id).label("attempts"), its.worker)
+        .join(trials, trials.c.trial_id == its.trial_id)
+        .where(trials.c.study_id == study_id)
+        .order_by(trials.c.number, its.started_at)
+    )
+    return {row.number: (row.attempts, row.worker) for row in conn.execute(query)}
 
 
 def attempts(conn: Connection, study_id: int, number: int) -> list[Attempt]:

@@ -142,13 +142,14 @@ def _used_up(limit: Limit, reason: str) -> NothingToClaim:
 
 
 @cache
-def _select_standing() -> Select[Any]:
+def _select_standing(*, of_all: bool = False) -> Select[Any]:
     """Select what a claim is decided by, in one row and without reading the history.
 
     Numbers are dense, and so the trials that are done are all but the failed and the unfinished ones. Those are few,
     and have an index of their own.
     """
-    of_study = trials.c.study_id == bindparam("study_id")
+    study_id: Any = studies.c.study_id if of_all else bindparam("study_id")
+    of_study = trials.c.study_id == study_id
     by_state = (
         select(
             *(
@@ -157,7 +158,7 @@ def _select_standing() -> Select[Any]:
             )
         )
         .where(of_study, trials.c.state.in_(_NOT_DONE))
-        .subquery()
+        .lateral("by_state")
     )
     n_trials = select(func.coalesce(func.max(trials.c.number) + 1, 0)).where(of_study)
     waiting = select(trials.c.trial_id).where(of_study, trials.c.state == "WAITING").order_by(trials.c.number).limit(1)
@@ -177,7 +178,7 @@ def _select_standing() -> Select[Any]:
         )
     )
     age = func.clock_timestamp() - tuner_studies.c.created_at
-    return (
+    query = (
         select(
             func.coalesce(tuner_studies.c.state, "open").label("state"),
             cast(func.extract("epoch", age), Double).label("age_s"),
@@ -190,8 +191,8 @@ def _select_standing() -> Select[Any]:
         )
         .select_from(studies.outerjoin(tuner_studies, tuner_studies.c.study_id == studies.c.study_id))
         .join(by_state, true())
-        .where(studies.c.study_id == bindparam("study_id"))
     )
+    return query.add_columns(studies.c.study_id) if of_all else query.where(studies.c.study_id == study_id)
 
 
 def standing_of(conn: Connection, study_id: int) -> Standing:
@@ -199,7 +200,17 @@ def standing_of(conn: Connection, study_id: int) -> Standing:
     row = conn.execute(_select_standing(), {"study_id": study_id}).one_or_none()
     if row is None:
         raise deleted(study_id)
-    standing = Standing(**row._mapping)
+    return _standing(conn, study_id, dict(row._mapping))
+
+
+def all_standings(conn: Connection) -> dict[int, Standing]:
+    """Return how each study of the database stands."""
+    found = [dict(row._mapping) for row in conn.execute(_select_standing(of_all=True)).all()]
+    return {each["study_id"]: _standing(conn, each.pop("study_id"), each) for each in found}
+
+
+def _standing(conn: Connection, study_id: int, found: dict[str, Any]) -> Standing:
+    standing = Standing(**found)
     if standing.done == 0 and standing.failed >= N_ALIKE:
         return replace(standing, alike=failed_alike(conn, study_id))
     return standing

@@ -6,7 +6,7 @@ import datetime as dt
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Any, Final, Literal, TypeAlias
 
 from sqlalchemy import Connection, Double, Row, cast, func, select, text, true, update
 from sqlalchemy.dialects.postgresql import insert as upsert
@@ -36,13 +36,19 @@ class SlotSeen:
 
 @dataclass(frozen=True, kw_only=True)
 class WorkerSeen:
-    """A worker process and what it last told of itself. `name` is HOST:PID, `versions` those of its packages."""
+    """A worker process and what it last told of itself. `name` is HOST:PID-TOKEN, `versions` those of its packages."""
 
     worker_id: uuid.UUID
     study_id: int
     name: str
     slots: Sequence[SlotSeen]
     versions: Mapping[str, str]
+
+
+# Nobody could tell anything while the database was away.
+_IS_LOST: Final = func.greatest(tuner_workers.c.last_seen, func.pg_postmaster_start_time()) < func.now() - text(
+    f"interval '{SILENT_S} seconds'"
+)
 
 
 def seen(sessions: Sessions, worker: WorkerSeen) -> None:
@@ -104,17 +110,32 @@ class WorkerNow:
     is_lost: bool
 
 
+@dataclass(frozen=True, kw_only=True)
+class Signs:
+    """How many workers of a study are there, lost ones not among them, and when any last told of itself or its end."""
+
+    live: int = 0
+    last_seen: dt.datetime | None = None
+
+
+def signs(conn: Connection) -> dict[int, Signs]:
+    """Return them of each study that ever had a worker."""
+    its = tuner_workers.c
+    query = select(
+        its.study_id,
+        func.count().filter(its.ended_at.is_(None), ~_IS_LOST).label("live"),
+        func.max(its.last_seen).label("last_seen"),
+    ).group_by(its.study_id)
+    return {row.study_id: Signs(live=row.live, last_seen=row.last_seen) for row in conn.execute(query)}
+
+
 def present(conn: Connection, study_id: int) -> list[WorkerNow]:
     """Return the study's workers that have not told of their end, the oldest first, lost ones among them."""
     rows = conn.execute(
         select(
             tuner_workers,
             cast(func.extract("epoch", func.now() - tuner_workers.c.last_seen), Double).label("silent_s"),
-            # Nobody could tell anything while the database was away.
-            (
-                func.greatest(tuner_workers.c.last_seen, func.pg_postmaster_start_time())
-                < func.now() - text(f"interval '{SILENT_S} seconds'")
-            ).label("is_lost"),
+            _IS_LOST.label("is_lost"),
         )
         .where(tuner_workers.c.study_id == study_id, tuner_workers.c.ended_at.is_(None))
         .order_by(tuner_workers.c.started_at, tuner_workers.c.name)

@@ -15,6 +15,7 @@ from sqlalchemy.dialects import plugins
 from sqlalchemy.exc import ArgumentError, InvalidatePoolError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
+from storage.database.certificates import refused_by_clock
 from storage.database.errors import (
     AuthenticationError,
     InvalidURLError,
@@ -47,6 +48,9 @@ _CONNECT_ARGS: Final[dict[str, str | int]] = {
 }
 _IDLE_S: Final = 1.0
 """After how long in the pool a connection is tried before it is used, in case the network has dropped it."""
+
+FREE_SPACE: Final = "free space there: what waits for the database goes on by itself"
+DISK_FULL: Final = "53100"
 
 _SESSION_SETTINGS: Final = {
     "TimeZone": "UTC",
@@ -96,6 +100,16 @@ def _server_options(url: URL, read_only: bool) -> str:
     return " ".join(filter(None, [*ours, *theirs, *last]))
 
 
+def is_full(error: BaseException | None) -> bool:
+    """Whether the server has no room on its disk."""
+    return getattr(error, "pgcode", None) == DISK_FULL
+
+
+def full_disk(shown: str, reason: str) -> str:
+    """Return what to say of it."""
+    return f"the server's disk is full at {shown}: {reason}; {FREE_SPACE}"
+
+
 def is_outage(error: BaseException) -> bool:
     """Whether the same call may succeed later: the server was away, or a conflict made it roll back.
 
@@ -128,6 +142,8 @@ class _ConnectionErrors(CreateEnginePlugin):
                 return _connection_error(context.original_exception, url)
             if context.is_disconnect:
                 reason = _one_line(context.original_exception)
+                if is_full(context.original_exception):  # it ends all sessions if it cannot write its own log
+                    return UnreachableError(full_disk(mask_url(url), reason))
                 return UnreachableError(f"lost the connection to {mask_url(url)}: {reason}; check that the server runs")
             return None
 
@@ -191,12 +207,19 @@ plugins.register(_PLUGIN, __name__, _ConnectionErrors.__name__)
 
 # libpq gives no SQLSTATE for a connection that failed, so its words decide; most specific first. A server
 # that speaks another language falls through to UnreachableError, with the server's words.
+_UNVERIFIED: Final = "certificate verify failed"
 _EXPLANATIONS: Final[tuple[tuple[str, type[StorageError], str, str], ...]] = (
     (
         r"the database system is (starting up|shutting down|in recovery|not yet accepting)",
         NotReadyError,
         "not ready yet at",
         "try again in a moment",
+    ),
+    (
+        r"No space left on device",
+        UnreachableError,
+        "the server's disk is full at",
+        FREE_SPACE,
     ),
     (
         r"too many clients|remaining connection slots|too many connections for",
@@ -220,7 +243,7 @@ _EXPLANATIONS: Final[tuple[tuple[str, type[StorageError], str, str], ...]] = (
         "subjectAltName has that name",
     ),
     (
-        r"certificate verify failed",
+        _UNVERIFIED,
         AuthenticationError,
         "not trusted:",
         "sslrootcert in the URL has to name the file with the certificate of the authority that issued the server's; "
@@ -271,6 +294,10 @@ _HINT: Final = re.compile(r"\s*(Is the server running[^?]*\?|Either provide the 
 def _connection_error(error: BaseException, url: URL) -> StorageError:
     shown, reason = mask_url(url), _one_line(error)
     variables = "" if is_embedded(url.query.get("host")) else in_the_way(_parameters(url))
+    if _UNVERIFIED in reason and (by_clock := refused_by_clock(url)) is not None:
+        return AuthenticationError(
+            f"not trusted: {shown}: {by_clock}; set the clock if it is wrong, else renew the certificate{variables}"
+        )
     for pattern, kind, what, remedy in _EXPLANATIONS:
         if re.search(pattern, reason):
             return kind(f"{what} {shown}: {reason}; {remedy}{variables}")

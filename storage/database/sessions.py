@@ -17,7 +17,7 @@ from sqlalchemy.dialects.postgresql import UUID
 from sqlalchemy.exc import DataError, DBAPIError, OperationalError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
-from storage.database.engine import is_outage
+from storage.database.engine import full_disk, is_full, is_outage
 from storage.database.errors import BusyError, InvalidWriteError, StorageError, UnreachableError
 from storage.database.url import mask_url
 from storage.database.variables import in_the_way
@@ -31,6 +31,9 @@ _FIRST_PAUSE_S: Final = 0.1
 _LONGEST_PAUSE_S: Final = 5.0
 _ROLLED_BACK_TRIES: Final = 10
 _ROLLED_BACK_PAUSE_S: Final = 0.05
+
+_OUT_OF_RESOURCES: Final = ("53", "58")
+"""Classes of SQLSTATE: memory, limits, and errors of the server's own files. It answers, so that it was not lost."""
 
 _log = logging.getLogger(__name__)
 
@@ -245,6 +248,10 @@ def explained(error: DBAPIError, shown: str) -> Exception:
         )
     if isinstance(error, DataError):
         return InvalidWriteError(f"{shown} cannot hold what was to be written: {reason}")
+    if is_full(original):
+        return UnreachableError(full_disk(shown, reason))
+    if not error.connection_invalidated and (getattr(original, "pgcode", None) or "").startswith(_OUT_OF_RESOURCES):
+        return UnreachableError(f"the server at {shown} could not do it: {reason}; its own log says more")
     if error.connection_invalidated or isinstance(error, OperationalError):
         return UnreachableError(f"lost the connection to {shown}: {reason}; try again once the server is back")
     return StorageError(f"{shown} refused: {reason}")

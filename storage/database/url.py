@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import stat
 from typing import TYPE_CHECKING
 from urllib.parse import unquote
 
@@ -11,6 +9,7 @@ from sqlalchemy import URL, make_url
 from sqlalchemy.exc import ArgumentError
 
 from storage.database.errors import InvalidURLError, StorageError
+from storage.database.private import read_private
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -30,7 +29,6 @@ _SHOWN_PARAMETERS = frozenset(
     }
 )
 _MASK = "***"
-_PASSWORD_MAX_BYTES = 4096
 FILE_PARAMETER = "tuner_password_file"
 """The parameter of our own that `with_password_file` adds; libpq never sees it."""
 
@@ -81,7 +79,7 @@ def mask_url(url: str | URL) -> str:
 def with_password_file(url: str | URL, password_file: Path) -> URL:
     """Have each connection take its password from a private file, as that is then, without one trailing newline.
 
-    The file must be regular, owned by us or by root, and closed to group and others (mode 0600 or 0400).
+    The file must be private: see `read_private`.
     Raises InvalidURLError if the URL has a password already, StorageError for the file.
     """
     parsed = parse_url(url)
@@ -126,26 +124,7 @@ def _encodable(text: str) -> bool:
 
 def read_password(path: Path) -> str:
     """Return the password that a private file holds, as `with_password_file` wants it. Raises StorageError."""
-    try:
-        # O_NONBLOCK: opening a FIFO would otherwise wait for its writer.
-        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
-            found = os.fstat(file.fileno())
-            if not stat.S_ISREG(found.st_mode):
-                raise StorageError(f"the password file {path} must be a regular file")
-            if found.st_uid not in {os.geteuid(), 0}:
-                raise StorageError(f"the password file {path} must belong to you or root, not to uid {found.st_uid}")
-            if found.st_mode & 0o077:
-                mode = stat.S_IMODE(found.st_mode)
-                raise StorageError(f"the password file {path} has mode {mode:04o}; run: chmod 600 {path}")
-            content = file.read(_PASSWORD_MAX_BYTES + 1)
-    except OSError as error:
-        raise StorageError(f"cannot read the password file {path}: {error.strerror}") from error
-    if len(content) > _PASSWORD_MAX_BYTES:
-        raise StorageError(f"the password file {path} must hold one password, not {_PASSWORD_MAX_BYTES} bytes and more")
-    try:
-        password = content.decode().removesuffix("\n").removesuffix("\r")
-    except UnicodeDecodeError:
-        raise StorageError(f"the password file {path} must be UTF-8 text") from None
+    password = read_private(path, "password file")
     if not password or not password.isprintable():
         raise StorageError(f"the password file {path} must hold the password alone, on one line")
     return password

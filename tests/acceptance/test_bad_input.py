@@ -88,12 +88,12 @@ def test_no_server_is_exit_code_3(tuner: Tuner) -> None:
     assert f"127.0.0.1:{port}" in done.error()
 
 
-def test_a_role_that_may_not_connect_is_exit_code_3_and_its_password_is_not_repeated(
+def test_a_role_that_may_not_connect_is_exit_code_4_and_its_password_is_not_repeated(
     tuner: Tuner, database: str
 ) -> None:
     url = parse_url(database).set(username="stranger", password="hunter2")
     done = tuner("studies", TUNER_STORAGE=url.render_as_string(hide_password=False))
-    assert done.code == 3
+    assert done.code == 4
     assert "hunter2" not in done.stderr
     assert "stranger" in done.error()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime as dt
 import os
 import signal
+import subprocess
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,8 @@ from storage import EmbeddedServer, open_engine, open_storage
 from tuner.worker.supervisor import DRAIN_S
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from command import Running
 
 # Trains 100 batches an epoch, slowly once it is further than the file `gate` beside it says.
@@ -138,7 +141,7 @@ def test_a_trial_that_was_stopped_goes_on_within_its_epoch_on_another_machine(
     assert tuner("create", objective, "--trials", "1", *chosen).code == 0
     with on_machine(tuner, "a").start(*worker(objective)) as running:
         interrupt_in_epoch_three(running, database)
-        assert running.finish().code == 130
+        assert running.finish().code == 143
     assert seconds_from_the_signal_to(running, "trial_released") < DRAIN_S
     assert the_trial(database).state == TrialState.WAITING
     is_there = (1, []) if place == "database" else (0, ["trial-0.pt"])
@@ -160,11 +163,26 @@ def test_a_trial_that_was_stopped_goes_on_within_its_epoch_on_another_machine(
     assert files_below(tmp_path / "a") == []
 
 
-def test_a_trial_whose_process_is_killed_goes_on_from_what_it_saved_last(
-    tuner: Tuner, database: str, objective: str, tmp_path: Path
+@pytest.fixture
+def read_only(tmp_path: Path) -> Iterator[Path]:
+    """A directory that nobody can write to, root neither."""
+    directory = tmp_path / "read-only"
+    directory.mkdir()
+    if os.geteuid() != 0:
+        directory.chmod(0o555)
+        yield directory
+        return
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", directory], check=False).returncode != 0:
+        pytest.skip("nothing can be mounted here")
+    yield directory
+    subprocess.run(["umount", "--lazy", directory], check=True)
+
+
+def test_a_trial_whose_process_is_killed_goes_on_from_what_it_saved_last_though_its_machine_keeps_nothing(
+    tuner: Tuner, database: str, objective: str, tmp_path: Path, read_only: Path
 ) -> None:
     assert tuner("create", objective, "--trials", "1", "--checkpoint-every", "0.1s").code == 0
-    with tuner.start(*worker(objective)) as running:
+    with on_machine(tuner, read_only.name).start(*worker(objective)) as running:
         wait_for_epoch_three(database)
         pid = running.process.pid
         (slot,) = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
@@ -174,6 +192,9 @@ def test_a_trial_whose_process_is_killed_goes_on_from_what_it_saved_last(
         assert running.finish().code == 0
     (resumed,) = notes(running, "resumed")
     assert resumed.startswith("trial 0: resumed after epoch "), resumed
+    (told,) = notes(running, f"cannot write to {read_only}: ")
+    assert "; checkpoints are kept in the database alone, and " in told
+    assert len(notes(running, "cannot write the checkpoint")) == 2  # once an attempt
     trial = the_trial(database)
     assert (trial.state, sorted(trial.intermediate_values)) == (TrialState.COMPLETE, [1, 2, 3, 4, 5])
 
@@ -184,7 +205,7 @@ def test_kept_local_a_trial_starts_again_on_another_machine(
     assert tuner("create", objective, "--trials", "1", "--checkpoints", "local").code == 0
     with on_machine(tuner, "a").start(*worker(objective)) as running:
         interrupt_in_epoch_three(running, database)
-        assert running.finish().code == 130
+        assert running.finish().code == 143
     assert kept_in(database) == 0
     open_gate(tmp_path, 9)
     with on_machine(tuner, "b").start(*worker(objective)) as running:
@@ -228,7 +249,7 @@ def test_deleting_a_study_deletes_what_its_stopped_trials_kept(
     a = on_machine(tuner, "a")
     with a.start(*worker(objective)) as running:
         interrupt_in_epoch_three(running, database)
-        assert running.finish().code == 130
+        assert running.finish().code == 143
     assert files_below(tmp_path / "share") == files_below(tmp_path / "a") == ["trial-0.pt"]
     done = a("delete", "trains", "--yes")
     assert (done.code, done.stderr) == (0, "")

@@ -149,8 +149,9 @@ def test_services_wait_for_what_they_need_and_stop_in_time() -> None:
         assert "shm_size" in SERVICES[name]
     assert SERVICES["postgres"]["volumes"] == ["postgres:/var/lib/postgresql"]
     assert SERVICES["postgres"]["restart"] == SERVICES["dashboard"]["restart"] == "unless-stopped"
-    # not unless-stopped: a worker whose study is done would start for ever
-    assert SERVICES["worker-cpu"]["restart"] == "on-failure"
+    # not unless-stopped: a worker whose study is done would start for ever, as without a number would one whose study
+    # ended by its failures
+    assert SERVICES["worker-cpu"]["restart"] == "on-failure:10"
 
 
 def test_workers_scale_and_differ_only_in_their_device() -> None:

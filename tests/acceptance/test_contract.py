@@ -103,10 +103,10 @@ def attempts(server: EmbeddedServer) -> Counter[str]:
 def check_exits(machines: list[Machine]) -> None:
     """No worker ended but by a signal that it was sent, or because all was done."""
     exits = {its for machine in machines for its in machine.exits}
-    # A worker that joins may have no handler for SIGTERM yet, and one that has not joined needs the database.
-    assert {code for code, _, is_ready in exits if is_ready} <= {0, 130, -9}, exits
-    assert {code for code, has_joined, _ in exits if has_joined} <= {0, 130, -9, -15}, exits
-    assert {code for code, has_joined, _ in exits if not has_joined} <= {3, -9, -15}, exits
+    # One that starts may have no handler for SIGTERM yet, and one that has not joined needs the database.
+    assert {code for code, _, is_ready in exits if is_ready} <= {0, 143, -9}, exits
+    assert {code for code, has_joined, _ in exits if has_joined} <= {0, 143, -9, -15}, exits
+    assert {code for code, has_joined, _ in exits if not has_joined} <= {3, 143, -9, -15}, exits
     for machine in machines:
         assert "Traceback" not in machine.log.read_text()
 

@@ -58,7 +58,7 @@ def test_signals_that_come_together_are_one(tuner: Tuner, database: str) -> None
         running.process.terminate()
         threading.Event().wait(0.01)  # as much as `timeout` may take from the worker to its group
         running.process.terminate()
-        assert running.finish().code == 130
+        assert running.finish().code == 143
     assert [event["trial"] for event in running.events("trial_released")] == [0]
     assert state(database) == TrialState.WAITING
 
@@ -68,7 +68,7 @@ def test_a_worker_whose_terminal_is_gone_gives_its_trials_back(tuner: Tuner, dat
     with tuner.start(*worker) as running:
         train(running)
         running.process.send_signal(signal.SIGHUP)
-        assert running.finish().code == 130
+        assert running.finish().code == 129
     assert [event["trial"] for event in running.events("trial_released")] == [0]
     assert state(database) == TrialState.WAITING
 
@@ -91,7 +91,7 @@ def test_a_worker_whose_log_nobody_reads_any_more_gives_its_trials_back(
     n_lines = {"text": 2, "json": 6}[log_format]
     piped = ("bash", "-o", "pipefail", "-c", f'"$0" "$@" 2>&1 | head -n {n_lines}')
     done = replace(tuner, within=piped)(*worker, log_format)
-    assert (done.code, len(done.stdout.splitlines())) == (130, n_lines)
+    assert (done.code, len(done.stdout.splitlines())) == (75, n_lines)
     assert state(database) == TrialState.WAITING
 
 

@@ -18,9 +18,10 @@ import optuna
 import psycopg2
 import pytest
 from command import Running, Tuner, wait_for
-from dashboards import Client
+from dashboards import TOKEN, Client
+from sqlalchemy import text
 
-from storage import EmbeddedServer, open_storage
+from storage import EmbeddedServer, open_engine, open_storage
 from storage.embedded.programs import bundled_programs, reachable_by, server_account
 from storage.embedded.server import SHARED_DIRECTORY
 
@@ -84,7 +85,7 @@ def test_the_url_is_one_that_stock_optuna_opens(laptop: Tuner) -> None:
     assert len(laptop("trials", "search", "--json").json()) == 2
 
 
-def test_a_password_that_changes_keeps_neither_a_worker_nor_a_dashboard_out(tmp_path: Path) -> None:
+def test_secrets_that_change_under_load_keep_neither_workers_nor_a_dashboard_out(tmp_path: Path) -> None:
     server = EmbeddedServer(tmp_path / "home")
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
@@ -92,6 +93,10 @@ def test_a_password_that_changes_keeps_neither_a_worker_nor_a_dashboard_out(tmp_
     file = tmp_path / "password"
     file.touch(0o600)
     file.write_text(server.password_file.read_text())
+    token = tmp_path / "token"
+    token.touch(0o600)
+    token.write_text(TOKEN)
+    first, second = ({"Authorization": f"Bearer {its}"} for its in (TOKEN, TOKEN[::-1]))
     tuner = Tuner(
         {
             "TUNER_STORAGE": f"postgresql://tuner@127.0.0.1:{port}/tuner",
@@ -102,36 +107,39 @@ def test_a_password_that_changes_keeps_neither_a_worker_nor_a_dashboard_out(tmp_
     )
     objective = f"{INPUTS}/30-password-changes/search.py:objective"
     try:
-        assert tuner("create", objective, "--trials", "1").code == 0
+        assert tuner("create", objective, "--trials", "6", "--pruner", "none").code == 0
         with (
-            dashboard(tuner) as (pages, client),
-            tuner.start("worker", "search", "--objective", objective, "--log-format", "json") as worker,
+            dashboard(tuner, TUNER_DASHBOARD_TOKEN_FILE=str(token)) as (pages, client),
+            tuner.start("worker", "search", "--objective", objective, "--slots", "3", "--log-format", "json") as worker,
             contextlib.ExitStack() as stack,
         ):
-            wait_for(lambda: len(worker.events("report")) >= 2, "it trains")
             watching = stack.enter_context(tuner.start("status", "search", "--watch", "--interval", "0.5"))
             assert watching.process.stdout is not None
             assert watching.process.stdout.readline()  # it has looked; nobody reads the rest before the end
-            assert client.ask("/api/studies").status == 200
+            wait_for(lambda: {event["slot"] for event in worker.events("report")} == {0, 1, 2}, "they train", 120)
+            assert (client.ask("/api/studies", headers=first).status, client.ask("/healthz").status) == (200, 200)
+            token.write_text(TOKEN[::-1])
+            assert client.ask("/api/studies", headers=first).status == 401
             _change_password(server, "second")
             for running in (watching, worker):
                 running.wait_for_line("password authentication failed")
             for path in ("/api/studies", "/api/studies/1", "/csv/1"):
-                away = client.ask(path)
+                away = client.ask(path, headers=second)
                 assert (away.status, away.headers["Retry-After"]) == (503, "5")
                 assert "password authentication failed" in away.reason()
+            assert (client.ask("/healthz").status, client.ask("/healthz").body) == (503, b'{"database": "away"}\n')
             refused = tuner("best", "search")
-            assert (refused.code, "password authentication failed" in refused.error()) == (3, True)
+            assert (refused.code, "password authentication failed" in refused.error()) == (4, True)
             file.write_text("second\n")
             assert worker.finish().code == 0
             assert watching.finish().code == 0
-            assert client.ask("/api/studies").status == 200
-            assert client.ask("/csv/1").status == 200
+            assert client.ask("/api/studies", headers=second).status == 200
+            assert client.ask("/csv/1", headers=second).status == 200
             pages.wait_for_line("the database is back")
         assert sum("password authentication failed" in line for line in pages.lines) == 1
         assert not [line for line in pages.lines if "Traceback" in line or "File " in line]
-        [trial] = tuner("trials", "search", "--json").json()
-        assert trial["state"] == "COMPLETE"
+        assert [trial["state"] for trial in tuner("trials", "search", "--json").json()] == ["COMPLETE"] * 6
+        assert _attempts(server) == ["complete"] * 6
         assert sum("password authentication failed" in line for line in watching.lines) == 1
     finally:
         server.destroy()
@@ -236,6 +244,14 @@ def _as_admin(server: EmbeddedServer, *statements: str) -> None:
     ):
         for statement in statements:
             cursor.execute(statement)
+
+
+def _attempts(server: EmbeddedServer) -> list[str]:
+    engine = open_engine(server.url())
+    with engine.connect() as conn:
+        found = list(conn.execute(text("select outcome from tuner_attempts")).scalars())
+    engine.dispose()
+    return found
 
 
 def _change_password(server: EmbeddedServer, password: str) -> None:

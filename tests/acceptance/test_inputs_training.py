@@ -36,7 +36,7 @@ def test_a_trial_with_lazy_layers_goes_on_where_it_was_given_back(tuner: Tuner) 
     with tuner.start(*worker, "--log-format", "json") as running:
         wait_for(lambda: len(running.events("report")) >= 2, "it trains", 120)
         running.process.terminate()
-        assert running.finish().code == 130
+        assert running.finish().code == 143
     done = tuner(*worker)
     assert done.code == 0, done.stderr
     assert "resumed after epoch" in done.stderr

@@ -79,7 +79,7 @@ def test_a_scheduler_that_sends_sigterm_to_every_process_loses_nothing(tuner: Tu
         slots = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
         for process in (*map(int, slots), pid):
             os.kill(process, signal.SIGTERM)
-        assert running.finish().code == 130
+        assert running.finish().code == 143
     assert [event.get("trial") for event in running.events("trial_released")] == [0]
     assert running.events("slot_died") == []
     assert states(database) == [TrialState.WAITING]

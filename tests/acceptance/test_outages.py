@@ -130,7 +130,7 @@ def test_a_result_waits_on_disk_if_the_worker_must_end_and_the_next_one_delivers
         stop(server)
         wait_for(lambda: len((tmp_path / "epochs").read_text().splitlines()) == 10, "the trial ends")
         running.process.terminate()
-        assert running.finish().code == 130
+        assert running.finish().code == 143
     (kept,) = running.events("result_kept")
     (file,) = (tmp_path / "machine" / "spool").iterdir()
     assert str(file) in kept["message"]
@@ -155,7 +155,7 @@ def test_a_worker_that_is_stopped_during_an_outage_ends_in_time(server: Embedded
         wait_for(lambda: bool(running.events("database_away")), "it notices")
         start = time.monotonic()
         running.process.terminate()
-        assert running.finish().code == 130
+        assert running.finish().code == 143
     assert time.monotonic() - start < 10
     (released,) = running.events("trial_released")
     assert "its lease has to run out" in released["message"]

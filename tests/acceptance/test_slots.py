@@ -210,7 +210,7 @@ def test_a_device_that_fails_pauses_its_slot_and_leaves_the_budget_alone(tuner: 
         assert not {TrialState.COMPLETE, TrialState.PRUNED} & set(states)
         wait_for(lambda: "broken" in str(query(database, "select slots from tuner_workers")), "others see that it is")
         running.process.terminate()
-        assert running.finish().code == 130
+        assert running.finish().code == 143
     attempts = [line.split() for line in (tuner.directory / "attempts").read_text().splitlines()]
     assert len({pid for _, pid in attempts}) == len(attempts)  # each in a process of its own
     assert {trial.state for trial in trials_of(database)} <= {TrialState.WAITING, TrialState.FAIL}
@@ -254,7 +254,7 @@ def test_a_worker_ends_in_time_though_its_trial_hears_nothing(tuner: Tuner, data
         for _ in range(signals):
             running.process.terminate()
             wait_for(lambda: bool(running.events("stopping")), "it stops")
-        assert running.finish().code == 130
+        assert running.finish().code == 143
         assert time.monotonic() - start < (13 if signals == 1 else 5)  # a second or more of it is Python's own end
     (trial,) = trials_of(database)
     assert trial.state == TrialState.WAITING

@@ -194,6 +194,22 @@ def test_a_worker_that_was_killed_is_shown_as_lost_for_an_hour(tuner: Tuner, eng
     }
     assert (found["workers_lost"], found["workers_ended"]) == (2, 1)
     assert found["workers"][0]["silent_s"] == pytest.approx(4000, abs=60)
+    assert found["workers_live"] == 1
+    assert found["last_seen"] >= max(its["last_seen"] for its in found["workers"])  # the one that ended tells as well
+    a_running_trial(engine, study_id, "killed:2")  # whose lease has not run out yet
+    assert tuner("status", "gated", "--json").json()["state"] == "idle"
+    a_running_trial(engine, study_id, "there:3")
+    assert tuner("status", "gated", "--json").json()["state"] == "running"
+    (listed,) = tuner("studies", "--json").json()
+    assert (listed["state"], listed["workers_live"], listed["last_seen"] is None) == ("running", 1, False)
+    ran = [
+        {name: each[name] for name in ("worker", "machine", "attempts")}
+        for each in tuner("trials", "gated", "--json").json()
+    ]
+    assert ran == [
+        {"worker": "killed:2", "machine": "killed", "attempts": 1},
+        {"worker": "there:3", "machine": "there", "attempts": 1},
+    ]
 
 
 def test_versions_that_differ_are_shown_with_who_has_them(tuner: Tuner, engine: Engine, study_id: int) -> None:
@@ -255,7 +271,7 @@ def test_a_released_trial_runs_again_and_its_worker_drops_it(
     with tuner.start("worker", "gated", "--objective", objective, "--log-format", "json") as worker:
         wait_for(lambda: bool(worker.events("trial_started")), "a trial runs")
         released = tuner("release", "gated", "0")
-        name = re.fullmatch(r"trial 0 waits; (\S+:\d+) ran it, and drops it at its next report\n", released.stdout)
+        name = re.fullmatch(r"trial 0 waits; (\S+:\d+-\w+) ran it, and drops it at its next report\n", released.stdout)
         assert (released.code, name is not None) == (0, True), released
         wait_for(lambda: len(worker.events("trial_started")) == 2, "it runs again")
         assert [event["trial"] for event in worker.events("trial_released")] == [0]
@@ -316,7 +332,7 @@ def test_a_display_that_is_terminated_gives_the_cursor_back(tuner: Tuner, study_
     with on_terminal(tuner, "status", "gated", "--watch") as terminal:
         terminal.wait_for("Ctrl-C ends this")
         terminal.process.send_signal(signal.SIGTERM)
-        assert terminal.exit_code() == 130
+        assert terminal.exit_code() == 143
         assert terminal.written.rstrip().endswith("\x1b[?25h")
 
 

@@ -185,11 +185,11 @@ def test_interrupted_a_worker_gives_its_trial_back_and_another_resumes_it(
 ) -> None:
     assert tuner("create", f"{study_file}:objective", "--trials", "1").code == 0
     worker = ("worker", "gated", "--objective", f"{study_file}:objective", "--log-format", "json")
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
         with tuner.start(*worker) as running:
             wait_until_running(database, "gated", 1)
             running.process.send_signal(number)
-            assert running.finish().code == 130
+            assert running.finish().code == code
         (trial,) = load(database, "gated").trials
         assert trial.state == TrialState.WAITING
         x = trial.params["x"]
@@ -208,8 +208,9 @@ def test_a_trial_that_was_given_back_goes_on_within_its_epoch(tuner: Tuner, data
     worker = ("worker", "trains", "--objective", objective, "--log-format", "json", "--device", "cpu")
     with tuner.start(*worker) as running:
         wait_until_running(database, "trains", 1, reports=2)
-        running.process.send_signal(signal.SIGTERM)
-        assert running.finish().code == 130
+        for process in (running.process.pid, *children(running.process.pid)):  # as a scheduler, before a time limit
+            os.kill(process, signal.SIGUSR1)
+        assert running.finish().code == 75
     (trial,) = load(database, "trains").trials
     assert (trial.state, trial.intermediate_values) == (TrialState.WAITING, {})
     (kept,) = (tmp_path / "data" / "checkpoints").glob("study-*/trial-0.pt")

@@ -14,7 +14,7 @@ from sqlalchemy import URL
 from storage import parse_url
 
 _QUERY, _TERMINATE = b"Q", b"X"
-_READY, _AUTHENTICATION = b"Z", b"R"
+_READY, _AUTHENTICATION, _COPY_IN, _COPY_DATA = b"Z", b"R", b"G", b"d"
 _WANTS_AN_ANSWER = {3, 5, 10, 11}  # kinds of authentication at which it is the client's turn
 
 
@@ -126,6 +126,10 @@ class Proxy:
             if kind == _TERMINATE:
                 return False
             answer = _answer(server)
+            if kind == _QUERY and not _is_ready(answer):  # COPY, which wants data now
+                client.sendall(answer)
+                server.sendall(_copied(client))
+                answer = _answer(server)
             if loss is not None:
                 return loss == Loss.BOTH
             client.sendall(answer)
@@ -150,10 +154,24 @@ def _answer(server: socket.socket) -> bytes:
     while True:
         message = _message(server)
         answer += message
-        if message[:1] == _READY:
+        if message[:1] in (_READY, _COPY_IN):
             return answer
         if message[:1] == _AUTHENTICATION and struct.unpack("!i", message[5:9])[0] in _WANTS_AN_ANSWER:
             return answer
+
+
+def _is_ready(answer: bytes) -> bool:
+    return answer[-6:-5] == _READY  # a byte, its length of four bytes, and one of state
+
+
+def _copied(client: socket.socket) -> bytes:
+    """Read what the client copies, to its end."""
+    sent = bytearray()
+    while True:
+        message = _message(client)
+        sent += message
+        if message[:1] != _COPY_DATA:
+            return bytes(sent)
 
 
 def _startup(client: socket.socket) -> bytes:

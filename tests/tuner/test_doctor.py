@@ -1,5 +1,6 @@
 import os
 import sys
+import time
 
 import pytest
 import torch
@@ -30,11 +31,12 @@ def by_name(checks):
 @pytest.mark.slow
 def test_everything_is_looked_at_for_real(tmp_path, open_database, database):
     checks = by_name(doctor.check_all(tmp_path / "new", open_database))
-    assert list(checks) == ["python", "torch", "data", "database", "records", "objectives"]
+    assert list(checks) == ["python", "torch", "data", "database", "clock", "records", "objectives"]
     assert all(check.ok for check in checks.values()), checks
     assert checks["torch"].found.startswith(f"{torch.__version__} on ")
     assert "PostgreSQL 1" in checks["database"].found
     assert "digits" in checks["objectives"].found
+    assert checks["clock"].found.endswith(" s from the database's")
     assert f"{os.cpu_count()} cores" in checks["python"].found
 
 
@@ -52,6 +54,14 @@ def test_a_check_that_fails_says_why_and_the_others_go_on(tmp_path, without_torc
     checks = by_name(doctor.check_all(tmp_path, refuse))
     assert (checks["database"].ok, checks["database"].found) == (False, str(error))
     assert checks["objectives"].ok
+
+
+@pytest.mark.parametrize(("skew_s", "side"), [(3600, "ahead of"), (-3600, "behind")])
+def test_a_clock_that_is_wrong_is_told(tmp_path, without_torch, open_database, monkeypatch, skew_s, side):
+    right = time.time
+    monkeypatch.setattr(time, "time", lambda: right() + skew_s)
+    clock = by_name(doctor.check_all(tmp_path, open_database))["clock"]
+    assert (clock.ok, f"s {side} the database's; set both by NTP" in clock.found) == (False, True)
 
 
 def test_a_data_directory_that_cannot_be_made_is_told_with_advice(tmp_path, without_torch, open_database):

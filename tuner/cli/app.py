@@ -15,20 +15,12 @@ import typer
 from pydantic import ValidationError
 from sqlalchemy.exc import DBAPIError
 
-from storage.database.errors import InvalidURLError, InvalidWriteError, StorageError, UnreachableError
+from storage.database.errors import InvalidWriteError, StorageError
 from tuner.cli import comparing, control, db, growing, importing, model, reading, search, service, status
 from tuner.cli.settings import DataDir, Debug, Format, PasswordFile, Settings, Storage
 from tuner.cli.streams import flush_streams, open_streams, say
-from tuner.errors import (
-    EXIT_FAILED,
-    EXIT_INTERRUPTED,
-    EXIT_UNREACHABLE,
-    EXIT_USAGE,
-    TunerError,
-    WorkerInterrupted,
-    first_line,
-    is_debugging,
-)
+from tuner.errors import AskedToStop, TunerError, first_line, is_debugging
+from tuner.exits import ExitCode, exit_code, signals_as_requests
 from tuner.log import Log
 from tuner.spec import first_problem
 from tuner.study.places import own_place
@@ -119,41 +111,34 @@ def main() -> None:
         os.environ["TUNER_DEBUG"] = "1"  # for slots, too
     fail = partial(_fail, as_json=_wants_json(arguments))
     try:
-        code = app(standalone_mode=False)
-        sys.stdout.flush()
+        with signals_as_requests():
+            code = app(standalone_mode=False)
+            sys.stdout.flush()
     except _UsageError as error:
-        code = fail(_usage_text(error), EXIT_USAGE)
-    except (KeyboardInterrupt, WorkerInterrupted, typer.Abort):
-        code = EXIT_INTERRUPTED
+        code = fail(_usage_text(error), ExitCode.USAGE)
+    except (KeyboardInterrupt, AskedToStop, typer.Abort) as request:
+        code = getattr(request, "exit_code", ExitCode.INTERRUPTED)
     except BrokenPipeError:
-        code = EXIT_FAILED  # the reader of our output went away, as in `tuner trials digits | head`
+        code = ExitCode.FAILED  # the reader of our output went away, as in `tuner trials digits | head`
     except UnicodeEncodeError as error:  # of an argument that is no text, or a database without Unicode
-        code = fail(f"{error.object!r} cannot be written as {error.encoding}; give text in UTF-8", EXIT_USAGE)
+        code = fail(f"{error.object!r} cannot be written as {error.encoding}; give text in UTF-8", ExitCode.USAGE)
     except (TunerError, StorageError, InvalidWriteError, ValidationError, OSError) as error:
         if is_debugging():
             raise
-        code = fail(first_problem(error) if isinstance(error, ValidationError) else str(error), _code_of(error))
+        code = fail(first_problem(error) if isinstance(error, ValidationError) else str(error), exit_code(error))
     except Exception as error:
         if is_debugging():
             raise
         from storage.database.refusals import refusal
 
         refused = refusal(error)
-        code = fail(_unforeseen(error), EXIT_FAILED) if refused is None else fail(str(refused), _code_of(refused))
+        code = fail(_unforeseen(error), ExitCode.FAILED) if refused is None else fail(str(refused), exit_code(refused))
     flush_streams()
     sys.exit(code or 0)
 
 
 def _path(text: str | None) -> Path | None:
     return Path(text) if text else None
-
-
-def _code_of(error: Exception) -> int:
-    if isinstance(error, UnreachableError):
-        return EXIT_UNREACHABLE
-    if isinstance(error, InvalidURLError | InvalidWriteError):
-        return EXIT_USAGE
-    return getattr(error, "exit_code", EXIT_FAILED)
 
 
 def _usage_text(error: Exception) -> str:

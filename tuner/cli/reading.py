@@ -36,12 +36,16 @@ _OF_SHELLS = ("BASH_", "DYLD_", "GIT_", "LD_", "PROMPT_")
 def studies(settings: Settings, as_json: AsJson = False) -> None:
     """List the studies of the database."""
     from storage.coordination import studies
+    from storage.coordination.workers import Signs
+    from tuner.study.status import states
 
     engine = settings.open()
     rows = []
+    state_of, signs_of = states(engine)
     for summary in studies.summaries(engine):
         record = summary.study
         spec = record.spec or {}
+        signs = signs_of.get(record.study_id, Signs())
         rows.append(
             {
                 "study": record.name,
@@ -51,6 +55,9 @@ def studies(settings: Settings, as_json: AsJson = False) -> None:
                 "budget": spec.get("budget", {}).get("trials"),
                 "trials": asdict(summary.counts),
                 "best": summary.best,
+                "state": state_of.get(record.study_id),
+                "workers_live": signs.live,
+                "last_seen": None if signs.last_seen is None else signs.last_seen.isoformat(timespec="seconds"),
                 "created_at": None if record.created_at is None else record.created_at.isoformat(timespec="seconds"),
             }
         )
@@ -58,11 +65,13 @@ def studies(settings: Settings, as_json: AsJson = False) -> None:
         print_json(rows)
         return
     _print_table(
-        ["study", "objective", "done", "running", "failed", "best", "created"],
+        ["study", "objective", "state", "workers", "done", "running", "failed", "best", "created"],
         [
             [
                 row["study"],
                 row["objective"] or "-",
+                row["state"] or "-",
+                row["workers_live"],
                 f"{row['trials']['complete'] + row['trials']['pruned']}/{row['budget'] or '-'}",
                 row["trials"]["running"],
                 row["trials"]["failed"],
@@ -95,6 +104,7 @@ def trials(
 ) -> None:
     """List the trials of STUDY, or show one of them."""
     from storage.coordination import records
+    from storage.coordination.one_trial import last_attempts
     from tuner.cli import trials_view
     from tuner.study.joining import find_study
 
@@ -122,7 +132,9 @@ def trials(
     if sort == "value":
         found = trials_view.best_first(found, opened.directions[0])
     if as_json:
-        print_json([_trial_fields(trial) | _all_values(opened, trial, values) for trial in found])
+        with engine.connect() as conn:
+            ran = last_attempts(conn, opened.study_id)
+        print_json([_trial_fields(trial) | _ran(ran, trial) | _all_values(opened, trial, values) for trial in found])
         return
     empty = f"no trials yet; 'tuner worker {opened.name}' runs some"
     for line in trials_view.lines(found, values) if found else [empty]:
@@ -250,6 +262,12 @@ def _trial_fields(trial: TrialRecord) -> dict[str, Any]:
         "ended_at": None if trial.ended_at is None else trial.ended_at.isoformat(),
         "user_attrs": trial.user_attrs,
     }
+
+
+def _ran(ran: dict[int, tuple[int, str]], trial: TrialRecord) -> dict[str, Any]:
+    """Return who ran the trial last, and how often it was begun."""
+    attempts, worker = ran.get(trial.number, (0, None))
+    return {"attempts": attempts, "worker": worker, "machine": worker and worker.rpartition(":")[0]}
 
 
 def _variables(params: dict[str, Any], prefix: str) -> dict[str, Any]:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import shlex
 import socket
 import sys
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,7 +19,7 @@ from tuner.cli.model import OBJECTIVE_HELP, default_output, installed_name, prin
 from tuner.cli.options import LIMITS, RESULT, WORKERS, ObjectiveName, StudyOptions, check_positive, seconds
 from tuner.cli.settings import Settings, command
 from tuner.cli.streams import say
-from tuner.errors import TunerError, UsageError
+from tuner.errors import StudyFailedError, TunerError, UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -124,6 +126,7 @@ def run(
         )
         log = settings.log(worker=_worker_name(), study=joined.name)
         log.event("study", f"{'created' if created else 'joined'} study {joined.name}: {_outline(joined)}")
+        _tell_unwritable(log, settings, joined)
         if created:
             _tell_random_start(log, joined)
         target = output or default_output(settings, joined)
@@ -255,12 +258,13 @@ def worker(
     engine = settings.open_for_work()
     joined = open_study(engine, study)
     if (why := why_failed(engine, joined)) is not None:  # whatever code is here
-        raise TunerError(why)
+        raise StudyFailedError(why)
     reference = objective or installed_name(joined)
     source = find_objective(reference)
     check_code(joined, source, allow_code_change=allow_code_change)
     log = settings.log(worker=_worker_name(), study=joined.name)
     log.event("study", f"joined study {joined.name}: {_outline(joined)}")
+    _tell_unwritable(log, settings, joined)
     config = _slot_config(
         settings,
         joined,
@@ -356,6 +360,22 @@ def _history(engine: Engine, wanted: Wanted, notes: list[str]) -> Callable[[], l
     return read
 
 
+def _tell_unwritable(log: Log, settings: Settings, study: Study) -> None:
+    """Tell once that nothing can be kept on this machine: trials go on, and what is lost with them is more."""
+    from storage.files import refuses_writes
+
+    why = refuses_writes(settings.data_dir)
+    if why is None:
+        return
+    place = "the database" if study.spec.checkpoints == "database" else study.spec.checkpoints
+    where = "not kept at all" if place == "local" else f"kept in {place} alone"
+    log.event(
+        "note",
+        f"cannot write to {settings.data_dir}: {why}; checkpoints are {where}, and a result that the database does not"
+        " take is lost: mend that, or choose another --data-dir",
+    )
+
+
 def _tell_random_start(log: Log, study: Study) -> None:
     from tuner.study.sampling import random_start
 
@@ -375,8 +395,10 @@ def _workers(count: int | None) -> int:
     return count
 
 
+@cache
 def _worker_name() -> str:
-    return f"{socket.gethostname()}:{os.getpid()}"
+    """Return who this worker is: containers may have one hostname, and give their first process one number."""
+    return f"{socket.gethostname()}:{os.getpid()}-{secrets.token_hex(3)}"
 
 
 def _outline(study: Study) -> str:

@@ -29,9 +29,12 @@ def dashboard(
     ] = None,
 ) -> None:
     """Serve optuna-dashboard for the database, read-only unless --allow-edit, until interrupted."""
+    from sqlalchemy import text
+
     from storage import EmbeddedServer, open_storage
     from tuner.dashboard.outages import Outages
-    from tuner.dashboard.server import read_token, serve
+    from tuner.dashboard.server import serve
+    from tuner.dashboard.token import find_token
 
     settings.open().dispose()  # the schema, which a read-only connection could not make
     url = settings.storage_url()
@@ -40,14 +43,16 @@ def dashboard(
 
         url = parse_url(EmbeddedServer(settings.data_dir).reader_url())
     outages = Outages(settings.log())
+    shown = open_storage(url, read_only=not allow_edit, retry=outages)
     serve(
-        open_storage(url, read_only=not allow_edit, retry=outages),
+        shown,
         outages=outages,
         host=host,
         port=port,
         allow_edit=allow_edit,
-        token=read_token(token_file),
+        token=find_token(token_file, settings.log()),
         allowed_hosts=allowed_host or (),
+        check=lambda: shown.sessions.statement(lambda conn: conn.execute(text("select 1")).scalar()),
         on_ready=lambda address: say(f"dashboard on {address}; Ctrl-C stops it", err=True),
     )
 

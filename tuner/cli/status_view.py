@@ -47,8 +47,10 @@ def fields(found: Status) -> dict[str, Any]:
         "failures": found.failures,
         "device_seconds": asdict(found.cost),
         "workers": [_worker_fields(worker) for worker in found.workers],
+        "workers_live": sum(not worker.is_lost for worker in found.workers),
         "workers_lost": sum(worker.is_lost for worker in found.workers),
         "workers_ended": found.ended_workers,
+        "last_seen": None if found.last_seen is None else found.last_seen.isoformat(timespec="milliseconds"),
     }
 
 

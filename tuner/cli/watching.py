@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import queue
-import signal
 import sys
 import threading
 import time
@@ -158,13 +157,8 @@ def _view(log: Log, *, as_json: bool, interval_s: float) -> Iterator[_Lines | _D
     if not console.is_terminal or console.is_dumb_terminal:
         yield _Lines(log, as_json=False)
         return
-    # As Ctrl-C: the terminal is to have its cursor back.
-    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        with Live(console=console, auto_refresh=False) as live:
-            yield _Display(live, interval_s)
-    finally:
-        signal.signal(signal.SIGTERM, previous)
+    with Live(console=console, auto_refresh=False) as live:
+        yield _Display(live, interval_s)
 
 
 def _cut(shown: list[str]) -> Text:

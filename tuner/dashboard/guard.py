@@ -17,7 +17,11 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qsl, quote, urlencode, urlsplit
 from wsgiref.headers import Headers
 
+from sqlalchemy.exc import SQLAlchemyError
+
+from storage.database.errors import StorageError
 from tuner.dashboard import page
+from tuner.dashboard.outages import RETRY_AFTER_S
 from tuner.dashboard.sessions import LIFETIME_S, Sessions
 from tuner.dashboard.tries import Tries
 
@@ -58,6 +62,7 @@ _RESPONSE_HEADERS = {
 _CSP = "frame-ancestors 'none'; base-uri 'none'; form-action 'self'"
 
 SIGN_OUT = "/sign-out"
+HEALTH = "/healthz"
 _COOKIE = "Path=/; HttpOnly; SameSite=Strict"
 
 _FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r", "\n", "\uff1d", "\uff0b", "\uff0d", "\uff20")
@@ -77,16 +82,27 @@ class Guard:
     """A WSGI application: optuna-dashboard's, for those who may ask.
 
     `hosts` are the values of the Host header that are answered, in lower case, with the port unless it is 80.
+    `token` tells the token as it is now: another one ends the sessions of the last. `check` asks the database, for
+    `HEALTH`, and raises what came of it.
     The limit on a request's body is the server's (see `serve`).
     """
 
-    def __init__(self, app: WSGIApplication, *, allow_edit: bool, hosts: frozenset[str], token: str | None) -> None:
+    def __init__(
+        self,
+        app: WSGIApplication,
+        *,
+        allow_edit: bool,
+        hosts: frozenset[str],
+        token: Callable[[], str] | None,
+        check: Callable[[], object] | None = None,
+    ) -> None:
         self._app = app
         self._allow_edit = allow_edit
         self._hosts = hosts
         self._token = token
-        self._sessions = Sessions()
+        self._check = check
         self._tries = Tries()
+        self._of_token: tuple[str, Sessions] | None = None
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         path = environ.get("PATH_INFO", "")
@@ -96,6 +112,8 @@ class Guard:
         ) -> Callable[[bytes], object]:
             return start_response(status, _harden(headers, path), exc_info)
 
+        if path == HEALTH and environ["REQUEST_METHOD"] in ("GET", "HEAD"):
+            return self._health(environ, start_hardened)
         try:
             self._check_host(environ)
             self._check_route(environ)
@@ -116,6 +134,18 @@ class Guard:
         if re.fullmatch("/dashboard(/.*)?", path):
             return page.page(self._app, environ, start_hardened, allow_edit=self._allow_edit)
         return self._app(environ, start_hardened)
+
+    def _health(self, environ: WSGIEnvironment, start: Callable[..., object]) -> Iterable[bytes]:
+        """Tell who watches over the dashboard whether it has its database: whoever asks, by whatever name."""
+        status, told, headers = "200 OK", "there", [("Content-Type", "application/json"), ("Cache-Control", "no-store")]
+        try:
+            if self._check is not None:
+                self._check()
+        except (StorageError, SQLAlchemyError):
+            status, told = "503 Service Unavailable", "away"
+            headers.append(("Retry-After", str(RETRY_AFTER_S)))
+        start(status, headers)
+        return [] if environ["REQUEST_METHOD"] == "HEAD" else [json.dumps({"database": told}).encode() + b"\n"]
 
     def _check_host(self, environ: WSGIEnvironment) -> None:
         """Keep out pages of a foreign site whose name resolves to this address (DNS rebinding)."""
@@ -145,10 +175,14 @@ class Guard:
         """Ask for the token: as a bearer token, or as `?token=`, which is exchanged for a cookie."""
         if self._token is None:
             return
+        token = self._token()
+        if self._of_token is None or self._of_token[0] != token:
+            self._of_token = token, Sessions()
+        sessions = self._of_token[1]
         cookie = _cookie_name(environ)
         query = parse_qsl(environ.get("QUERY_STRING", ""), keep_blank_values=True)
         in_url = [value for name, value in query if name == "token"][:1]  # one try
-        has_session = any(self._sessions.is_open(value) for value in _cookies(environ, cookie))
+        has_session = any(sessions.is_open(value) for value in _cookies(environ, cookie))
         if has_session and not in_url:
             return
         scheme, _, credentials = environ.get("HTTP_AUTHORIZATION", "").partition(" ")
@@ -161,16 +195,16 @@ class Guard:
                     f"too many wrong tokens came from your address; try again in {wait_s} s",
                     ("Retry-After", str(wait_s)),
                 )
-            if not wait_s and any(_same(value, self._token) for value in bearer):
+            if not wait_s and any(_same(value, token) for value in bearer):
                 return
-            if not wait_s and any(_same(value, self._token) for value in in_url):
+            if not wait_s and any(_same(value, token) for value in in_url):
                 rest = urlencode([(name, value) for name, value in query if name != "token"])
                 path = quote(environ.get("PATH_INFO", ""), encoding="latin-1") or "/"
                 raise _Refused(
                     "303 See Other",
                     "welcome",
                     ("Location", f"{path}?{rest}" if rest else path),
-                    ("Set-Cookie", f"{cookie}={self._sessions.start()}; Max-Age={LIFETIME_S}; {_COOKIE}"),
+                    ("Set-Cookie", f"{cookie}={sessions.start()}; Max-Age={LIFETIME_S}; {_COOKIE}"),
                     ("Cache-Control", "no-store"),
                 )
             self._tries.was_wrong(*client)
@@ -188,7 +222,8 @@ class Guard:
             return
         cookie = _cookie_name(environ)
         for value in _cookies(environ, cookie):
-            self._sessions.end(value)
+            if self._of_token is not None:
+                self._of_token[1].end(value)
         raise _Refused("200 OK", "signed out", ("Set-Cookie", f"{cookie}=; Max-Age=0; {_COOKIE}"))
 
     def _check_origin(self, environ: WSGIEnvironment) -> None:

@@ -1,15 +1,12 @@
-"""Serving the dashboard: the port, the token, and the life of the server."""
+"""Serving the dashboard: the port, and the life of the server."""
 
 from __future__ import annotations
 
 import errno
 import gc
 import ipaddress
-import os
-import re
 import signal
 import socket
-import stat
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
@@ -17,15 +14,14 @@ from tuner.dashboard.guard import Guard
 from tuner.errors import TunerError, UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping
-    from pathlib import Path
+    from collections.abc import Callable, Iterable, Iterator
     from types import FrameType
 
     from optuna.storages import BaseStorage
 
     from tuner.dashboard.outages import Outages
 
-__all__ = ["PortInUseError", "read_token", "serve"]
+__all__ = ["PortInUseError", "serve"]
 
 
 class PortInUseError(TunerError):
@@ -38,8 +34,9 @@ def serve(
     host: str = "127.0.0.1",
     port: int = 8080,
     allow_edit: bool = False,
-    token: str | None = None,
+    token: Callable[[], str] | None = None,
     allowed_hosts: Iterable[str] = (),
+    check: Callable[[], object] | None = None,
     outages: Outages | None = None,
     on_ready: Callable[[str], None],
 ) -> None:
@@ -49,7 +46,8 @@ def serve(
 
     Port 0 takes a free one. `on_ready` gets the dashboard's URL, never the token, once connections are
     accepted. `allowed_hosts` are further values of the Host header, as the address bar shows them:
-    `tuner.example.org:8080`. `outages` is how the storage tries again, where it is to be told of.
+    `tuner.example.org:8080`. `token` is asked at each request. `check` asks the database, and `outages` is how the
+    storage tries again, where these are to be told of.
 
     Raises PortInUseError, and UsageError for an address that cannot be bound or that needs a token.
     """
@@ -63,7 +61,7 @@ def serve(
         hosts = _own_hosts(host, address, port) | {name.lower() for name in allowed_hosts}
         connections: dict[int, Any] = {}
         app = wsgi(storage) if outages is None else outages.answered(wsgi(storage))
-        guard = Guard(app, allow_edit=allow_edit, hosts=hosts, token=token)
+        guard = Guard(app, allow_edit=allow_edit, hosts=hosts, token=token, check=check)
         server = create_server(guard, listener, connections)
         # waitress stops on SystemExit; one that arrives before run(), or a second one while run() waits up to
         # 5 s for its threads, comes out of it
@@ -73,26 +71,6 @@ def serve(
                 server.run()
         finally:
             close_all(connections)
-
-
-def read_token(path: Path | None, environ: Mapping[str, str] = os.environ) -> str | None:
-    """The access token from a file that only its owner can read, or else from TUNER_DASHBOARD_TOKEN.
-
-    None if neither is given. Raises UsageError if the file cannot be read, if others can read it too, or if
-    the token could be guessed.
-    """
-    if path is not None:
-        source, token = str(path), _read_private(path)
-    elif "TUNER_DASHBOARD_TOKEN" in environ:
-        source, token = "TUNER_DASHBOARD_TOKEN", environ["TUNER_DASHBOARD_TOKEN"]
-    else:
-        return None
-    if not re.fullmatch(r"[!-~]{16,}", token.strip()):
-        raise UsageError(
-            "the dashboard's token must be 16 or more ASCII letters, digits and signs without a space, "
-            f"what {source} holds is not; make one with 'openssl rand -hex 32'"
-        )
-    return token.strip()
 
 
 @contextmanager
@@ -173,17 +151,3 @@ def _signals_as_exit() -> Iterator[None]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, signal.SIG_IGN if came else handler)
-
-
-def _read_private(path: Path) -> str:
-    try:
-        with path.open(encoding="ascii", errors="replace") as file:
-            mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
-            content = file.read()
-    except OSError as error:
-        raise UsageError(
-            f"cannot read the dashboard's token from {path}: {error.strerror}; check '--token-file'"
-        ) from error
-    if mode & 0o077:
-        raise UsageError(f"the token file {path} can be read by others (mode {mode:04o}); run 'chmod 600 {path}'")
-    return content

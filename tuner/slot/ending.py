@@ -9,20 +9,20 @@ import threading
 from contextlib import suppress
 from typing import NoReturn
 
+from tuner.exits import ExitCode
+
 LAST_S = 10.0
 """How long a slot takes at most to end once it was to stop, should its worker be gone, which would have killed it."""
-EXIT_AGAIN = 75
-"""The exit code of a slot that can go on only in a new process: its device failed."""
 
 
 def exit_again(worker: int) -> NoReturn:
-    """End this process at once: to free what is left on a device that failed could abort it."""
+    """End this process at once, to go on in a new one: to free what is left on a device that failed could abort it."""
     if os.getppid() != worker:
         end_group()
     with suppress(OSError, ValueError, AttributeError):  # nobody reads it, or the objective did away with it
         sys.stdout.flush()
         sys.stderr.flush()
-    os._exit(EXIT_AGAIN)
+    os._exit(ExitCode.AGAIN)
 
 
 def end_in_time(stop: threading.Event) -> None:

@@ -34,12 +34,13 @@ from storage.coordination import claims, control, standings
 from storage.coordination import preflight as preflights
 from storage.coordination.delivery import Result
 from storage.database.engine import is_outage
-from storage.database.errors import InvalidWriteError, LeaseLostError, StorageError, StudyHaltedError, UnreachableError
+from storage.database.errors import InvalidWriteError, LeaseLostError, StorageError, StudyHaltedError
 from storage.database.sessions import OUTAGE_S, Backoff, Sessions
 from storage.optuna_storage.pruning import IndexedPercentilePruner
 from storage.optuna_storage.storage import PostgresStorage
 from storage.trials.curves import CurvePoint, finite
-from tuner.errors import EXIT_UNREACHABLE, BrokenDeviceError, TunerError
+from tuner.errors import BrokenDeviceError, TunerError
+from tuner.exits import exit_code
 from tuner.objective import Objective
 from tuner.seeds import set_deterministic
 from tuner.slot import prints
@@ -484,7 +485,7 @@ def main() -> None:
         emit(Event(event="broken", message=str(error)))
         exit_again(worker)
     except (TunerError, StorageError, ValidationError) as error:
-        code = EXIT_UNREACHABLE if isinstance(error, UnreachableError) else getattr(error, "exit_code", 1)
+        code = exit_code(error)
         emit(Event(event="refused", message=str(error), exit_code=code))
         sys.exit(code)
     finally:

@@ -13,16 +13,16 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
+from tuner.exits import OF_SIGNAL, handle_until_fork
 from tuner.imports import uncollected
 from tuner.slot import stacks
 
 
 def main() -> None:
     """Import what the slot will need, then run it (`tuner.slot.slot.main`)."""
-    # A scheduler sends SIGTERM to all processes: the worker, which gets it too, drains its slots. Not ignored, which
-    # what the objective starts would inherit.
-    signal.signal(signal.SIGTERM, lambda *_: None)
-    os.register_at_fork(after_in_child=lambda: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+    # A scheduler sends its signals to all processes: the worker, which gets them too, drains its slots. Not ignored,
+    # which what the objective starts would inherit.
+    handle_until_fork([number for number in OF_SIGNAL if number != signal.SIGINT], lambda *_: None)
     stacks.write_on_request()  # of a worker that finds its trial hanging
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # the worker reads UTF-8, a line at a time, whatever the locale

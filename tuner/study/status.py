@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
+import sys
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias
 
@@ -11,9 +12,9 @@ from sqlalchemy import Connection, Engine, func, select
 from storage.coordination import ledger, records, standings, studies, workers
 from storage.coordination.ledger import Cost, Pace
 from storage.coordination.records import TrialRecord
-from storage.coordination.standings import Standing
+from storage.coordination.standings import Budget, Standing
 from storage.coordination.studies import StateCounts
-from storage.coordination.workers import WorkerNow
+from storage.coordination.workers import Signs, WorkerNow
 from storage.database.sessions import Sessions
 from tuner.study.joining import AnyStudy, Study
 
@@ -27,7 +28,8 @@ class Status:
 
     `reason` says why no trial is handed out any more; None while some are. `lost` of the running trials have lost
     their worker. `best` is None while there is none, and for a study of several objectives. `failures` are counts and
-    latest messages by class. `left_s` is None unless the study runs and there is something to reckon it from.
+    latest messages by class. `last_seen` is when a worker last told of itself. `left_s` is None unless the study runs
+    and there is something to reckon it from.
     """
 
     study: AnyStudy
@@ -43,6 +45,7 @@ class Status:
     left_s: float | None
     workers: list[WorkerNow]
     ended_workers: int
+    last_seen: dt.datetime | None
 
 
 def look(engine: Engine, study: AnyStudy) -> Status:
@@ -52,7 +55,6 @@ def look(engine: Engine, study: AnyStudy) -> Status:
     if isinstance(study, Study):
         study = study.as_of(standing)
     counts = studies.count_states(engine, study_id)
-    state, reason = _state(standing, study)
 
     def of_workers(conn: Connection) -> dict[str, Any]:
         return {
@@ -61,9 +63,13 @@ def look(engine: Engine, study: AnyStudy) -> Status:
             "pace": ledger.pace(conn, study_id),
             "workers": workers.present(conn, study_id),
             "ended_workers": workers.count_ended(conn, study_id),
+            "last_seen": workers.signs(conn).get(study_id, Signs()).last_seen,
         }
 
     seen = sessions.snapshot(of_workers)
+    # Those of a worker that was lost wait for their leases to run out.
+    dropped = sum(slot.trial is not None for worker in seen["workers"] if worker.is_lost for slot in worker.slots)
+    state, reason = state_of(standing, study.budget if isinstance(study, Study) else None, dropped)
     is_going = state == "running" and reason is None
     return Status(
         study=study,
@@ -78,15 +84,39 @@ def look(engine: Engine, study: AnyStudy) -> Status:
     )
 
 
-def _state(standing: Standing, study: AnyStudy) -> tuple[StudyStatus, str | None]:
-    """Return the study's state, and the reason why nothing more is handed out."""
-    runs = standing.running > standing.expired
-    if isinstance(study, Study):
+def states(engine: Engine) -> tuple[dict[int, StudyStatus], dict[int, Signs]]:
+    """Return the state of each study of the database, and the signs of its workers."""
+    with engine.connect() as conn:
+        found, signs = standings.all_standings(conn), workers.signs(conn)
+    states = {
+        study_id: state_of(replace(its, budget=None), _budget_of(its.budget))[0] for study_id, its in found.items()
+    }
+    return states, signs
+
+
+def _budget_of(stored: Any) -> Budget | None:
+    """Return the budget of a spec as far as it can be read: of another version's, too, a list tells what it can."""
+    names = ("trials", "timeout_s", "max_failures")
+    known = {
+        name: stored[name] for name in names if isinstance(stored, dict) and isinstance(stored.get(name), int | float)
+    }
+    if "trials" not in known:
+        return None
+    return Budget(**{"timeout_s": None, "max_failures": sys.maxsize, "max_attempts": 0, **known})
+
+
+def state_of(standing: Standing, budget: Budget | None, dropped: int = 0) -> tuple[StudyStatus, str | None]:
+    """Return the study's state, and the reason why nothing more is handed out.
+
+    `budget` is None for a study that tuner did not create; `dropped` of the running trials had a worker that was lost.
+    """
+    runs = standing.running > max(standing.expired, dropped)
+    if budget is not None:
         # Resuming a study whose budget is used up changes nothing.
-        end = standings.closed(replace(standing, state="open"), study.budget)
+        end = standings.closed(replace(standing, state="open"), budget)
         if end is not None and end.final:
             return ("running" if runs else "finished"), end.reason
-        halt = standings.closed(standing, study.budget)
+        halt = standings.closed(standing, budget)
         if standing.state != "open":
             return standing.state, None if halt is None else halt.reason
     return ("running" if runs else "idle"), None

@@ -83,7 +83,7 @@ class Checkpoint:
         self._log = log
         self._due_at = time.monotonic() + every_s
         self._copy_due_at = 0.0
-        self._is_copying_broken = False
+        self._is_file_broken = self._is_copying_broken = False
         self._saving: _Saving | None = None
         self._copying: _Saving | None = None  # the one that was told to copy last
 
@@ -181,9 +181,12 @@ class Checkpoint:
             data = self._packed(state, progress)
             try:
                 self._file.write(data)
+                self._is_file_broken = False
             except OSError as error:
                 reason = error.strerror or str(error)
-                self._log(f"cannot write the checkpoint {self._file}: {reason}; the one before is kept")
+                if not self._is_file_broken:
+                    self._log(f"cannot write the checkpoint {self._file}: {reason}; the one before is kept")
+                self._is_file_broken = True
         finally:
             saving.is_written.set()
         if not copies:

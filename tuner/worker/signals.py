@@ -8,18 +8,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from tuner.exits import OF_SIGNAL, TOGETHER_S
 from tuner.worker.slot_process import Inbox, Message
-
-TOGETHER_S = 0.1
-"""Signals that come so soon after one another are one request: `timeout`, for one, signals the worker and then its
-whole process group."""
 
 
 @contextmanager
 def signals_into(inbox: Inbox) -> Iterator[None]:
-    """Put SIGINT, SIGTERM and SIGHUP into `inbox` for a while, then put the handlers back.
+    """Put the signals of `OF_SIGNAL` into `inbox` for a while, then put the handlers back.
 
-    Where SIGHUP is ignored, as under nohup, it stays so.
+    One that is ignored, as SIGHUP is under nohup, stays so, but for SIGINT and SIGTERM.
     """
     taken_at = -TOGETHER_S
 
@@ -29,9 +26,8 @@ def signals_into(inbox: Inbox) -> Iterator[None]:
             taken_at = time.monotonic()
             inbox.put(Message(kind="signal", text=signal.Signals(number).name))
 
-    numbers = [signal.SIGINT, signal.SIGTERM]
-    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
-        numbers.append(signal.SIGHUP)
+    always = (signal.SIGINT, signal.SIGTERM)
+    numbers = [number for number in OF_SIGNAL if number in always or signal.getsignal(number) != signal.SIG_IGN]
     previous = {number: signal.signal(number, handle) for number in numbers}
     try:
         yield

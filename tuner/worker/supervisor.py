@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import queue
+import signal
 import threading
 import time
 import uuid
@@ -21,7 +22,8 @@ from storage.coordination.workers import SlotSeen, WorkerSeen
 from storage.database.engine import is_outage
 from storage.database.errors import StorageError, StudyNotFoundError
 from tuner.caches import keep_compiled_apart
-from tuner.errors import TunerError, WorkerInterrupted
+from tuner.errors import AskedToStop, StudyFailedError, TunerError
+from tuner.exits import OF_SIGNAL, TOGETHER_S, ExitCode
 from tuner.log import OWN_PRINTS, Log
 from tuner.slot import prints
 from tuner.study.joining import Study, why_failed
@@ -29,8 +31,8 @@ from tuner.versions import versions
 from tuner.worker.known_slot import KnownSlot
 from tuner.worker.presence import LIVE_PROGRESS_S, PROGRESS_S, Presence
 from tuner.worker.progress import Progress
-from tuner.worker.signals import TOGETHER_S, signals_into
-from tuner.worker.slot_process import Inbox, SlotProcess, current_directory
+from tuner.worker.signals import signals_into
+from tuner.worker.slot_process import Inbox, Message, SlotProcess, current_directory
 from tuner.worker.slots import SlotPlan
 from tuner.worker.telling import describe, hung, printed, reported
 from tuner.worker.watchdog import Watchdog
@@ -42,8 +44,6 @@ MAX_DEATHS = 3
 TICK_S = 0.25
 REPORTS_S = 10.0
 """The shortest time between two plain lines that tell what a slot's trial reported."""
-EXIT_AGAIN = 75
-"""The exit code of a slot that has to go on in a new process, as `tuner.slot.slot` defines it."""
 
 
 _SILENT = ("wants_trial", "nothing", "batch", "waiting", "refused", "done")
@@ -113,7 +113,7 @@ class Worker:
         self._refusal: TunerError | None = None
         self._reason: str | None = None
         self._is_finished = False
-        self._signals = 0
+        self._signals: list[ExitCode] = []  # what each asks the worker to end with
         self._is_draining = False
         self._kill_at: float | None = None
         self._started_at = time.monotonic()
@@ -124,8 +124,8 @@ class Worker:
     def run(self) -> None:
         """Return when nothing is left to do.
 
-        Raises WorkerInterrupted after SIGINT, SIGTERM or SIGHUP, or once nobody reads its log any more, TunerError if
-        the slots refused or kept dying.
+        Raises AskedToStop after a signal of `OF_SIGNAL`, or once nobody reads its log any more, StudyFailedError if the
+        study ended by its failures, TunerError if the slots refused or kept dying.
         """
         with signals_into(self._inbox), Progress(self._log) as progress:
             presence = self._presence = Presence(
@@ -145,7 +145,7 @@ class Worker:
                     self._wait_and_handle()
                     self._look_at_the_clock()
                     if self._log.is_unread and not self._is_draining:
-                        self._stop()
+                        self._stop(ExitCode.AGAIN)
                     if presence.snapshot is not None and presence.snapshot is not shown:
                         shown = presence.snapshot
                         progress.show(shown)
@@ -157,7 +157,7 @@ class Worker:
             self._count_late_signals()
         if self._signals:
             self._log.event("stopped", "stopped; the same command goes on where the study is")
-            raise WorkerInterrupted
+            raise AskedToStop(self._signals[-1])
         if self._refusal is not None:
             raise self._refusal
         self._raise_if_failed()
@@ -174,7 +174,7 @@ class Worker:
         except queue.Empty:
             return
         if message.kind == "signal":
-            self._stop()
+            self._stop(_asked(message))
             return
         slot = self._slots[message.slot]
         if message.kind == "stderr":
@@ -186,9 +186,9 @@ class Worker:
 
     # Stopping
 
-    def _stop(self) -> None:
-        self._signals += 1
-        if self._signals > 1:
+    def _stop(self, code: ExitCode) -> None:
+        self._signals.append(code)
+        if len(self._signals) > 1:
             for slot in self._slots:
                 slot.process.kill()
             return
@@ -199,7 +199,8 @@ class Worker:
     def _count_late_signals(self) -> None:
         """Count the signals that came after the last slot had ended."""
         while not self._inbox.empty():
-            self._signals += self._inbox.get().kind == "signal"
+            if (message := self._inbox.get()).kind == "signal":
+                self._signals.append(_asked(message))
 
     def _drain(self) -> None:
         self._is_draining = True
@@ -399,7 +400,7 @@ class Worker:
             slot.state = "ended"
         elif not slot.was_ready:
             self._handle_death_at_start(slot, how)
-        elif hang is not None or (code == EXIT_AGAIN and slot.failed_by is None):
+        elif hang is not None or (code == ExitCode.AGAIN and slot.failed_by is None):
             self._restart(slot)  # its last trial ended, and took the process along
         else:
             self._handle_failure(slot, slot.failed_by or how)
@@ -480,7 +481,11 @@ class Worker:
                 raise
             return
         if why is not None:
-            raise TunerError(why)
+            raise StudyFailedError(why)
+
+
+def _asked(message: Message) -> ExitCode:
+    return OF_SIGNAL[signal.Signals[message.text]]
 
 
 def _named(slot: KnownSlot) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import uuid
 from dataclasses import replace
 
 import pytest
@@ -16,6 +17,7 @@ from storage.coordination import checkpoints, claims, control, studies
 from storage.coordination.checkpoints import MAX_BYTES, PART_BYTES
 from storage.coordination.claims import Holder
 from storage.coordination.standings import Budget
+from storage.database.schema import ensure_schema
 from storage.database.sessions import Sessions
 
 BUDGET = Budget(trials=10, timeout_s=None, max_failures=3, max_attempts=2)
@@ -204,6 +206,31 @@ def test_a_client_that_vanishes_on_the_way_keeps_nobody_waiting(sessions, study_
     again = claim(sessions, study_id)
     assert checkpoints.save(sessions, again, b"of the next")
     assert rows(sessions) == 1
+
+
+@pytest.mark.slow
+def test_a_server_that_logs_each_statement_logs_none_of_a_checkpoint(killable):
+    engine = open_engine(killable.url())
+    ensure_schema(engine)
+    sessions = Sessions(engine)
+    held = claim(sessions, studies.create_study(engine, "s", "maximize", {"version": 1}, {}, "value").study_id)
+    admin = open_engine(killable.admin_url())
+    Sessions(admin).statement(lambda conn: conn.execute(text("ALTER ROLE tuner SET log_min_duration_statement = 0")))
+    admin.dispose()
+    engine.dispose()  # its next session has the setting
+    log = killable.password_file.with_name("postgresql.log")
+    before = log.stat().st_size
+    data = b"telltale" * (PART_BYTES // 8) + b"end"
+    assert checkpoints.save(sessions, held, data)
+    assert not checkpoints.save(sessions, replace(held, token=uuid.uuid4()), data)
+    assert not checkpoints.save(sessions, replace(held, trial_id=2**31 - 1), data)  # an error, which is logged
+    assert checkpoints.load(sessions, held.trial_id) == data
+    engine.dispose()
+    written = log.read_bytes()[before:]
+    assert written.count(b"COPY tuner_checkpoints") >= 4
+    assert b"telltale" not in written
+    assert b"telltale".hex().encode() not in written
+    assert len(written) < 100_000
 
 
 def test_a_checkpoint_of_a_deleted_study_is_not_written(sessions, study_id):

@@ -110,7 +110,7 @@ def password_file(tmp_path):
     return path
 
 
-@pytest.mark.parametrize("mode", [0o600, 0o400])
+@pytest.mark.parametrize("mode", [0o600, 0o400, 0o640, 0o440])
 def test_a_password_comes_from_a_private_file(password_file, mode):
     password_file.chmod(mode)
     assert read_password(password_file) == SECRET
@@ -119,11 +119,26 @@ def test_a_password_comes_from_a_private_file(password_file, mode):
     assert mask_url(url) == "postgresql://ann@db/tuner?sslmode=require"
 
 
-@pytest.mark.parametrize("mode", [0o640, 0o604, 0o660, 0o644])
+@pytest.mark.parametrize("mode", [0o604, 0o660, 0o644, 0o650, 0o620])
 def test_a_password_file_that_others_may_read_is_refused(password_file, mode):
     password_file.chmod(mode)
     with pytest.raises(StorageError, match=rf"has mode {mode:04o}; run: chmod 600"):
         with_password_file("postgresql://ann@db/tuner", password_file)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="gives a file to another group, and joins it")
+def test_a_group_may_read_a_password_file_if_it_is_one_of_ours(password_file):
+    """As Kubernetes has it with an fsGroup: root's file, readable by a group that the container's user is in."""
+    os.chown(password_file, -1, 65533)
+    password_file.chmod(0o440)
+    with pytest.raises(StorageError, match=r"has mode 0440 and is its group's too, gid 65533, .*chmod 600"):
+        read_password(password_file)
+    groups = os.getgroups()
+    os.setgroups([*groups, 65533])
+    try:
+        assert read_password(password_file) == SECRET
+    finally:
+        os.setgroups(groups)
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="gives a file away")

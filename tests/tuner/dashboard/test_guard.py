@@ -19,12 +19,12 @@ from optuna.artifacts import FileSystemArtifactStore, upload_artifact
 from optuna.trial import TrialState, create_trial
 from optuna_dashboard import wsgi
 
-from storage import StorageError, open_engine, open_storage
+from storage import StorageError, UnreachableError, open_engine, open_storage
 from tuner.dashboard.guard import Guard
 from tuner.dashboard.tries import OF_ONE_CLIENT
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 
 READING_ROUTES = {
@@ -80,12 +80,18 @@ class ThreadedServer(ThreadingMixIn, WSGIServer):
 
 @contextmanager
 def guarded(
-    app: Any, *, allow_edit: bool = False, token: str | None = None, hosts: frozenset[str] = frozenset()
+    app: Any,
+    *,
+    allow_edit: bool = False,
+    token: str | Callable[[], str] | None = None,
+    hosts: frozenset[str] = frozenset(),
+    check: Callable[[], object] | None = None,
 ) -> Iterator[Client]:
     """The guard and what is behind it on a port of this process."""
     with ThreadedServer(("127.0.0.1", 0), QuietHandler) as server:
         client = Client(server.server_port)
-        server.set_app(Guard(app, allow_edit=allow_edit, hosts=hosts | {client.host}, token=token))
+        current = (lambda: token) if isinstance(token, str) else token
+        server.set_app(Guard(app, allow_edit=allow_edit, hosts=hosts | {client.host}, token=current, check=check))
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
         try:
@@ -377,6 +383,36 @@ def test_without_the_token_nothing_is_shown(database: str) -> None:
         for wrong in ("", "wrong", TOKEN[:-1], TOKEN + "0", "%ff", "%ed%a0%80"):
             answer = client.ask(f"/dashboard?token={wrong}")
             assert (answer.status, answer.headers["Set-Cookie"]) == (401, None), wrong
+
+
+def test_a_token_that_changes_ends_the_sessions_of_the_last(database: str) -> None:
+    now = [TOKEN]
+    with guarded(dashboard_of(database), token=lambda: now[0]) as client:
+        cookie = client.ask(f"/dashboard?token={TOKEN}").headers["Set-Cookie"].partition(";")[0]
+        assert client.ask("/api/studies", headers={"Cookie": cookie}).status == 200
+        now[0] = TOKEN[::-1]
+        assert client.ask("/api/studies", headers={"Cookie": cookie}).status == 401
+        assert client.ask("/api/studies", headers={"Authorization": f"Bearer {TOKEN}"}).status == 401
+        assert client.ask("/api/studies", headers={"Authorization": f"Bearer {TOKEN[::-1]}"}).status == 200
+
+
+def test_whether_the_database_is_there_is_told_to_everybody_and_nothing_else(database: str) -> None:
+    away: list[Exception] = []
+
+    def check() -> None:
+        if away:
+            raise away[0]
+
+    with guarded(dashboard_of(database), token=TOKEN, check=check) as client:
+        for host in (client.host, "10.1.2.3"):  # a probe of Kubernetes names the pod's address
+            answer = client.ask("/healthz", headers={"Host": host})
+            assert (answer.status, json.loads(answer.body)) == (200, {"database": "there"})
+        away.append(UnreachableError("cannot reach PostgreSQL at postgresql://tuner:***@db/tuner"))
+        answer = client.ask("/healthz")
+        assert (answer.status, json.loads(answer.body)) == (503, {"database": "away"})
+        assert answer.headers["Retry-After"] == "5"
+        assert client.ask("/healthz", "HEAD").body == b""
+        assert client.ask("/healthz", "POST").status == 405
 
 
 def test_a_session_ends_by_signing_out_and_with_the_dashboard(database: str) -> None:

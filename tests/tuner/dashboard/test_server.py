@@ -16,8 +16,11 @@ import pytest
 from dashboards import STUDY_NAME, TOKEN, Client, a_study
 from playwright.sync_api import expect
 
-from tuner.dashboard.server import PortInUseError, read_token, serve
+from tuner.dashboard.server import PortInUseError, serve
+from tuner.dashboard.token import find_token, read_token
 from tuner.errors import UsageError
+from tuner.exits import exit_code
+from tuner.log import Log
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -31,8 +34,9 @@ from storage import open_storage
 from tuner.dashboard.server import serve
 assert "torch" not in sys.modules and "optuna_dashboard" not in sys.modules
 options = json.loads(sys.argv[1])
+token = options.pop("token", None)
 storage = open_storage(os.environ["DATABASE"], read_only=not options.get("allow_edit", False))
-serve(storage, on_ready=lambda url: print(url, flush=True), **options)
+serve(storage, on_ready=lambda url: print(url, flush=True), token=token and (lambda: token), **options)
 os.kill(os.getpid(), signal.SIGINT)  # the second of a pair, as `timeout` sends them
 assert "torch" not in sys.modules
 print("returned")
@@ -137,7 +141,7 @@ def test_a_port_in_use_is_named_with_the_way_out(no_studies: BaseStorage) -> Non
         with pytest.raises(PortInUseError, match=rf"127\.0\.0\.1:{port}.*--port") as caught:
             serve(no_studies, port=port, on_ready=never)
     assert "\n" not in str(caught.value)
-    assert caught.value.exit_code == 1
+    assert exit_code(caught.value) == 1
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::"])
@@ -149,7 +153,7 @@ def test_a_server_for_other_machines_needs_a_token(no_studies: BaseStorage, host
 @pytest.mark.parametrize("host", ["192.0.2.1", "no-such-name.invalid"])
 def test_an_address_of_another_machine_is_refused(no_studies: BaseStorage, host: str) -> None:
     with pytest.raises(UsageError, match=rf"cannot serve the dashboard on {host}.*--host"):
-        serve(no_studies, host=host, port=0, token=TOKEN, on_ready=never)
+        serve(no_studies, host=host, port=0, token=lambda: TOKEN, on_ready=never)
 
 
 # --- the token's source
@@ -167,8 +171,8 @@ def test_the_token_is_read_from_a_private_file_or_the_environment(tmp_path: Any)
 def test_a_token_file_that_others_can_read_is_refused(tmp_path: Any) -> None:
     path = tmp_path / "token"
     path.write_text(TOKEN)
-    path.chmod(0o640)
-    with pytest.raises(UsageError, match=r"mode 0640.*chmod 600") as caught:
+    path.chmod(0o644)
+    with pytest.raises(UsageError, match=r"mode 0644.*chmod 600.*--token-file") as caught:
         read_token(path, {})
     assert TOKEN not in str(caught.value)
 
@@ -178,9 +182,25 @@ def test_a_weak_token_is_refused_and_not_shown(tmp_path: Any, content: bytes) ->
     path = tmp_path / "token"
     path.write_bytes(content)
     path.chmod(0o600)
-    with pytest.raises(UsageError, match="openssl rand") as caught:
+    with pytest.raises(UsageError, match=r"openssl rand|UTF-8") as caught:
         read_token(path, {})
     assert "spaces" not in str(caught.value)
+
+
+def test_a_token_is_read_again_and_kept_while_its_file_holds_none(
+    tmp_path: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "token"
+    path.write_text(TOKEN)
+    path.chmod(0o600)
+    token = find_token(path, Log("json"))
+    assert token is not None
+    path.write_text("")
+    assert (token(), token()) == (TOKEN, TOKEN)
+    path.write_text(TOKEN[::-1])
+    assert token() == TOKEN[::-1]
+    (told,) = capsys.readouterr().err.splitlines()
+    assert "until then the token is what it was" in told
 
 
 def test_a_token_file_that_is_not_there_is_named(tmp_path: Any) -> None:
