@@ -5,10 +5,7 @@ from __future__ import annotations
 import datetime as dt
 import json
 import math
-import os
-import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,11 +23,11 @@ from storage.trials.curves import curves
 from tuner import training
 from tuner.data import ClassNames, Data, Rows, Split, Tensors, tensors
 from tuner.errors import FormatError, TunerError
-from tuner.files import sync_directory
 from tuner.formats.program import PROGRAM, program_file
 from tuner.formats.weights import WEIGHTS, differing, weights_file
 from tuner.log import Log
-from tuner.model.loading import MANIFEST, Manifest, TensorDescription, sha256_of
+from tuner.model.directory import replacing
+from tuner.model.manifest import MANIFEST, Manifest, TensorDescription, sha256_of
 from tuner.model.output import check_output
 from tuner.model.retraining import retrain
 from tuner.objective import Objective
@@ -67,8 +64,8 @@ def export_study(
 
     It is trained until the epoch of its best value, or with `full_schedule` for all of the study's.
 
-    Everything is written aside, loaded back, compared with the model and only then moved to `output`, the
-    manifest last; an export that was there before stays until then. What this model cannot have - a program, a figure
+    Everything is written aside, loaded back, compared with the model and only then takes the place of `output` as a
+    whole; an export that was there before stays until then. What this model cannot have - a program, a figure
     of the test split - is left out, and the manifest says why. Raises TunerError if the study has no complete trial,
     its best cannot be trained again or `output` cannot be written.
     """
@@ -86,7 +83,7 @@ def export_study(
     )
     model = trained.model.cpu()  # where files are compared with it
     log.event("exporting", f"writing the model to {output}", output=str(output))
-    with _aside(output) as directory:
+    with replacing(output) as directory:
         missing: dict[str, str] = {}
         _write_weights(model, directory, missing)
         shown = exported_form(model, objective)
@@ -130,7 +127,6 @@ def export_study(
             missing=missing,
         )
         (directory / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n")
-        _publish(directory, output)
     return Exported(directory=output, manifest=manifest)
 
 
@@ -219,40 +215,6 @@ def _write_program(
         missing[PROGRAM] = str(error)
         return []
     return _describe(training.predict(model, example.rows(slice(0, 2)).inputs))
-
-
-@contextmanager
-def _aside(output: Path) -> Iterator[Path]:
-    """Yield a new directory on the file system of `output`, removed afterwards.
-
-    An `output`, and parents of it, that were not there before do not stay if the block fails.
-    """
-    made = [place for place in (output, *output.parents) if not place.exists()]
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=output, prefix=".tuner-") as directory:
-            yield Path(directory)
-    except OSError as error:
-        raise TunerError(
-            f"cannot write the model to {output}: {error.strerror or error}; free some space or choose another --output"
-        ) from error
-    finally:
-        if made and not (output / MANIFEST).exists():
-            with suppress(OSError):  # somebody else uses it by now
-                for place in made:
-                    place.rmdir()
-
-
-def _publish(directory: Path, output: Path) -> None:
-    names = [name for name in (WEIGHTS, PROGRAM, MANIFEST) if (directory / name).exists()]
-    for name in names:
-        with (directory / name).open("rb") as file:
-            os.fsync(file.fileno())
-    for name in names:
-        os.replace(directory / name, output / name)
-    if PROGRAM not in names:  # of an earlier export, and not this model's
-        (output / PROGRAM).unlink(missing_ok=True)
-    sync_directory(output)
 
 
 def _class_names(names: ClassNames) -> tuple[str, ...] | dict[str, tuple[str, ...]]:

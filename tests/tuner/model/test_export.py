@@ -16,7 +16,9 @@ from storage import open_storage
 from storage.coordination import studies
 from tuner.data import tensors
 from tuner.errors import TunerError
-from tuner.model.loading import MANIFEST, PROGRAM, WEIGHTS, read_manifest, sha256_of
+from tuner.formats.program import PROGRAM
+from tuner.formats.weights import WEIGHTS
+from tuner.model.manifest import MANIFEST, read_manifest, sha256_of
 from tuner.training import predict
 
 LOAD_WITHOUT_PICKLE = """
