@@ -39,6 +39,56 @@ class Retraining(BaseModel):
     notes: list[str] = []
 
 
+class OfClass(BaseModel):
+    """How a class was recognised on test; None where nothing is divided by."""
+
+    rows: int
+    recall: float | None
+    precision: float | None
+    f1: float | None
+
+
+class ClassDetails(BaseModel):
+    """Where a classifier errs on test: `confusion[wanted][given]` in rows, None for more than 100 classes.
+
+    `calibration_error` is the expected one: the mean distance of confidence and accuracy, over 15 equal bins.
+    """
+
+    by_class: dict[str, OfClass]
+    confusion: list[list[int]] | None
+    calibration_error: float
+
+
+class TestDetails(BaseModel):
+    """How sure the figures of the test split are, and where the model errs; each target by its name, "" for the only.
+
+    `intervals` hold 95 % of the figures of as many `resamples` of the rows, drawn with replacement from `seed`; None
+    where some are no numbers. `residuals` are what was given less what was wanted, for each output at the quantiles
+    0, 5, 25, 50, 75, 95 and 100 %.
+    """
+
+    rows: int
+    seed: int
+    resamples: dict[str, int]
+    intervals: dict[str, tuple[float, float] | None]
+    classes: dict[str, ClassDetails] = {}
+    residuals: dict[str, list[list[float]]] = {}
+
+
+class EarlierTest(BaseModel):
+    """An earlier use of the test split for the study: of which trial, and of which weights."""
+
+    trial: int
+    weights_sha256: str
+
+
+class Search(BaseModel):
+    """What the search took: trials by state, and seconds of devices by what came of them."""
+
+    trials: dict[str, int]
+    device_s: dict[str, float]
+
+
 class Manifest(BaseModel):
     """What an exported model is and where it comes from. A directory without it is no export."""
 
@@ -50,6 +100,8 @@ class Manifest(BaseModel):
     trial: int
     objective: str
     code_hash: str
+    git_revision: str | None = None
+    """The commit of the objective's file, with `+` where the file was another; None where git keeps none."""
     options: dict[str, JsonValue]
     params: dict[str, JsonValue]
     metric: str
@@ -57,6 +109,9 @@ class Manifest(BaseModel):
     validation: float | None
     test: dict[str, float | None]
     """None for a metric that is NaN or infinite, which JSON has not."""
+    test_details: TestDetails | None = None
+    tested_before: list[EarlierTest] = []
+    """Of other weights than these, which makes the figures too good if they were chosen by it."""
     epochs: int
     retraining: Retraining | None = None
     """None in an export of before 0.2: the schedule's epochs were as many as the trial's best one then."""
@@ -64,8 +119,16 @@ class Manifest(BaseModel):
     trained_parameters: int | None = None
     """How many numbers the model's weights are, and how many of them were trained; None in an export of before 0.2."""
     seed: int
+    """The one of the retraining, which follows from the study's."""
+    study_seed: int | None = None
+    learning_curve: list[dict[str, JsonValue]] = []
+    """The trial's, by epoch: the value, the training loss, the seconds, the learning rates and all metrics."""
+    search: Search | None = None
     trained_on: str
+    hardware: dict[str, str] = {}
     data: dict[str, JsonValue]
+    data_license: str | None = None
+    """As the objective names it."""
     inputs: list[TensorDescription]
     outputs: list[TensorDescription] = []
     """Empty without a program, and in an export of before 0.2."""
