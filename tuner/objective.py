@@ -62,6 +62,8 @@ class Objective(BaseModel, ABC, metaclass=_ObjectiveType):
     direction: ClassVar[Literal["maximize", "minimize"]] = "maximize"
     epochs: ClassVar[int] = 20
     """Epochs of a trial, unless `--epochs` says otherwise, or the param `epochs` where suggested."""
+    data_license: ClassVar[str | None] = None
+    """The licence of the data, for the card of an exported model: an SPDX identifier, such as `CC-BY-4.0`, or text."""
     readers: ClassVar[int | None] = None
     """Processes that read `Samples` in each slot, unless `--readers` says otherwise: 0 for none, None for as many as
     it has cores."""

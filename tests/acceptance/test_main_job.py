@@ -174,6 +174,7 @@ def test_the_exported_model_predicts_the_same_in_a_fresh_process(job: Finished, 
     assert float(accuracy) == pytest.approx(result["test"]["accuracy"])
     assert training == "False"
     assert sorted(path.name for path in (home / "model").iterdir()) == [
+        "README.md",
         "manifest.json",
         "model.pt2",
         "model.safetensors",

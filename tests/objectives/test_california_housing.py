@@ -10,7 +10,7 @@ from torch import nn
 from objectives.california_housing import CaliforniaHousing, WideAndDeep, WideAndDeepModel
 from tuner.data import Data, Split
 from tuner.errors import TunerError
-from tuner.model.loading import WEIGHTS
+from tuner.formats.weights import WEIGHTS
 from tuner.slot.attempt import load_data
 from tuner.study.sampling import discover
 from tuner.training import EVALUATION_ROWS, predict

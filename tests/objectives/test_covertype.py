@@ -9,7 +9,7 @@ from torch import nn
 from objectives.covertype import COVERS, Covertype
 from tuner.data import Data, Split, class_weights
 from tuner.errors import TunerError
-from tuner.model.loading import WEIGHTS
+from tuner.formats.weights import WEIGHTS
 from tuner.slot.attempt import load_data
 from tuner.study.sampling import discover
 from tuner.training import predict

@@ -11,7 +11,7 @@ from torchvision import datasets
 from objectives.fashion_mnist import FashionMNIST
 from tuner.data import Split, split_in_two
 from tuner.errors import TunerError
-from tuner.model.loading import WEIGHTS
+from tuner.formats.weights import WEIGHTS
 from tuner.slot.attempt import load_data
 from tuner.study.sampling import discover
 from tuner.training import predict

@@ -48,7 +48,7 @@ _PANELS: dict[str, dict[str, Callable[..., None]]] = {
         "compare": comparing.compare,
         "dashboard": service.dashboard,
     },
-    "Results": {"best": reading.best, "export": model.export},
+    "Results": {"best": reading.best, "export": model.export, "verify": model.verify},
     "Operate": {
         "pause": control.pause,
         "resume": control.resume,

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tuner.cli.reading import AsJson, StudyName, best_fields_of, print_json
+from tuner.cli.reading import AsJson, best_fields_of, print_json
 from tuner.cli.settings import Settings, command
 from tuner.cli.streams import say
 from tuner.errors import UsageError
@@ -22,8 +23,24 @@ if TYPE_CHECKING:
 
 
 @command
-def show(settings: Settings, study: StudyName, as_json: AsJson = False) -> None:
-    """Show all that STUDY was created with."""
+def show(
+    settings: Settings,
+    study: Annotated[
+        str, typer.Argument(metavar="STUDY|DIRECTORY/", help="Name of the study, or an export's directory with its /.")
+    ],
+    as_json: AsJson = False,
+) -> None:
+    """Show all that STUDY was created with, or the manifest of the export in DIRECTORY/."""
+    if _is_directory(study):
+        from tuner.model.directory import current
+        from tuner.model.manifest import read_manifest
+
+        manifest = read_manifest(current(Path(study)))
+        if as_json:
+            print_json(manifest.model_dump(mode="json"))
+        else:
+            _print_rows(list(_leaves(manifest.model_dump(mode="json", exclude={"learning_curve"}), at_top=())))
+        return
     from tuner.study.joining import find_study
 
     found = find_study(settings.open(), study)
@@ -34,6 +51,16 @@ def show(settings: Settings, study: StudyName, as_json: AsJson = False) -> None:
     spec = fields.pop("spec")
     rows = [(name, "-" if value is None else str(value)) for name, value in fields.items()]
     rows += [("spec", "none: not created by tuner")] if spec is None else list(_leaves(spec))
+    _print_rows(rows)
+
+
+def _is_directory(text: str) -> bool:
+    """Whether a path of an export is meant and no study, whose name may have a / as well."""
+    is_path = text.startswith(("/", "./", "../")) or text.endswith("/") or text in (".", "..")
+    return is_path or ("/" in text and (Path(text) / "manifest.json").is_file())
+
+
+def _print_rows(rows: Sequence[tuple[str, str]]) -> None:
     width = max(len(name) for name, _ in rows)
     for name, text in rows:
         say(f"{name:<{width}}  {text}")
@@ -86,12 +113,14 @@ def _spec_fields(study: AnyStudy) -> dict[str, Any]:
     }
 
 
-def _leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Yield the settings by dotted names, but for those that are said above them."""
+def _leaves(
+    tree: dict[str, Any], prefix: str = "", at_top: Sequence[str] = ("metric", "direction")
+) -> Iterator[tuple[str, str]]:
+    """Yield the settings by dotted names, but for those `at_top`, which are said above them."""
     for name, value in tree.items():
         if isinstance(value, dict) and value:
             yield from _leaves(value, f"{prefix}{name}.")
-        elif prefix or name not in ("metric", "direction"):
+        elif prefix or name not in at_top:
             text = value if isinstance(value, str) else "none" if value in (None, {}) else json.dumps(value)
             yield prefix + name, text[:12] if name == "code_hash" else text
 

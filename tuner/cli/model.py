@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,7 +11,7 @@ import typer
 
 from tuner.cli.settings import Settings, command
 from tuner.cli.streams import say
-from tuner.errors import UsageError
+from tuner.errors import TunerError, UsageError
 
 OBJECTIVE_HELP = "The study's objective, where it is not an installed one."
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from sqlalchemy import Engine
 
     from tuner.model.export import Exported
+    from tuner.model.manifest import Manifest
     from tuner.study.joining import Study
 
 
@@ -70,6 +72,26 @@ def export(
     )
     link = link_by_name(target, opened.name) if output is None else None
     print_exported(settings, engine, opened, exported, as_json=as_json, link=link)
+
+
+@command
+def verify(
+    settings: Settings,  # noqa: ARG001 - every command takes them
+    directory: Annotated[Path, typer.Argument(metavar="DIRECTORY", help="An export's.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print what was checked as JSON.")] = False,
+) -> None:
+    """Check the export in DIRECTORY against its manifest: hashes, weights against program, and calls of it."""
+    from tuner.cli.reading import print_json
+    from tuner.model.verifying import verify as verify_
+
+    checks = verify_(directory)
+    if as_json:
+        print_json([asdict(check) for check in checks])
+    else:
+        for check in checks:
+            say(f"{check.name}: {'ok' if check.problem is None else check.problem}")
+    if wrong := [check for check in checks if check.problem is not None]:
+        raise TunerError(f"{directory} is not what its manifest says: {wrong[0].name}: {wrong[0].problem}")
 
 
 def installed_name(study: Study) -> str:
@@ -125,7 +147,11 @@ def print_exported(
         (f"validation {best['metric']}", number_text(best["value"])),
     ]
     if exported is not None:
-        lines += [(f"test {name}", number_text(value)) for name, value in exported.manifest.test.items()]
+        lines += [(f"test {name}", _test_text(exported.manifest, name)) for name in exported.manifest.test]
+        if before := exported.manifest.tested_before:
+            lines.append(
+                ("test split", f"used {len(before)} times before, with other weights: the figures may be too good")
+            )
         lines.append(("model", exported.directory))
         if link is not None:
             lines.append(("as well", link))
@@ -134,3 +160,12 @@ def print_exported(
     width = max(len(name) for name, _ in lines) + 2
     for name, value in lines:
         say(f"{name:<{width}}{value}")
+
+
+def _test_text(manifest: Manifest, name: str) -> str:
+    from tuner.text import number_text
+
+    details = manifest.test_details
+    interval = None if details is None else details.intervals.get(name)
+    text = number_text(manifest.test[name])
+    return text if interval is None else f"{text} (95 %: {number_text(interval[0])} to {number_text(interval[1])})"

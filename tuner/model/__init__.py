@@ -1,5 +1,5 @@
 """From a study to a model: the best trial retrained, tested once and exported, and an export loaded again.
 
-In comes a study with a complete trial, or the directory of an export. Out goes a directory of files whose manifest is
-written last, or the model of one, without anything unpickled.
+In comes a study with a complete trial, or the directory of an export. Out goes a directory that takes the place
+of an earlier one as a whole, or the model of one, without anything unpickled.
 """

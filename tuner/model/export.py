@@ -5,24 +5,19 @@ from __future__ import annotations
 import datetime as dt
 import json
 import math
-import os
-import tempfile
+import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from sqlalchemy import Engine
-from sqlalchemy.exc import SQLAlchemyError
 from torch import nn
-from torchmetrics import Metric
 
 from storage.coordination import studies
 from storage.coordination.records import TrialRecord
-from storage.database.errors import StorageError
-from storage.files import sync_directory
 from storage.trials.curves import curves
 from tuner import training
 from tuner.caches import keep_compiled_apart
@@ -31,9 +26,13 @@ from tuner.errors import FormatError, TunerError
 from tuner.formats.program import PROGRAM, program_file
 from tuner.formats.weights import WEIGHTS, differing, weights_file
 from tuner.log import Log
-from tuner.model.loading import MANIFEST, Manifest, TensorDescription, sha256_of
+from tuner.model.card import card
+from tuner.model.directory import CARD, replacing
+from tuner.model.manifest import MANIFEST, EarlierTest, Manifest, Search, TensorDescription, TestDetails, sha256_of
 from tuner.model.output import check_output
+from tuner.model.provenance import git_revision, hardware
 from tuner.model.retraining import retrain
+from tuner.model.testing import details_of_test
 from tuner.objective import Objective
 from tuner.seeds import derive_seed, set_deterministic
 from tuner.slot.attempt import load_data
@@ -41,6 +40,7 @@ from tuner.slot.preflight import exported_form
 from tuner.slot.where import with_line
 from tuner.study.joining import Study, best_of
 from tuner.study.registry import ObjectiveSource, build_objective, is_objective_class
+from tuner.study.status import look
 from tuner.training.batches import place_rows
 from tuner.versions import versions
 
@@ -68,8 +68,8 @@ def export_study(
 
     It is trained until the epoch of its best value, or with `full_schedule` for all of the study's.
 
-    Everything is written aside, loaded back, compared with the model and only then moved to `output`, the
-    manifest last; an export that was there before stays until then. What this model cannot have - a program, a figure
+    Everything is written aside, loaded back, compared with the model and only then takes the place of `output` as a
+    whole; an export that was there before stays until then. What this model cannot have - a program, a figure
     of the test split - is left out, and the manifest says why. Raises TunerError if the study has no complete trial,
     its best cannot be trained again or `output` cannot be written.
     """
@@ -88,17 +88,19 @@ def export_study(
     )
     model = trained.model.cpu()  # where files are compared with it
     log.event("exporting", f"writing the model to {output}", output=str(output))
-    with _aside(output) as directory:
+    with replacing(output) as directory:
         missing: dict[str, str] = {}
         _write_weights(model, directory, missing)
         shown = exported_form(model, objective)
         outputs = _write_program(shown, data.valid, directory, missing)
         sha256 = sha256_of(directory / WEIGHTS)
-        test: dict[str, float | None] = {}
+        tested = _Tested()
         try:
-            test = _measured(engine, study, best, shown.to(device_), data, objective, sha256, device_, log)
+            tested = _measured(engine, study, best, shown.to(device_), data, objective, sha256, device_, log)
         except FormatError as error:
             missing["test"] = str(error)
+        if tested.without_details is not None:
+            missing["test_details"] = tested.without_details
         for name, reason in missing.items():
             log.event("missing", f"the export has no {name}: {reason}", name=name)
         manifest = Manifest(
@@ -107,18 +109,26 @@ def export_study(
             trial=best.number,
             objective=study.spec.objective.name,
             code_hash=source.code_hash(),
+            git_revision=git_revision(source.file),
             options=study.spec.objective.options,
             params=_as_json(best.params),
             metric=study.spec.metric,
             direction=study.spec.direction,
             validation=_finite(best.value),
-            test=test,
+            test=tested.metrics,
+            test_details=tested.details,
+            tested_before=tested.before,
             epochs=trained.epochs,
             retraining=trained.how,
             parameters=trained.counts["parameters"],
             trained_parameters=trained.counts["trained_parameters"],
             seed=seed,
+            study_seed=study.spec.seed,
+            learning_curve=_as_json([asdict(point) for point in curve]),
+            search=_search(engine, study),
             trained_on=str(device_),
+            hardware=hardware(device_),
+            data_license=objective.data_license,
             data={
                 "fingerprint": data.fingerprint(),
                 **{name: len(split) for name, split in data.splits()},
@@ -131,8 +141,8 @@ def export_study(
             files={name: sha256_of(directory / name) for name in (WEIGHTS, PROGRAM) if (directory / name).exists()},
             missing=missing,
         )
-        (directory / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n")
-        _publish(directory, output)
+        (directory / CARD).write_text(card(manifest), encoding="utf-8")
+        (directory / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
     return Exported(directory=output, manifest=manifest)
 
 
@@ -145,6 +155,16 @@ def _objective(study: Study, source: ObjectiveSource) -> Objective:
     return build_objective(kind, study.spec.objective.options, study.spec.seed)
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Tested:
+    """What came of the test split; `without_details` says why there are none of these."""
+
+    metrics: dict[str, float | None] = field(default_factory=dict)
+    details: TestDetails | None = None
+    without_details: str | None = None
+    before: list[EarlierTest] = field(default_factory=list)
+
+
 def _measured(
     engine: Engine,
     study: Study,
@@ -155,51 +175,56 @@ def _measured(
     weights_sha256: str,
     device: torch.device,
     log: Log,
-) -> dict[str, float | None]:
-    """Return the test metrics as `_test_once` does. Raises FormatError if the split cannot be evaluated."""
-    try:
-        metrics = objective.build_metrics(data)
-        test_metrics = _test_once(engine, study, best, model, data, metrics, weights_sha256, device, log)
-    except (StorageError, SQLAlchemyError):
-        raise
-    except Exception as error:
-        raise FormatError(f"the test split could not be evaluated: {with_line(error, objective)}") from error
-    return test_metrics
-
-
-def _test_once(
-    engine: Engine,
-    study: Study,
-    best: TrialRecord,
-    model: nn.Module,
-    data: Data,
-    metrics: dict[str, Metric],
-    weights_sha256: str,
-    device: torch.device,
-    log: Log,
-) -> dict[str, float | None]:
+) -> _Tested:
     """Return the test metrics: the recorded ones of these very weights, or else measured now and recorded.
 
     They are measured on the model's `device`, and in fp32, as the exported model is used. None stands for one that is
-    NaN or infinite.
+    NaN or infinite. Raises FormatError if the split cannot be evaluated.
     """
     earlier = studies.list_exports(engine, study.study_id)
-    for _, sha256, test_metrics in earlier:
-        if sha256 == weights_sha256:
-            return test_metrics
-    if earlier:
+    place = next((number for number, (_, its, _) in enumerate(earlier) if its == weights_sha256), None)
+    recorded = None if place is None else earlier[place][2]
+    before = [EarlierTest(trial=trial, weights_sha256=its) for trial, its, _ in earlier[:place]]
+    if before and recorded is None:
         log.event(
             "test_again",
-            f"the test split was evaluated {len(earlier)} times before for this study, with other weights:"
+            f"the test split was evaluated {len(before)} times before for this study, with other weights:"
             " choosing between them by it would make its figure too good",
         )
-    test = data.test
-    if isinstance(test, Split):  # samples are streamed
-        (test,) = place_rows([test], device, "auto", lambda _: None)
-    on_device = {name: metric.to(device) for name, metric in metrics.items()}
-    test_metrics = {name: _finite(value) for name, value in training.evaluate(model, test, on_device).items()}
-    studies.record_export(engine, study.study_id, best.number, weights_sha256, test_metrics)
-    return test_metrics
+    with _of_test(objective):
+        metrics = {name: metric.to(device) for name, metric in objective.build_metrics(data).items()}
+        test = data.test
+        if isinstance(test, Split):  # samples are streamed
+            (test,) = place_rows([test], device, "auto", lambda _: None)
+        found = recorded
+        if found is None:
+            found = {name: _finite(value) for name, value in training.evaluate(model, test, metrics).items()}
+    if recorded is None:
+        studies.record_export(engine, study.study_id, best.number, weights_sha256, found)
+    if not isinstance(test, Split):
+        return _Tested(metrics=found, before=before, without_details="the split is streamed")
+    try:
+        with _of_test(objective), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # such as of a resample without a class
+            names, seed = _class_names(data.class_names), derive_seed(study.spec.seed, "resamples", best.number)
+            details = details_of_test(model, test, data, metrics, names, seed)
+    except FormatError as error:
+        return _Tested(metrics=found, before=before, without_details=str(error))
+    why = "there are too many predictions to keep" if details is None else None
+    return _Tested(metrics=found, details=details, before=before, without_details=why)
+
+
+@contextmanager
+def _of_test(objective: Objective) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        raise FormatError(f"the test split could not be evaluated: {with_line(error, objective)}") from error
+
+
+def _search(engine: Engine, study: Study) -> Search:
+    status = look(engine, study)
+    return Search(trials=asdict(status.counts), device_s=asdict(status.cost))
 
 
 def _write_weights(model: nn.Module, directory: Path, missing: dict[str, str]) -> None:
@@ -223,40 +248,6 @@ def _write_program(
     return _describe(training.predict(model, example.rows(slice(0, 2)).inputs))
 
 
-@contextmanager
-def _aside(output: Path) -> Iterator[Path]:
-    """Yield a new directory on the file system of `output`, removed afterwards.
-
-    An `output`, and parents of it, that were not there before do not stay if the block fails.
-    """
-    made = [place for place in (output, *output.parents) if not place.exists()]
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=output, prefix=".tuner-") as directory:
-            yield Path(directory)
-    except OSError as error:
-        raise TunerError(
-            f"cannot write the model to {output}: {error.strerror or error}; free some space or choose another --output"
-        ) from error
-    finally:
-        if made and not (output / MANIFEST).exists():
-            with suppress(OSError):  # somebody else uses it by now
-                for place in made:
-                    place.rmdir()
-
-
-def _publish(directory: Path, output: Path) -> None:
-    names = [name for name in (WEIGHTS, PROGRAM, MANIFEST) if (directory / name).exists()]
-    for name in names:
-        with (directory / name).open("rb") as file:
-            os.fsync(file.fileno())
-    for name in names:
-        os.replace(directory / name, output / name)
-    if PROGRAM not in names:  # of an earlier export, and not this model's
-        (output / PROGRAM).unlink(missing_ok=True)
-    sync_directory(output)
-
-
 def _class_names(names: ClassNames) -> tuple[str, ...] | dict[str, tuple[str, ...]]:
     if names and not isinstance(names, Mapping) and not isinstance(names[0], str):
         names = {str(place): tuple(its) for place, its in enumerate(names)}
@@ -277,7 +268,6 @@ def _finite(value: float | None) -> float | None:
     return value if value is not None and math.isfinite(value) else None
 
 
-def _as_json(params: dict[str, Any]) -> dict[str, Any]:
-    """Return params as JSON holds them: choices may be of any kind."""
-    found: dict[str, Any] = json.loads(json.dumps(params, default=str))
-    return found
+def _as_json(value: Any) -> Any:
+    """Return a value as JSON holds it: choices among params may be of any kind."""
+    return json.loads(json.dumps(value, default=str))

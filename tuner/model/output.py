@@ -9,17 +9,24 @@ from contextlib import suppress
 from pathlib import Path
 
 from tuner.errors import TunerError
+from tuner.model.directory import real, refuse_other
 
 
 def check_output(output: Path) -> None:
-    """Raise TunerError unless a directory can be made and written at `output`; leaves nothing behind."""
-    place = output
+    """Raise TunerError unless a directory can be made at `output`, in the place of an export at most.
+
+    Leaves nothing behind.
+    """
+    place = real(output)
     while not place.exists():
         place = place.parent
     if not place.is_dir():
         raise TunerError(
             f"the output needs to be a directory, got {output}: {place} is a file; choose another --output"
         )
+    if place == real(output):
+        refuse_other(output)
+        place = place.parent
     try:
         with tempfile.TemporaryDirectory(dir=place, prefix=".tuner-"):
             pass

@@ -16,7 +16,7 @@ from tuner import training
 from tuner.data import Data, join
 from tuner.errors import TunerError
 from tuner.log import Log
-from tuner.model.loading import Retraining
+from tuner.model.manifest import Retraining
 from tuner.objective import Objective
 from tuner.seeds import seed_everything
 from tuner.slot.attempt import epochs_of

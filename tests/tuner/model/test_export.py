@@ -1,6 +1,7 @@
 """From a study to a model: what is exported, how it is tested, and what is refused."""
 
 import json
+import os
 import re
 import textwrap
 from importlib.metadata import version
@@ -16,7 +17,10 @@ from storage import open_storage
 from storage.coordination import studies
 from tuner.data import tensors
 from tuner.errors import TunerError
-from tuner.model.loading import MANIFEST, PROGRAM, WEIGHTS, read_manifest, sha256_of
+from tuner.formats.program import PROGRAM
+from tuner.formats.weights import WEIGHTS
+from tuner.model.directory import CARD
+from tuner.model.manifest import MANIFEST, read_manifest, sha256_of
 from tuner.training import predict
 
 LOAD_WITHOUT_PICKLE = """
@@ -91,7 +95,17 @@ def test_the_manifest_says_what_the_model_is_and_where_it_comes_from(exporting):
     assert manifest.class_names == ("negative", "positive")
     assert manifest.versions["torch"] == version("torch")
     assert manifest.trained_on == "cpu"
-    assert sorted(path.name for path in exporting.output.iterdir()) == sorted([WEIGHTS, PROGRAM, MANIFEST])
+    assert manifest.hardware["cores"] == str(os.cpu_count())
+    assert (manifest.study_seed, manifest.git_revision, manifest.data_license) == (5, None, None)
+    assert manifest.search.trials["complete"] == 3
+    details = manifest.test_details
+    low, high = details.intervals["accuracy"]
+    assert low <= manifest.test["accuracy"] <= high
+    assert (details.rows, details.resamples) == (40, {"accuracy": 1000})
+    (classes,) = details.classes.values()
+    assert sum(map(sum, classes.confusion)) == 40
+    assert 0 <= classes.calibration_error <= 1
+    assert sorted(path.name for path in exporting.output.iterdir()) == sorted([CARD, WEIGHTS, PROGRAM, MANIFEST])
     assert manifest.files == {name: sha256_of(exporting.output / name) for name in (WEIGHTS, PROGRAM)}
     model = tuner.load_model(exporting.output)
     with torch.inference_mode():
@@ -129,7 +143,10 @@ def test_other_weights_are_tested_with_a_warning(exporting, capsys):
     exporting()
     in_optuna = optuna.load_study(study_name="signs", storage=open_storage(exporting.database))
     in_optuna.add_trial(optuna.trial.create_trial(value=0.99, user_attrs={"epoch": 1}))
-    assert exporting().manifest.trial == 3
+    manifest = exporting().manifest
+    assert manifest.trial == 3
+    assert [(its.trial, its.weights_sha256) for its in manifest.tested_before] == [(1, exporting.recorded()[0][1])]
+    assert "was used 1 times before" in (exporting.output / CARD).read_text()
     assert [number for number, _, _ in exporting.recorded()] == [1, 3]
     assert "the test split was evaluated 1 times before" in capsys.readouterr().err
 
@@ -204,7 +221,7 @@ def test_a_model_that_cannot_be_carried_by_torch_export_keeps_its_weights(export
 
 def _assert_without_program(exporting, manifest):
     """What an export without a program still has: weights, figures and the manifest."""
-    assert sorted(path.name for path in exporting.output.iterdir()) == sorted([WEIGHTS, MANIFEST])
+    assert sorted(path.name for path in exporting.output.iterdir()) == sorted([CARD, WEIGHTS, MANIFEST])
     assert manifest.files == {WEIGHTS: sha256_of(exporting.output / WEIGHTS)}
     assert read_manifest(exporting.output) == manifest
     exporting.objective.build_model(manifest.params).load_state_dict(load_file(exporting.output / WEIGHTS))
@@ -222,7 +239,7 @@ def test_an_earlier_program_does_not_stay_beside_weights_that_are_not_its(export
 
     monkeypatch.setattr(exporting.source.load(), "build_model", lambda self, params: Odd(3, 2))
     assert PROGRAM in exporting().manifest.missing
-    assert sorted(path.name for path in exporting.output.iterdir()) == sorted([WEIGHTS, MANIFEST, "notes.txt"])
+    assert sorted(path.name for path in exporting.output.iterdir()) == sorted([CARD, WEIGHTS, MANIFEST, "notes.txt"])
 
 
 def test_a_program_that_gives_other_outputs_is_left_out(exporting):

@@ -10,23 +10,118 @@ from exporting import code
 
 import tuner
 from tuner.errors import TunerError
+from tuner.formats.program import PROGRAM
+from tuner.formats.weights import WEIGHTS
+from tuner.model.directory import CARD
 from tuner.model.export import check_output
-from tuner.model.loading import MANIFEST, PROGRAM, WEIGHTS, read_manifest, sha256_of
+from tuner.model.manifest import MANIFEST, read_manifest
 from tuner.model.output import link_by_name
 
+# Kills itself at the N-th line that replacing an export runs, for each N there is; sees what is there then, and after
+# another export to the same place.
+KILLED_AT_EACH_LINE = """
+import json, os, pathlib, shutil, signal, sys
+from tuner.model import directory
+from tuner.model.directory import CARD
+from tuner.model.manifest import MANIFEST, read_manifest
 
-def test_the_manifest_is_moved_last(exporting, monkeypatch):
-    moved = []
-    replace = os.replace
+base, has_exchange = pathlib.Path(sys.argv[1]), sys.argv[2] == "exchange"
+if not has_exchange:
+    directory._exchange = lambda one, other: False
+output = base / "models" / "model"
+manifest = json.loads((base / "copy" / MANIFEST).read_text())
 
-    def watch(source, target):
-        moved.append((target.name, sha256_of(source)))
-        replace(source, target)
+os.fsync = lambda file: None  # who is killed leaves what he has written
 
+def write(place, version):
+    for name in ("one", "two", version):
+        (place / name).write_text(version)
+    text = json.dumps({**manifest, "study": version, "files": {name: "" for name in ("one", "two", version)}})
+    (place / MANIFEST).write_text(text)
+
+def export(version):
+    with directory.replacing(output) as place:
+        write(place, version)
+
+def seen():
+    place = directory.current(output)
+    version = read_manifest(place).study
+    files = {path.name: path.read_text() for path in place.iterdir() if path.is_file()}
+    assert files.pop("notes") == "mine", files
+    assert (place / "more" / "notes").read_text() == "mine"
+    assert files.pop(MANIFEST) and files == {"one": version, "two": version, version: version}, files
+    return version
+
+def killed_at(number):
+    left = number
+
+    def trace(frame, event, arg):
+        nonlocal left
+        if frame.f_code.co_filename not in (directory.__file__, shutil.__file__, "<string>"):
+            return None
+        left -= event == ("call" if frame.f_code.co_filename == shutil.__file__ else "line")
+        if left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return trace
+
+    pid = os.fork()
+    if pid == 0:
+        sys.settrace(trace)
+        export("new")
+        os._exit(0)
+    return os.waitpid(pid, 0)[1] == signal.SIGKILL
+
+found, number, is_killed = [], 0, True
+while is_killed:
+    shutil.rmtree(base / "models", ignore_errors=True)
+    output.mkdir(parents=True)
+    write(output, "old")
+    (output / "notes").write_text("mine")
+    (output / "more").mkdir()
+    (output / "more" / "notes").write_text("mine")
+    number += 1
+    is_killed = killed_at(number)
+    found.append(seen())
+    export("newer")
+    assert seen() == "newer"
+    assert os.listdir(output.parent) == ["model"], (number, os.listdir(output.parent))
+print(number, found.count("old"), found == sorted(found, reverse=True))
+"""
+
+
+@pytest.mark.parametrize("way", ["exchange", "two renames"])
+def test_who_is_killed_at_any_moment_leaves_the_old_export_or_the_new_one(export_copy, start_python, tmp_path, way):
+    out, err = start_python(KILLED_AT_EACH_LINE, str(tmp_path), way).communicate(timeout=240)
+    assert err == ""
+    lines, old, is_ordered = out.split()
+    assert is_ordered == "True"
+    assert 60 < int(old) < int(lines) - 5
+
+
+def test_a_directory_that_is_no_export_is_refused_and_stays(exporting, tmp_path, monkeypatch):
     exporting.start(code())
-    monkeypatch.setattr(os, "replace", watch)
-    exporting()
-    assert [name for name, _ in moved] == [WEIGHTS, PROGRAM, MANIFEST]
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("mine")
+    for text in (None, "{}", '{"format": 1}'):
+        if text is not None:
+            (tmp_path / "mine" / MANIFEST).write_text(text)
+        with pytest.raises(TunerError, match=r"needs to be an export, or empty, got .*mine, which holds '.*'"):
+            exporting(tmp_path / "mine")
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "mine"
+    assert exporting.recorded() == []
+    (tmp_path / "empty").mkdir()
+    check_output(tmp_path / "empty")
+    monkeypatch.chdir(tmp_path / "empty")
+    with pytest.raises(TunerError, match=r"the current directory; choose one in it: --output model"):
+        check_output(Path())
+
+
+def test_an_output_that_is_a_link_stays_one(exporting, export_copy, tmp_path):
+    (tmp_path / "link").symlink_to("copy")
+    exporting.start(code(), name="other")
+    exporting(tmp_path / "link")
+    assert (tmp_path / "link").readlink() == Path("copy")
+    assert read_manifest(export_copy).study == "other"
 
 
 def test_a_second_export_takes_the_place_of_the_first_and_leaves_other_files(exporting):
@@ -36,7 +131,7 @@ def test_a_second_export_takes_the_place_of_the_first_and_leaves_other_files(exp
     before = read_manifest(exporting.output)
     assert exporting().manifest.files[WEIGHTS] == before.files[WEIGHTS]
     names = sorted(path.name for path in exporting.output.iterdir())
-    assert names == sorted([WEIGHTS, PROGRAM, MANIFEST, "notes.txt"])
+    assert names == sorted([CARD, WEIGHTS, PROGRAM, MANIFEST, "notes.txt"])
     tuner.load_model(exporting.output)
 
 
@@ -100,7 +195,7 @@ def _pages(*paths):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "fits", [(), (WEIGHTS,), (WEIGHTS, PROGRAM)], ids=["nothing", "the weights", "all but the manifest"]
+    "fits", [(), (WEIGHTS,), (WEIGHTS, PROGRAM, CARD)], ids=["nothing", "the weights", "all but the manifest"]
 )
 def test_a_full_disk_leaves_the_old_export_and_nothing_half_written(exporting, small_disk, export_copy, fits):
     output = small_disk / "model"
@@ -117,7 +212,7 @@ def test_a_full_disk_leaves_the_old_export_and_nothing_half_written(exporting, s
         f"cannot write the model to {output}: No space left on device; free some space or choose another --output"
     )
     assert _files(small_disk) == before
-    assert sorted(path.name for path in output.iterdir()) == sorted([WEIGHTS, PROGRAM, MANIFEST])
+    assert sorted(path.name for path in output.iterdir()) == sorted([CARD, WEIGHTS, PROGRAM, MANIFEST])
     tuner.load_model(output)
     # Once the test split has been evaluated, that stays on record.
     assert len(exporting.recorded()) == (1 if PROGRAM in fits else 0)

@@ -9,7 +9,9 @@ import torch
 
 import tuner
 from tuner.errors import TunerError
-from tuner.model.loading import MANIFEST, PROGRAM, WEIGHTS, read_manifest, sha256_of
+from tuner.formats.program import PROGRAM
+from tuner.formats.weights import WEIGHTS
+from tuner.model.manifest import MANIFEST, read_manifest, sha256_of
 
 
 # What a test does to an export that is whole.

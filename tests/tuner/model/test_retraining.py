@@ -5,7 +5,8 @@ import torch
 from exporting import code
 from safetensors.torch import load_file
 
-from tuner.model.loading import WEIGHTS, Retraining
+from tuner.formats.weights import WEIGHTS
+from tuner.model.manifest import Retraining
 
 # Writes down what each epoch was trained with.
 SEEN = """

@@ -1,0 +1,68 @@
+"""What is told of the test split: against figures that are known, and other ways to the same ones."""
+
+import pytest
+import torch
+from torch import nn
+from torchmetrics.classification import MulticlassAccuracy
+from torchmetrics.regression import MeanAbsoluteError, MeanSquaredError, R2Score
+
+from tuner.data import Data, Split
+from tuner.model.testing import QUANTILES, _bootstrap, details_of_test
+
+
+def _data(inputs, targets, **names):
+    return Data(*(Split(inputs + number, targets) for number in range(3)), **names)
+
+
+def test_a_classifier_is_told_by_class_and_by_its_confidence():
+    wanted = torch.tensor([0, 0, 0, 1, 1, 2])
+    given = torch.tensor([0, 0, 1, 1, 1, 0])
+    shares = torch.full((6, 3), 0.1).scatter(1, given[:, None], 0.8)
+    data = _data(shares.log(), wanted, class_names=("a", "b", "c"))
+    test = Split(shares.log(), wanted)
+    details = details_of_test(
+        nn.Identity(), test, data, {"accuracy": MulticlassAccuracy(3, average="micro")}, data.class_names, 0
+    )
+    its = details.classes[""]
+    assert its.confusion == [[2, 1, 0], [0, 2, 0], [1, 0, 0]]
+    assert its.calibration_error == pytest.approx(abs(4 / 6 - 0.8))
+    assert (its.by_class["a"].recall, its.by_class["a"].precision) == (pytest.approx(2 / 3), pytest.approx(2 / 3))
+    assert (its.by_class["c"].recall, its.by_class["c"].precision, its.by_class["c"].f1) == (0, None, 0)
+    assert details.residuals == {}
+
+
+def test_a_regression_is_told_by_its_residuals():
+    inputs, errors = torch.randn(1001, 1), torch.linspace(-1, 1, 1001)[:, None]
+    details = details_of_test(
+        nn.Identity(), Split(inputs + errors, inputs), _data(inputs, inputs), {"mse": MeanSquaredError()}, (), 0
+    )
+    assert details.residuals[""] == [pytest.approx([2 * share - 1 for share in QUANTILES], abs=1e-4)]
+    assert details.classes == {}
+
+
+@pytest.mark.parametrize(
+    "metric", [MeanSquaredError(), MeanSquaredError(squared=False), MeanAbsoluteError()], ids=["mse", "rmse", "mae"]
+)
+def test_a_mean_over_rows_has_the_interval_that_its_metric_gives(metric):
+    class Unknown(type(metric)):
+        """Is asked for each resample."""
+
+    other = Unknown(squared=metric.squared) if hasattr(metric, "squared") else Unknown()
+    targets = torch.randn(200, generator=torch.Generator().manual_seed(1))
+    predicted = targets + torch.randn(200, generator=torch.Generator().manual_seed(2))
+    counts, found = _bootstrap({"fast": metric, "slow": other}, predicted, targets, 200, seed=3)
+    assert counts == {"fast": 1000, "slow": 1000}
+    assert found["fast"] == pytest.approx(found["slow"], abs=0.03)
+    # Of 95 % of samples of this size the interval holds what they come of; its width is that of the normal one.
+    error = (predicted - targets).square().std() / 200**0.5 if "Squared" in type(metric).__name__ else None
+    if error is not None and metric.squared:
+        assert found["fast"][1] - found["fast"][0] == pytest.approx(2 * 1.96 * float(error), rel=0.15)
+
+
+def test_the_same_seed_gives_the_same_interval_and_what_is_no_number_has_none():
+    targets, predicted = torch.randn(50), torch.randn(50)
+    first = _bootstrap({"r2": R2Score()}, predicted, targets, 50, seed=3)
+    assert first == _bootstrap({"r2": R2Score()}, predicted, targets, 50, seed=3)
+    assert first != _bootstrap({"r2": R2Score()}, predicted, targets, 50, seed=4)
+    nothing = torch.full((50,), float("nan"))
+    assert _bootstrap({"mse": MeanSquaredError()}, nothing, targets, 50, seed=3)[1] == {"mse": None}
