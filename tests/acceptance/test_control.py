@@ -181,6 +181,7 @@ def test_a_study_is_deleted_once_no_worker_runs_it(
         terminal.wait_for("study gated is deleted with its 1 trials? [y/N]:")
         terminal.type("n\r")
         assert terminal.exit_code() == 1
+        assert not any("tuner:" in line for line in terminal.screen)
     assert tuner("delete", "gated", "--yes").stdout == "deleted study gated with 1 trials\n"
     assert tuner("studies", "--json").json() == []
 

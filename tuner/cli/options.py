@@ -9,7 +9,7 @@ from typing import Annotated, Any, get_args
 
 import typer
 
-from tuner.errors import UsageError
+from tuner.errors import EXIT_FAILED, UsageError
 from tuner.spec import Budget, DataPlace, Precision, TrainingSpec
 from tuner.text import printable
 
@@ -303,9 +303,13 @@ def seconds(option: str, text: str) -> float:
 
 
 def ask_first(what: str, *, yes: bool) -> None:
-    """Ask on a terminal before what cannot be taken back. Raises UsageError off one unless `--yes` said it."""
+    """Ask on a terminal before what cannot be taken back, and end with 1 if the answer is no.
+
+    Raises UsageError off a terminal unless `--yes` said it.
+    """
     if yes:
         return
     if not (sys.stdin is not None and sys.stdin.isatty()):
         raise UsageError(printable(f"{what} if you pass --yes"))
-    typer.confirm(printable(f"{what}?"), abort=True, err=True)
+    if not typer.confirm(printable(f"{what}?"), err=True):
+        raise typer.Exit(EXIT_FAILED)
