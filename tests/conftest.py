@@ -11,6 +11,7 @@ import secrets
 import signal
 import subprocess
 import sys
+import tempfile
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -36,6 +37,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     """Options of tests/acceptance/test_contract.py."""
     parser.addoption("--soak", metavar="TIME", help="inject faults for so long (30m), with longer partitions")
     parser.addoption("--soak-seed", default="0", help="which faults are injected")
+
+
+def pytest_xdist_auto_num_workers() -> int:
+    """Return one process more than there are cores: many tests wait, for a lease or for a server that is away."""
+    return (os.cpu_count() or 1) + 1
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -156,3 +162,27 @@ def start_python() -> Iterator[Callable[..., subprocess.Popen[str]]]:
 def tuner(database: str, tmp_path: Path) -> Tuner:
     """The command line against a database of the test's own, with a data directory of its own."""
     return Tuner({"TUNER_STORAGE": database, "TUNER_DATA_DIR": str(tmp_path / "data")}, tmp_path)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 128 KiB."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=128k,mode=700", "tmpfs", str(place)]
+    try:
+        done = subprocess.run(mount, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        pytest.skip("there is no mount program here")
+    if done.returncode != 0:
+        pytest.skip(f"a file system cannot be mounted here: {done.stderr.strip()}")
+    yield place
+    subprocess.run(["umount", str(place)], check=True)
+
+
+@pytest.fixture
+def open_directory() -> Iterator[Path]:
+    """A directory that other users may enter, which pytest's own are not."""
+    with tempfile.TemporaryDirectory(prefix="tuner-test-") as name:
+        Path(name).chmod(0o711)
+        yield Path(name)

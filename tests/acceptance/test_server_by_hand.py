@@ -9,7 +9,6 @@ import shutil
 import socket
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -57,14 +56,6 @@ def programs(major: str, shared: Path) -> Path | None:
 def blocks() -> list[str]:
     """The page's blocks, in their order."""
     return re.findall(r"^```sh\n(.*?)^```$", PAGE.read_text(), re.M | re.S)
-
-
-@pytest.fixture
-def open_directory() -> Iterator[Path]:
-    """A directory that the account of a server may enter, which pytest's own are not."""
-    with tempfile.TemporaryDirectory(prefix="tuner-test-") as name:
-        Path(name).chmod(0o711)
-        yield Path(name)
 
 
 @pytest.fixture(params=["15", "18"])

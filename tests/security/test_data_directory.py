@@ -55,15 +55,11 @@ def test_no_command_uses_a_directory_that_others_may_write_to(tmp_path, database
 
 
 @as_root
-def test_another_users_server_is_not_joined(tmp_path):
-    home, sockets = tmp_path / "data", tmp_path / "sockets"
+def test_another_users_server_is_not_joined(open_directory):
+    home, sockets = open_directory / "data", open_directory / "sockets"
     for place, owner in ((home, ANN), (home / "postgresql", ANN), (sockets, THEM)):
         place.mkdir(0o755)
         os.chown(place, owner, owner)
-    for place in (tmp_path, *tmp_path.parents[:2]):
-        place.chmod(0o711)
-    listener = socket.socket(socket.AF_UNIX)
-    _bind(listener, sockets)
     pid_file = home / "postgresql" / "postmaster.pid"
     pid_file.write_text(f"{os.getpid()}\n{home}\n0\n5432\n{sockets}\n\n0 0\nready\n")
 
@@ -81,16 +77,14 @@ def test_another_users_server_is_not_joined(tmp_path):
     ):
         os.chown(pid_file, file_of, file_of)
         os.chown(sockets, sockets_of, sockets_of)
-        listener.close()
         for left in sockets.iterdir():
             left.unlink()
-        listener = socket.socket(socket.AF_UNIX)
-        _bind(listener, sockets, listens)
-        assert _as_user(ANN, joins) == expected, (file_of, sockets_of, listens)
-    listener.close()
+        with socket.socket(socket.AF_UNIX) as listener:
+            _bind(listener, sockets, listens)
+            assert _as_user(ANN, joins) == expected, (file_of, sockets_of, listens)
 
 
-def _bind(listener: socket.socket, sockets: Path, uid: int = THEM) -> None:
+def _bind(listener: socket.socket, sockets: Path, uid: int) -> None:
     """Listen as another user: the kernel notes who it was when it began."""
     listener.bind(str(sockets / ".s.PGSQL.5432"))
     (sockets / ".s.PGSQL.5432").chmod(0o777)

@@ -9,7 +9,8 @@ from typing import Annotated, Any, get_args
 
 import typer
 
-from tuner.errors import EXIT_FAILED, UsageError
+from tuner.errors import UsageError
+from tuner.exits import ExitCode
 from tuner.spec import Budget, DataPlace, Precision, TrainingSpec
 from tuner.text import printable
 
@@ -312,4 +313,4 @@ def ask_first(what: str, *, yes: bool) -> None:
     if not (sys.stdin is not None and sys.stdin.isatty()):
         raise UsageError(printable(f"{what} if you pass --yes"))
     if not typer.confirm(printable(f"{what}?"), err=True):
-        raise typer.Exit(EXIT_FAILED)
+        raise typer.Exit(ExitCode.FAILED)

@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -167,22 +166,6 @@ def test_a_models_name_is_the_latest_of_that_name_and_takes_nobodys_place(tmp_pa
     for name in ("study-1", "study-3", "mine", "x" * 300):
         assert link_by_name(tmp_path / "study-3", name) is None
     assert (tmp_path / "mine").resolve() == tmp_path
-
-
-@pytest.fixture
-def small_disk(tmp_path):
-    """A file system of 128 KiB."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=128k", "tmpfs", str(place)]
-    try:
-        done = subprocess.run(mount, capture_output=True, text=True, check=False)
-    except FileNotFoundError:
-        pytest.skip("there is no mount program here")
-    if done.returncode != 0:
-        pytest.skip(f"a file system cannot be mounted here: {done.stderr.strip()}")
-    yield place
-    subprocess.run(["umount", str(place)], check=True)
 
 
 def _files(directory):
