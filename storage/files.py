@@ -47,7 +47,7 @@ def require_own(directory: Path) -> None:
         path = place / part
         try:
             found = os.lstat(path)
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):  # whoever needs it says so
             return
         if not stat.S_ISLNK(found.st_mode):
             place = path
