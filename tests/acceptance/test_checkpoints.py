@@ -172,7 +172,7 @@ def read_only(tmp_path: Path) -> Iterator[Path]:
         directory.chmod(0o555)
         yield directory
         return
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", directory], check=False).returncode != 0:
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "ro,mode=700", "tmpfs", directory], check=False).returncode != 0:
         pytest.skip("nothing can be mounted here")
     yield directory
     subprocess.run(["umount", "--lazy", directory], check=True)
