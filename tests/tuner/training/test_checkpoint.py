@@ -5,6 +5,7 @@ import pickle
 
 import pytest
 import torch
+from full import fill_disk
 from resuming import assert_same, interrupt_after, interrupt_at, some_rows, train
 from torch import nn
 
@@ -173,8 +174,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(tmp_path, monkeypatch):
     checkpoint = Checkpoint(path, log=(lines := []).append)
     checkpoint.save({"n": torch.tensor(1)}, (0, 0))
     checkpoint.close()
-    (aside,) = [f"{path}.{os.uname().nodename}-{os.getpid()}"]
-    os.symlink("/dev/full", aside)
+    fill_disk(monkeypatch, "storage.files")
     checkpoint.save({"n": torch.tensor(2)}, (0, 1))
     checkpoint.close()
     assert lines == [f"cannot write the checkpoint {path}: No space left on device; the one before is kept"]
