@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import re
-import socket
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from sqlalchemy.exc import SQLAlchemyError
 
@@ -18,12 +16,11 @@ from storage.database.engine import is_outage
 from storage.database.errors import InvalidWriteError, StorageError
 from storage.database.sessions import Sessions
 from tuner.errors import SharedPlaceError, TunerError, UsageError, first_line
+from tuner.slot.folders import filesystem_class, folder
 from tuner.study.joining import AnyStudy, Study, checkpoint_directory
 
 if TYPE_CHECKING:
     import threading
-
-    from fsspec import AbstractFileSystem
 
     from storage.optuna_storage.storage import PostgresStorage
     from tuner.training.checkpoint import Shared
@@ -33,7 +30,6 @@ LOCAL: Final = "local"
 
 _UNFIT: Final = {"memory": "a process has it to itself", "http": "it cannot be written to"}
 _UNFIT["https"] = _UNFIT["data"] = _UNFIT["http"]
-_BLOCK_BYTES: Final = 4 * 2**20
 _FILE: Final = re.compile(r"trial-(\d+)\.pt(\..*)?")
 
 
@@ -60,7 +56,7 @@ def checked_place(text: str) -> str:
             f"{rest.rpartition('@')[2]}; leave it to the configuration of each worker's machine"
         )
     try:
-        _filesystem_class(place)
+        filesystem_class(place)
     except TunerError as error:
         raise UsageError(f"--checkpoints: {error}") from error
     return place.rstrip("/") if rest.strip("/") else place
@@ -126,41 +122,22 @@ class InFolder:
         return f"{self._place}/{self._directory}/{self._name}"
 
     def head(self, n_bytes: int) -> bytes | None:
-        return self._cat(start=0, end=n_bytes)
+        return self._read(n_bytes)
 
     def read(self) -> bytes | None:
-        return self._cat()
+        return self._read()
 
     def write(self, data: memoryview, give_up: threading.Event) -> None:
         with _foreign_errors():
-            fs, folder = _folder(self._place, self._directory)
-            path = f"{folder}/{self._name}"
-            aside = f"{path}.{socket.gethostname()}-{os.getpid()}"
-            is_there = False
-            try:
-                if _write(fs, aside, data, give_up):
-                    fs.mv(aside, path)
-                    is_there = True
-            finally:
-                if not is_there:
-                    with suppress(FileNotFoundError):
-                        fs.rm_file(aside)
+            folder(self._place, self._directory).write(self._name, data, give_up)
 
     def delete(self) -> None:
         with _foreign_errors():
-            fs, folder = _folder(self._place, self._directory)
-            with suppress(FileNotFoundError):
-                fs.rm_file(f"{folder}/{self._name}")
-            _remove_if_empty(fs, folder)
+            folder(self._place, self._directory).remove(self._name)
 
-    def _cat(self, **part: int) -> bytes | None:
+    def _read(self, n_bytes: int | None = None) -> bytes | None:
         with _foreign_errors():
-            fs, folder = _folder(self._place, self._directory)
-            try:
-                data: bytes = fs.cat_file(f"{folder}/{self._name}", **part)
-            except (FileNotFoundError, NotADirectoryError):
-                return None
-            return data
+            return folder(self._place, self._directory).read(self._name, n_bytes)
 
 
 def sweep(study: Study, data_dir: Path, sessions: Sessions, log: Callable[[str], None]) -> None:
@@ -172,16 +149,15 @@ def sweep(study: Study, data_dir: Path, sessions: Sessions, log: Callable[[str],
     for place, directory in _places(study, data_dir):
         try:
             with _foreign_errors():
-                fs, folder = _folder(place, directory)
-                found = _checkpoints_in(fs, folder)
+                there = folder(place, directory)
+                named = {name: match for name in there.names() if (match := _FILE.fullmatch(name)) is not None}
+            found = {name: int(match[1]) for name, match in named.items()}  # what killed writers left among it
             if not found:
                 continue
             needed = checkpoints.still_needed(sessions, study.study_id, sorted(set(found.values())))
             with _foreign_errors():
-                for path in (path for path, number in found.items() if number not in needed):
-                    with suppress(FileNotFoundError):  # another worker was faster
-                        fs.rm_file(path)
-                _remove_if_empty(fs, folder)
+                for name in (name for name, number in found.items() if number not in needed):
+                    there.remove(name)
         except SharedPlaceError as error:
             log(f"cannot look for old checkpoints in {place}/{directory}: {error}")
 
@@ -192,9 +168,7 @@ def delete_checkpoints(study: AnyStudy, data_dir: Path) -> list[str]:
     for place, directory in _places(study, data_dir):
         try:
             with _foreign_errors():
-                fs, folder = _folder(place, directory)
-                with suppress(FileNotFoundError):
-                    fs.rm(folder, recursive=True)
+                folder(place, directory).remove_all()
         except (SharedPlaceError, TunerError) as error:
             problems.append(f"the checkpoints in {place}/{directory} are left, delete them by hand: {error}")
     return problems
@@ -207,69 +181,6 @@ def _places(study: AnyStudy, data_dir: Path) -> list[tuple[str, str]]:
     if study.spec is not None and study.spec.checkpoints not in (DATABASE, LOCAL):
         found.append((study.spec.checkpoints, study.directory))
     return found
-
-
-def _filesystem_class(place: str) -> Any:
-    """Return fsspec's class for a URL or path. Raises TunerError that says which package it needs."""
-    import fsspec
-
-    protocol = place.partition("://")[0] if "://" in place else "file"
-    try:
-        return fsspec.get_filesystem_class(protocol)
-    except ValueError as error:
-        raise TunerError(f"fsspec, which opens {place}, knows no protocol {protocol!r}") from error
-    except ImportError as error:
-        raise TunerError(f"{place} needs a package that is not installed here: {first_line(error)}") from error
-
-
-def _folder(place: str, directory: str) -> tuple[AbstractFileSystem, str]:
-    """Return a filesystem and the path of a directory on it."""
-    from fsspec.core import url_to_fs
-
-    _filesystem_class(place)
-    fs, root = url_to_fs(place)
-    return fs, f"{root.rstrip('/')}/{directory}"
-
-
-def _write(fs: AbstractFileSystem, path: str, data: memoryview, give_up: threading.Event) -> bool:
-    """Write a new file; whether it is whole."""
-    from fsspec.implementations.local import LocalFileSystem
-
-    with _opened(fs, path) as file:
-        for start in range(0, len(data), _BLOCK_BYTES):
-            if give_up.is_set():
-                return False
-            file.write(data[start : start + _BLOCK_BYTES])
-        if isinstance(fs, LocalFileSystem):
-            file.flush()
-            os.fsync(file.fileno())
-    return not give_up.is_set()
-
-
-def _opened(fs: AbstractFileSystem, path: str) -> Any:
-    try:
-        return fs.open(path, "wb")
-    except FileNotFoundError:  # not asked for before: a bucket needs no directory, and may not be looked at
-        fs.makedirs(path.rpartition("/")[0], exist_ok=True)
-        return fs.open(path, "wb")
-
-
-def _checkpoints_in(fs: AbstractFileSystem, folder: str) -> dict[str, int]:
-    """Return the files of checkpoints in a folder, also what killed writers have left, with their trials' numbers."""
-    try:
-        paths = fs.ls(folder, detail=False)
-    except FileNotFoundError:
-        return {}
-    named = ((path, _FILE.fullmatch(path.rpartition("/")[2])) for path in paths)
-    return {path: int(match[1]) for path, match in named if match is not None}
-
-
-def _remove_if_empty(fs: AbstractFileSystem, folder: str) -> None:
-    from fsspec.implementations.local import LocalFileSystem
-
-    if isinstance(fs, LocalFileSystem):  # a bucket has no directories
-        with suppress(OSError):  # others have theirs in it
-            fs.rmdir(folder)
 
 
 @contextmanager

@@ -8,6 +8,7 @@ import uuid
 import fsspec
 import pytest
 from command import wait_for
+from full import fill_disk
 from proxy import Proxy
 from resuming import assert_same, interrupt_at, train
 from sqlalchemy import text
@@ -218,14 +219,14 @@ def test_at_its_end_a_training_does_not_wait_for_a_copy_that_nobody_needs(tmp_pa
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
-def test_a_folder_that_is_full_keeps_the_copy_before_and_is_told_once(tmp_path):
+def test_a_folder_that_is_full_keeps_the_copy_before_and_is_told_once(tmp_path, monkeypatch):
     shared = InFolder(f"file://{tmp_path}", "study-1", 0)
     checkpoint = Checkpoint(tmp_path / "a.pt", shared=shared, log=(lines := []).append)
     save(checkpoint, 1, (1, 0))
-    aside = f"{tmp_path}/study-1/trial-0.pt.{os.uname().nodename}-{os.getpid()}"
-    for number in (2, 3):
-        os.symlink("/dev/full", aside)
-        save(checkpoint, number, (number, 0))
+    with monkeypatch.context() as patched:
+        fill_disk(patched, "tuner.slot.folders")
+        for number in (2, 3):
+            save(checkpoint, number, (number, 0))
     assert lines == [f"cannot copy the checkpoint to {shared}: No space left on device"]
     assert os.listdir(tmp_path / "study-1") == ["trial-0.pt"]
     assert Checkpoint(tmp_path / "b.pt", shared=shared).load() == {"n": 1}
