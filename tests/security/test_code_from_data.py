@@ -49,10 +49,10 @@ KNOWN = {
     "sklearn/datasets/_rcv1.py": "a data set that no objective here asks for",
     "sklearn/datasets/_species_distributions.py": "a data set that no objective here asks for",
     "sklearn/datasets/_twenty_newsgroups.py": "a data set that no objective here asks for",
-    "torchvision/datasets/cifar.py": "a data set that no objective here asks for; the files' checksums are compared first",
+    "torchvision/datasets/cifar.py": "a data set that no objective here asks for",
     "torchvision/datasets/lsun.py": "a data set that no objective here asks for",
-    "torch/_export/serde/serialize.py": "gets an archive written anew of what tuner/formats/plain_program.py has checked",
-    "torch/export/_unlift.py": "makes code of names and conditions, which tuner/formats/plain_program.py has checked",
+    "torch/_export/serde/serialize.py": "gets an archive of what tuner/formats/plain_program.py has checked",
+    "torch/export/_unlift.py": "makes code of names, which tuner/formats/plain_program.py has checked",
     "torch/export/pt2_archive/": "reads an archive in which tuner/formats/plain_program.py has refused pickles",
 }
 
