@@ -91,6 +91,7 @@ class _Following:
         self._directory = directory
         self._say = say
         self._runs: dict[int, _Run] = {}
+        self._ended: set[int] = set()
         self._is_closing = threading.Event()
         self._thread = threading.Thread(target=self._follow, name="tensorboard", daemon=True)
         self._thread.start()
@@ -106,7 +107,7 @@ class _Following:
         is_last = False
         try:
             while not is_last:
-                due |= self._gathered()
+                due |= self._gathered() - self._ended  # an end may be read before it is told of
                 is_last = self._is_closing.is_set() and self.told.empty()
                 if is_last:
                     due |= self._runs.keys()  # those that were killed have told of no end
@@ -141,6 +142,7 @@ class _Following:
         self._runs[number].write(self._study, trial, points)
         if trial.state in _ENDED:
             del self._runs[number]
+            self._ended.add(number)
 
 
 class _Run:

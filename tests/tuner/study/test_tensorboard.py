@@ -48,8 +48,12 @@ def test_each_epoch_is_written_as_it_ends_and_a_trial_that_was_killed_at_the_end
         tell(untold.number)  # of which there is nothing to tell yet
         study.tell(one, 0.5)
         tell(one.number)
+        wait_for(lambda: END in written(tmp_path, 0)[1], "its end is written")
+        [file] = (tmp_path / "trial-00000").iterdir()
+        tell(one.number)  # again, as after an end that was read before it was told of
         study.tell(other, state=optuna.trial.TrialState.FAIL)
     assert written(tmp_path, 0) == ([(1, 1.0), (2, 0.5)], [START, "trial/value", END])
+    assert file.exists()  # and was not written anew
     assert written(tmp_path, 1) == ([(1, 0.5)], [START, END])
     assert written(tmp_path, 2) == ([], [])
     assert said == []
