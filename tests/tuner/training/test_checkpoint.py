@@ -5,7 +5,6 @@ import pickle
 
 import pytest
 import torch
-from full import fill_disk
 from resuming import assert_same, interrupt_after, interrupt_at, some_rows, train
 from torch import nn
 
