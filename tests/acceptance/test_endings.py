@@ -65,7 +65,8 @@ def test_signals_that_come_together_are_one(tuner: Tuner, database: str) -> None
 
 def test_a_worker_whose_terminal_is_gone_gives_its_trials_back(tuner: Tuner, database: str) -> None:
     worker = create(tuner, "trains")
-    with tuner.start(*worker) as running:
+    told = replace(tuner, within=("env", "--default-signal=HUP"))  # though the tests run under nohup
+    with told.start(*worker) as running:
         train(running)
         running.process.send_signal(signal.SIGHUP)
         assert running.finish().code == 129

@@ -124,7 +124,7 @@ def test_an_index_that_fails_on_the_device_is_told_as_the_objectives_error(
     path.write_text(OUT_OF_RANGE)
     options = ["--device", "cuda", "--workers", "1", "--trials", "1", "--max-failures", "0", "--data", data]
     done = tuner("run", f"{path}:Mine", *options, "--log-format", "json")
-    assert done.code == 1
+    assert done.code == 5
     events = [json.loads(line) for line in done.stderr.splitlines() if line.startswith("{")]
     (ended,) = [event for event in events if event["event"] == "trial_ended"]
     assert (ended["state"], ended["failure"]) == ("FAIL", "user_error"), done.stderr

@@ -83,7 +83,7 @@ def test_a_trial_that_hangs_longer_than_it_may_take_fails_and_is_shown(tuner: Tu
     (tuner.directory / "mine.py").write_text(HANGING)
     limits = ("--trial-timeout", "4s", "--max-failures", "1")
     done = tuner("run", "mine.py:hangs", "--study", "s", *limits, *OPTIONS)
-    assert done.code == 1
+    assert done.code == 5
     assert "2 trials failed, more than the 1 allowed; the last: it took longer than --trial-timeout, 4 s" in done.stderr
     trials = tuner("trials", "s", "--json").json()
     assert [(trial["state"], trial["user_attrs"]["failure"]) for trial in trials] == [("FAIL", "hung")] * 2

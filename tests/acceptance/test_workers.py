@@ -271,7 +271,7 @@ def test_a_trial_that_fails_says_why_and_the_study_goes_on_until_max_failures(
 ) -> None:
     (tmp_path / "bad.py").write_text(MISBEHAVING)
     done = tuner("run", f"bad.py:{function}", "--trials", "5", "--max-failures", "1", "--workers", "1")
-    assert done.code == 1
+    assert done.code == 5
     assert "study 'bad' ended: 2 trials failed, more than the 1 allowed; the last: " in done.error()
     assert message in done.error()
     status = tuner("status", "bad", "--json").json()
@@ -288,7 +288,7 @@ def test_a_trial_that_fails_says_why_and_the_study_goes_on_until_max_failures(
 def test_a_trial_whose_process_dies_each_time_is_quarantined(tuner: Tuner, tmp_path: Path) -> None:
     (tmp_path / "bad.py").write_text(MISBEHAVING)
     done = tuner("run", "bad.py:dies", "--trials", "5", "--workers", "1", "--max-failures", "0")
-    assert done.code == 1
+    assert done.code == 5
     assert "its process died (exit code 9) in the last of 3 attempts" in done.error()
     (trial,) = tuner("trials", "bad", "--json").json()
     assert trial["state"] == "FAIL"
