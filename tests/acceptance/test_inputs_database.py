@@ -21,7 +21,8 @@ from command import Running, Tuner, wait_for
 from dashboards import Client
 
 from storage import EmbeddedServer, open_storage
-from storage.embedded.programs import bundled_programs, reachable_by, server_account
+from storage.embedded.accounts import server_account
+from storage.embedded.programs import bundled_programs, reachable_by
 from storage.embedded.server import SHARED_DIRECTORY
 
 if TYPE_CHECKING:
