@@ -45,7 +45,7 @@ def check_all(data_dir: Path, open_database: Callable[[], Engine]) -> list[Check
         ("python", _python),
         ("torch", _torch),
         ("data", lambda: _data_dir(data_dir)),
-        ("database", lambda: _database(open_database)),
+        ("database", lambda: _database(open_database, data_dir)),
         ("clock", lambda: _clock(open_database)),
         ("records", lambda: _records(open_database)),
         ("objectives", _objectives),
@@ -99,13 +99,21 @@ def _data_dir(data_dir: Path) -> str:
     return f"{data_dir}, {free >> 30} GB free"
 
 
-def _database(open_database: Callable[[], Engine]) -> str:
-    from storage import mask_url
+def _database(open_database: Callable[[], Engine], data_dir: Path) -> str:
+    from storage import EmbeddedServer, mask_url
+    from storage.database.variables import is_embedded
+    from storage.embedded.accounts import advice
 
     engine = open_database()
     with engine.connect() as conn:
         server = conn.execute(text("show server_version")).scalar_one()
-    return f"PostgreSQL {server} at {mask_url(engine.url)}"
+    found = f"PostgreSQL {server} at {mask_url(engine.url)}"
+    if not is_embedded(engine.url.query.get("host")):
+        return found
+    embedded = EmbeddedServer(data_dir).status()
+    if embedded.running and (why := advice(embedded.directory)) is not None:
+        raise CheckFailedError(f"{found}, but {why}")
+    return found if embedded.account is None else f"{found}, which runs as {embedded.account}"
 
 
 def _clock(open_database: Callable[[], Engine]) -> str:

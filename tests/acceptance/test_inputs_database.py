@@ -22,7 +22,8 @@ from dashboards import TOKEN, Client
 from sqlalchemy import text
 
 from storage import EmbeddedServer, open_engine, open_storage
-from storage.embedded.programs import bundled_programs, reachable_by, server_account
+from storage.embedded.accounts import server_account
+from storage.embedded.programs import bundled_programs, reachable_by
 from storage.embedded.server import SHARED_DIRECTORY
 
 if TYPE_CHECKING:

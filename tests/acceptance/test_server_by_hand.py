@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from storage.embedded.programs import Account, bundled_programs, reachable_by
+from storage.embedded.accounts import Account
+from storage.embedded.programs import bundled_programs, reachable_by
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from storage import EmbeddedServerError
+from storage.embedded.accounts import own_account
 from storage.embedded.addresses import socket_directory
 from storage.embedded.cluster import private_directory
-from storage.embedded.programs import own_account
 from tuner.errors import SharedPlaceError
 from tuner.slot.folders import folder
 from tuner.slot.shared_checkpoints import InFolder

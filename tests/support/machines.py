@@ -16,7 +16,7 @@ import psycopg2
 from command import wait_for
 from psycopg2.extensions import encrypt_password
 
-from storage.embedded.programs import server_account
+from storage.embedded.accounts import server_account
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

@@ -5,7 +5,8 @@ import shutil
 import pytest
 
 from storage import EmbeddedServerError
-from storage.embedded.programs import Account, bundled_programs, reachable_by, server_account
+from storage.embedded.accounts import Account, server_account
+from storage.embedded.programs import bundled_programs, reachable_by
 
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root runs programs as others")
 
@@ -50,25 +51,28 @@ def test_programs_in_a_closed_directory_are_copied_once_for_the_servers_user(
 
 @pytest.mark.slow
 @as_root
-def test_a_whole_server_runs_on_copied_programs_as_nobody(tmp_path, new_server, shared_directory, monkeypatch):
+def test_a_whole_server_runs_on_copied_programs_as_the_user_that_is_named(
+    tmp_path, new_server, shared_directory, monkeypatch
+):
     real = bundled_programs()[0]
     wheel = real.directory.parent
     shutil.copytree(real.directory, tmp_path / wheel.name / real.directory.name)
     shutil.copytree(wheel.with_name(f"{wheel.name}.libs"), tmp_path / f"{wheel.name}.libs")
     hidden = type(real)(directory=tmp_path / wheel.name / real.directory.name, version=real.version)
     monkeypatch.setattr("storage.embedded.server.bundled_programs", lambda: [hidden])
-    monkeypatch.setenv("TUNER_DB_USER", "nobody")
+    monkeypatch.setenv("TUNER_DB_USER", "daemon")
     tmp_path.parent.chmod(0o700)
     server = new_server()
     server.start()
     status = server.status()
-    assert status.directory.stat().st_uid == pwd.getpwnam("nobody").pw_uid
+    assert status.directory.stat().st_uid == pwd.getpwnam("daemon").pw_uid
+    assert status.account == "daemon"
     assert list(shared_directory.glob("postgresql-18*"))
     # The owner of the cluster decides from then on.
-    monkeypatch.setenv("TUNER_DB_USER", "daemon")
+    monkeypatch.setenv("TUNER_DB_USER", "bin")
     server.stop()
     server.start()
-    assert server_account(status.directory).name == "nobody"
+    assert server_account(status.directory).name == "daemon"
     server.destroy()
 
 

@@ -9,8 +9,8 @@ import pytest
 from sqlalchemy import text
 
 from storage import EmbeddedServer, EmbeddedServerError, open_engine
+from storage.embedded.accounts import own_account
 from storage.embedded.addresses import socket_directory
-from storage.embedded.programs import own_account
 
 AS_ROOT = os.geteuid() == 0
 
