@@ -42,7 +42,7 @@ def test_a_study_is_extended_under_a_running_worker_and_after_its_end(
         wait_for(lambda: len(trials_of(database, "gated")) == 2, "the last trial of the budget runs")
         extended = tuner("extend", "gated", "--trials", "+1")
         assert extended.stdout == "study gated: 3 trials (2 before)\n"
-        assert "'tuner worker gated' starts one" in extended.stderr
+        assert "'tuner worker gated --objective path/to/gated.py:objective' starts one" in extended.stderr
         (tmp_path / "gate").touch()
         assert running.finish().code == 0
     assert [trial.state for trial in trials_of(database, "gated")] == [TrialState.COMPLETE] * 3
@@ -77,9 +77,10 @@ def test_a_study_of_stock_optuna_is_adopted_and_goes_on_by_workers(tuner: Tuner,
     assert "'tuner adopt theirs OBJECTIVE' lets workers go on with it" in refused
     adopted = tuner("adopt", "theirs", objective, "--trials", "+2", "--sampler", "random")
     assert adopted.stdout == (
-        "study theirs has objective gated.py:objective: 2 of 4 trials are done; 'tuner worker theirs' goes on\n"
+        "study theirs has objective gated.py:objective: 2 of 4 trials are done;"
+        " 'tuner worker theirs --objective path/to/gated.py:objective' goes on\n"
     )
-    assert "has a spec already: 'tuner worker theirs' runs its trials" in tuner("adopt", "theirs", objective).error()
+    assert "has a spec already, and workers may run its trials" in tuner("adopt", "theirs", objective).error()
     assert tuner("worker", "theirs", "--objective", objective).code == 0
     trials = trials_of(database, "theirs")
     assert [(trial.number, trial.state) for trial in trials] == [(n, TrialState.COMPLETE) for n in range(4)]

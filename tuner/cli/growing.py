@@ -18,6 +18,7 @@ from tuner.text import duration
 if TYPE_CHECKING:
     from storage.coordination.standings import Limit
     from tuner.study.extending import Amount, Extended
+    from tuner.study.joining import Study
 
 _MORE: Final[dict[Limit, str]] = {
     "trials": "--trials +20",
@@ -55,14 +56,15 @@ def extend(
     if all(amount is None for amount in amounts.values()):
         raise UsageError("extend needs --trials, --timeout or --max-failures, such as --trials +20")
     engine = settings.open()
-    found = extend_study(engine, open_study(engine, study), **amounts)
+    opened = open_study(engine, study)
+    found = extend_study(engine, opened, **amounts)
     if as_json:
         before, budget = (its.model_dump(mode="json") for its in (found.before, found.budget))
         reason = None if found.closed is None else found.closed.reason
         print(json.dumps({"study": study, "budget": budget, "before": before, "closed": reason}))
         return
     say(f"study {study}: {_shown(found)}")
-    say(_what_next(study, found), err=True)
+    say(_what_next(opened, found), err=True)
 
 
 @command
@@ -111,7 +113,7 @@ def adopt(
         return
     say(
         f"study {study} has objective {source.name}: {standing.done} of {budget.trials} trials are done;"
-        f" 'tuner worker {shlex.quote(study)}' goes on"
+        f" '{adopted.study.worker_command}' goes on"
     )
 
 
@@ -131,13 +133,13 @@ def _shown(found: Extended) -> str:
     return ", ".join(parts)
 
 
-def _what_next(study: str, found: Extended) -> str:
+def _what_next(study: Study, found: Extended) -> str:
     closed = found.closed
     if closed is not None and closed.limit is not None:
-        return f"but {closed.reason}; '{more(study, closed.limit)}' lets it go on"
+        return f"but {closed.reason}; '{more(study.name, closed.limit)}' lets it go on"
     if closed is not None and (closed.final or closed.paused):
-        return f"but {closed.reason.partition(';')[0]}; 'tuner resume {shlex.quote(study)}' lets it go on"
-    return f"workers that run take them up; 'tuner worker {shlex.quote(study)}' starts one"
+        return f"but {closed.reason.partition(';')[0]}; 'tuner resume {shlex.quote(study.name)}' lets it go on"
+    return f"workers that run take them up; '{study.worker_command}' starts one"
 
 
 def _count(option: str, text: str | None) -> Amount | None:

@@ -136,7 +136,7 @@ def trials(
             ran = last_attempts(conn, opened.study_id)
         print_json([_trial_fields(trial) | _ran(ran, trial) | _all_values(opened, trial, values) for trial in found])
         return
-    empty = f"no trials yet; 'tuner worker {opened.name}' runs some"
+    empty = "no trials yet" + ("" if opened.spec is None else f"; '{opened.worker_command}' runs some")
     for line in trials_view.lines(found, values) if found else [empty]:
         say(line)
 

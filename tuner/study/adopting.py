@@ -86,9 +86,8 @@ def adopt_study(engine: Engine, study: AnyStudy, spec: Spec, objective: Objectiv
 
 
 def _refuse_second(name: str) -> NoReturn:
-    named = shlex.quote(name)
     raise TunerError(
-        f"study {name!r} has a spec already: 'tuner worker {named}' runs its trials, and 'tuner extend {named}"
+        f"study {name!r} has a spec already, and workers may run its trials: 'tuner extend {shlex.quote(name)}"
         " --trials +20' adds to them"
     )
 

@@ -57,6 +57,12 @@ class AnyStudy:
     created_at: dt.datetime | None = None
 
     @property
+    def worker_command(self) -> str:
+        """The command that runs its trials; whoever types it knows where an objective lies that is a file."""
+        name = "" if self.spec is None else self.spec.objective.name
+        return f"tuner worker {shlex.quote(self.name)}" + (f" --objective path/to/{name}" if ":" in name else "")
+
+    @property
     def directory(self) -> str:
         """A name for a directory of this study's, which no study of another database has."""
         created = "" if self.created_at is None else f"-{self.created_at.astimezone(dt.UTC):%Y%m%dT%H%M%S%f}"

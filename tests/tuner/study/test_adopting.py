@@ -133,7 +133,10 @@ def test_a_study_with_a_spec_or_several_objectives_is_refused(engine, storage):
     seen = find_study(engine, "theirs")
     adopt(engine)
     for known in (seen, find_study(engine, "theirs")):  # one that somebody else has adopted meanwhile, too
-        with pytest.raises(TunerError, match="'theirs' has a spec already: 'tuner worker theirs' runs its trials, and"):
+        with pytest.raises(
+            TunerError,
+            match="'theirs' has a spec already, and workers may run its trials: 'tuner extend theirs",
+        ):
             adopt_study(engine, known, a_spec(), None, MORE)
     optuna.create_study(study_name="two", storage=storage, directions=["minimize", "maximize"])
     with pytest.raises(TunerError, match="study 'two' has 2 objectives"):
