@@ -56,7 +56,7 @@ def checked_internal(internal: float | None, distribution_json: str) -> float:
 
 
 def all_stand_for_values(internals: list[float], distribution_json: str) -> bool:
-    """Whether `checked_internal` takes each of the numbers, of which there are some; 250,000 in 30 ms (2 cores, 2026-11)."""
+    """Whether `checked_internal` takes each of some numbers; 250,000 in 30 ms (2 cores, 2026-11)."""
     if not all(map(math.isfinite, internals)):
         return False
     try:
