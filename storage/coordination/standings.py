@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cache
 from typing import Any, Final, Literal, TypeAlias
 
@@ -11,6 +11,7 @@ from sqlalchemy import Connection, Double, Select, and_, bindparam, cast, func, 
 
 from storage.coordination.alike import N_ALIKE, failed_alike
 from storage.database.errors import StudyNotFoundError
+from storage.database.foreign import skipped
 from storage.database.sessions import OUTAGE_S, Sessions
 from storage.database.tables import studies, trial_user_attributes, trials, tuner_leases, tuner_studies
 
@@ -104,8 +105,23 @@ class Standing:
         return self.failed - self.cancelled
 
     def now_of(self, known: Budget) -> Budget:
-        """Return a budget of the study that somebody has known for a while as it is now: it may have been raised."""
-        return known if self.budget is None else replace(known, **self.budget)
+        """Return a budget of the study that somebody has known for a while as it is now: it may have been raised.
+
+        What is known stays where the database holds no budget that could be one.
+        """
+        if self.budget is None:
+            return known
+        if not _is_budget(self.budget):
+            skipped("the budget in the study's spec", f"it is none: {str(self.budget)[:100]}")
+            return known
+        return replace(known, **self.budget)
+
+
+def _is_budget(found: object) -> bool:
+    if not isinstance(found, dict) or not found.keys() <= {one.name for one in fields(Budget)}:
+        return False
+    numbers = {name: number for name, number in found.items() if name != "timeout_s" or number is not None}
+    return all(type(one) in (int, float) if name == "timeout_s" else type(one) is int for name, one in numbers.items())
 
 
 def look(sessions: Sessions, study_id: int) -> Standing:

@@ -54,7 +54,7 @@ from storage.database.tables import (
     trial_values,
     trials,
 )
-from storage.trials.kinds import checked_internal
+from storage.trials.kinds import all_stand_for_values, checked_internal
 from storage.trials.params import distribution_of, external_of
 
 _Head: TypeAlias = tuple[int, int, dt.datetime | None, dt.datetime | None, TrialState, int]
@@ -209,12 +209,22 @@ class _Contents:
             self.bad.update(dict.fromkeys(ids, f"param {name!r}: {error}"))
             return
         external = external_of(distribution)
+        if not all_stand_for_values(internals, distribution_json):
+            ids, internals = self._without_bad(name, distribution_json, ids, internals)
+        for trial_id, internal in zip(ids, internals, strict=True):
+            self.params[trial_id][name] = external(internal)
+            self.distributions[trial_id][name] = distribution
+
+    def _without_bad(
+        self, name: str, distribution_json: str, ids: list[int], internals: list[float]
+    ) -> tuple[list[int], list[float]]:
+        usable: dict[int, float] = {}
         for trial_id, internal in zip(ids, internals, strict=True):
             try:
-                self.params[trial_id][name] = external(checked_internal(internal, distribution_json))
+                usable[trial_id] = checked_internal(internal, distribution_json)
             except BadRowError as error:
                 self.bad[trial_id] = f"param {name!r}: {error}"
-            self.distributions[trial_id][name] = distribution
+        return list(usable), list(usable.values())
 
     def add_attrs(self, part: str, key: str, ids: list[int], texts: list[str | None]) -> None:
         attrs = self.user_attrs if part == "user_attr" else self.system_attrs

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import optuna
@@ -15,6 +16,7 @@ from sqlalchemy import text
 
 from storage import InvalidWriteError, PostgresStorage
 from storage.coordination.records import best_trial, find_trial, list_trials
+from storage.coordination.standings import Budget, Standing
 from storage.database import foreign
 from storage.trials.curves import curves, slowest_epoch_s
 
@@ -242,6 +244,22 @@ def test_details_of_an_epoch_are_read_as_far_as_they_are_some(storage: PostgresS
         assert [points[0].value for points in found.values()] == [1.0] * 5
         assert not any(points[0].train_loss or points[0].seconds for points in found.values())
         assert slowest_epoch_s(conn, study._study_id) == 0
+
+
+@pytest.mark.parametrize(
+    "found", [[], 3, {"trials": "many"}, {"trials": None}, {"more": 1}, {"timeout_s": {}}, {"max_failures": 1e400}]
+)
+def test_a_budget_that_is_none_leaves_the_one_that_is_known(told: Told, found: Any) -> None:
+    known = Budget(trials=3, timeout_s=None, max_failures=1, max_attempts=2)
+    standing = Standing(
+        state="open", age_s=1, budget=found, n_trials=0, running=0, waiting=0, failed=0, cancelled=0,
+        oldest_waiting=None, expired=0,
+    )  # fmt: skip
+    assert standing.now_of(known) == known
+    assert len(told()) == 1
+    raised = replace(standing, budget={"trials": 5, "timeout_s": 2.5, "max_failures": 7})
+    assert raised.now_of(known) == Budget(trials=5, timeout_s=2.5, max_failures=7, max_attempts=2)
+    assert told() == []
 
 
 def test_what_would_not_be_read_again_is_refused_when_it_is_written(storage: PostgresStorage) -> None:

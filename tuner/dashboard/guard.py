@@ -125,6 +125,9 @@ class Guard:
             body = json.dumps({"reason": refused.reason}).encode() + b"\n"
             return [] if environ["REQUEST_METHOD"] == "HEAD" else [body]
 
+        # optuna-dashboard would redirect to the host that they name
+        for name in [name for name in environ if name.startswith(("HTTP_X_FORWARDED_", "HTTP_FORWARDED"))]:
+            del environ[name]
         # optuna-dashboard answers 500 to a client that sends no Accept-Encoding, curl for one
         environ.setdefault("HTTP_ACCEPT_ENCODING", "identity")
         if path.startswith("/csv/") and environ["REQUEST_METHOD"] == "GET":

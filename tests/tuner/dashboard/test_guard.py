@@ -467,6 +467,13 @@ def test_the_token_in_the_url_is_exchanged_for_a_cookie_and_goes_from_the_url(da
         assert client.ask(f"//evil.example/?token={TOKEN}").headers["Location"] is None
 
 
+def test_a_redirect_goes_nowhere_that_a_proxys_header_names(database: str) -> None:
+    forged = {"X-Forwarded-Host": "evil.example", "X-Forwarded-Proto": "gopher", "Forwarded": "host=evil.example"}
+    with guarded(dashboard_of(database)) as client:
+        answer = client.ask("/", headers=forged)
+        assert answer.headers["Location"] == f"http://{client.host}/dashboard"
+
+
 def test_an_editor_needs_the_token_too(database: str) -> None:
     study_id = a_study(database)
     with guarded(dashboard_of(database, allow_edit=True), allow_edit=True, token=TOKEN) as client:
