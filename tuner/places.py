@@ -29,6 +29,9 @@ def place_of(error: BaseException) -> str | None:
     return own_place(traceback.extract_tb(error.__traceback__))
 
 
+_PACKAGES = ("/site-packages/", "/dist-packages/")  # those of the user and of the system as well
+
+
 @cache
 def kind_of(file: str) -> str:
     """Return whose a file of code is: `own`, `installed`, `ours` or `python`."""
@@ -37,7 +40,7 @@ def kind_of(file: str) -> str:
     installed, ours, python = _places()
     if any(file.startswith(place) for place in ours):
         return "ours"
-    if any(file.startswith(place) for place in installed):
+    if any(file.startswith(place) for place in installed) or any(name in file for name in _PACKAGES):
         return "installed"
     return "python" if any(file.startswith(place) for place in python) else "own"
 

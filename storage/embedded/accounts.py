@@ -137,7 +137,10 @@ def owner_of(cluster: Path) -> str | None:
         uid = cluster.stat().st_uid
     except FileNotFoundError:
         return None
-    return next((entry.pw_name for entry in pwd.getpwall() if entry.pw_uid == uid), f"uid {uid}")
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return f"uid {uid}"
 
 
 def advice(cluster: Path) -> str | None:

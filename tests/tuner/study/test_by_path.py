@@ -141,31 +141,47 @@ def test_a_neighbour_that_is_not_meant_is_in_nobodys_way(
     assert find_objective(f"{path}:f").load()(None) == 1  # type: ignore[operator]
 
 
+LIBRARY = """
+import importlib, importlib.util, pickle
+
+found = importlib.util.find_spec("optional_beside")
+try:
+    import optional_beside
+except ImportError:
+    pass
+else:
+    found = optional_beside
+
+def find():
+    return importlib.import_module("beside_too")
+
+class Unpickler(pickle.Unpickler):
+    def find_class(self, module, name):
+        return super().find_class(module, name)
+"""
+WANTING = """
+import importlib, io, library, used_beside
+
+def objective(trial):
+    return used_beside.VALUE, library.found, library.find
+
+def later(trial):
+    pickled = library.Unpickler(io.BytesIO(b"cpickled_beside\\nVALUE\\n.")).load()
+    return pickled, importlib.import_module("beside_too").VALUE
+"""
+
+
 def test_a_neighbour_is_for_the_user_s_own_code_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is installed tries to import what need not be there: a neighbour may be called that."""
-    written(
-        tmp_path,
-        "installed/library.py",
-        """
-from importlib.util import find_spec
-found = find_spec("optional_beside")
-try: import optional_beside
-except ImportError: pass
-else: found = optional_beside
-""",
-    )
-    written(tmp_path, "installed/late.py", "import importlib\ndef find(): return importlib.import_module('beside_too')")
-    for name in ("optional_beside", "beside_too", "used_beside", "used_by_it"):
-        written(tmp_path, f"mine/{name}.py", "import used_by_it\nVALUE = 7" if name == "used_beside" else "VALUE = 7")
-    lines = (
-        "import library, late, used_beside, importlib\ndef f(trial): return used_beside.VALUE, library.found, late.find"
-    )
-    path = written(tmp_path, "mine/wanting.py", lines + "\ndef g(trial): return importlib.import_module('beside_too')")
-    monkeypatch.syspath_prepend(str(tmp_path / "installed"))
-    monkeypatch.setattr("tuner.study.by_path.kind_of", lambda file: "own" if "/mine/" in file else "installed")
-    value, found, find = find_objective(f"{path}:f").load()(None)  # type: ignore[operator, misc]
+    written(tmp_path, "site-packages/library.py", LIBRARY)
+    for name in ("optional_beside", "beside_too", "used_by_it", "pickled_beside"):
+        written(tmp_path, f"mine/{name}.py", "VALUE = 7")
+    written(tmp_path, "mine/used_beside.py", "from used_by_it import VALUE")
+    path = written(tmp_path, "mine/wanting.py", WANTING)
+    monkeypatch.syspath_prepend(str(tmp_path / "site-packages"))
+    value, found, find = find_objective(f"{path}:objective").load()(None)  # type: ignore[operator, misc]
     assert (value, found) == (7, None)
     with pytest.raises(ModuleNotFoundError, match="No module named 'beside_too'"):
         find()
-    assert find_objective(f"{path}:g").load()(None).VALUE == 7  # type: ignore[operator, union-attr]
+    assert find_objective(f"{path}:later").load()(None) == (7, 7)  # type: ignore[operator]
     assert find().VALUE == 7  # it is imported by now
