@@ -55,8 +55,9 @@ def test_the_main_job_searches_retrains_tests_and_exports(job: Finished, home: P
     told = dict(line.split(maxsplit=1) for line in job.stdout.splitlines())
     assert told["dashboard"] == "tuner dashboard"
     assert Path(told["model"]).parent == home / "data" / "models"
-    accuracy = re.search(r"^test accuracy +(\S+)$", job.stdout, re.MULTILINE)
+    accuracy = re.search(r"^test accuracy +(\S+) \(95 %: (0\.\d+) to (\d\.?\d*)\)$", job.stdout, re.MULTILINE)
     assert accuracy is not None
+    assert float(accuracy[2]) < float(accuracy[1]) < float(accuracy[3])
     assert float(accuracy[1]) > 0.9
     assert re.search(r"^validation accuracy +0\.\d+$", job.stdout, re.MULTILINE)
     assert "lr=" in told["params"]
@@ -208,7 +209,15 @@ def test_objectives_lists_digits_with_its_summary(tuner: Tuner) -> None:
 def test_doctor_finds_nothing_wrong(tuner: Tuner, job: Finished) -> None:
     found = tuner("doctor", "--json")
     assert found.code == 0, found.stdout
-    assert {check["check"] for check in found.json()} == {"python", "torch", "data", "database", "objectives"}
+    assert {check["check"] for check in found.json()} == {
+        "python",
+        "torch",
+        "data",
+        "database",
+        "clock",
+        "records",
+        "objectives",
+    }
 
 
 def test_db_says_where_it_is_and_comes_back_with_everything(job: Finished, tuner: Tuner) -> None:
