@@ -16,7 +16,7 @@ from optuna.trial import TrialState
 from sqlalchemy import text
 
 from storage import open_engine, open_storage
-from tuner.errors import EXIT_UNREACHABLE
+from tuner.exits import ExitCode
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -96,7 +96,7 @@ def test_what_lets_nobody_in_is_one_line_that_says_what_to_check(
     refused = tuner_on("a")("worker", "any", TUNER_STORAGE_PASSWORD_FILE=str(wrong_password))
     found.append((refused, "password authentication failed .*; check the user name and the password", "not the pass"))
     for done, expected, password in found:
-        assert done.code == EXIT_UNREACHABLE, done
+        assert done.code == ExitCode.UNREACHABLE, done
         assert re.search(expected, done.error()), done
         assert done.stderr.count("\n") == 1
         assert password not in done.stderr
@@ -128,7 +128,7 @@ def test_a_machine_that_is_cut_off_for_half_a_lease_costs_no_attempt(
             threading.Event().wait(CUT_OFF_S)
             lost = asking.finish()
         done = {machine: worker.finish() for machine, worker in workers.items()}
-    assert (lost.code, "cannot reach PostgreSQL" in lost.error()) == (EXIT_UNREACHABLE, True)
+    assert (lost.code, "cannot reach PostgreSQL" in lost.error()) == (ExitCode.UNREACHABLE, True)
     assert {machine: finished.code for machine, finished in done.items()} == dict.fromkeys(WORKERS, 0), done
     trials = study.get_trials(deepcopy=False)
     assert [(trial.number, trial.state) for trial in trials] == [(n, TrialState.COMPLETE) for n in range(N_TRIALS)]
