@@ -30,15 +30,25 @@ def socket_directory(home: Path, key: str, account: Account) -> Path:
     near = home / "socket"
     if _is_fit(near):
         return near
+    # Not gettempdir(): what TMPDIR names may be as long. And XDG_RUNTIME_DIR goes with the user's last session, which a
+    # server outlives.
+    place = Path(f"/tmp/tuner-{os.geteuid()}-{key}")  # noqa: S108  (checked by private_directory)
     runtime = Path(os.environ.get("XDG_RUNTIME_DIR", ""))
     short = runtime / f"tuner-{key}"
-    if account.is_us and runtime.is_absolute() and _is_fit(short):
+    if account.is_us and _is_anothers(place, account) and runtime.is_absolute() and _is_fit(short):
         with suppress(OSError):
             require_own(runtime)
             if runtime.is_dir():
                 return short
-    # Not gettempdir(): what TMPDIR names may be as long.
-    return Path(f"/tmp/tuner-{os.geteuid()}-{key}")  # noqa: S108  (checked by private_directory)
+    return place
+
+
+def _is_anothers(place: Path, account: Account) -> bool:
+    """Whether somebody else has taken a name where everybody may."""
+    try:
+        return os.lstat(place).st_uid != account.uid
+    except FileNotFoundError:
+        return False
 
 
 def _is_fit(sockets: Path) -> bool:

