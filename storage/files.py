@@ -2,8 +2,9 @@
 
 A directory is own if it belongs to this user or to root, and nobody else may write to it; and if nobody else could put
 another one in its place, by writing to a directory above it or by a link of theirs on the way. To write to a directory
-above is no harm where that has the sticky bit, as /tmp has. A group that has the number of the directory's owner, and
-no other member, is nobody else: many systems give each user one, and let it write by default.
+above is no harm where that has the sticky bit, as /tmp has. A group that has the number of the directory's owner, or
+of this user, and no other member, is nobody else: many systems give each user one, and let it write by default; and
+Kubernetes makes volumes root's and such a group's.
 """
 
 from __future__ import annotations
@@ -214,8 +215,8 @@ def _is_trusted(path: Path) -> bool:
 
 
 def _is_private(path: Path, found: os.stat_result) -> bool:
-    """Whether what a directory's group may do is for its owner alone."""
-    if found.st_gid != found.st_uid:
+    """Whether what a directory's group may do is for its owner, or for us, alone."""
+    if found.st_gid not in (found.st_uid, os.geteuid()):
         return False
     if hasattr(os, "listxattr"):
         with suppress(OSError):  # a file system without
@@ -225,7 +226,7 @@ def _is_private(path: Path, found: os.stat_result) -> bool:
         members = grp.getgrgid(found.st_gid).gr_mem
     except KeyError:
         return True
-    return set(members) <= {_user_name(found.st_uid)}
+    return set(members) <= {_user_name(found.st_gid)}
 
 
 def _user_name(uid: int) -> str:

@@ -107,6 +107,17 @@ def test_a_users_own_group_is_nobody_else_and_one_with_other_members_is(home, mo
 
 
 @as_root
+def test_our_own_group_may_write_where_root_lets_it_as_in_a_volume_of_kubernetes(home, monkeypatch):
+    data = _made(home / "data", 0o2770)
+    os.chown(data, 0, OTHER)
+    data.chmod(0o2770)
+    with pytest.raises(UntrustedError, match=f"group {OTHER}"):
+        require_own(data)
+    monkeypatch.setattr("os.geteuid", lambda: OTHER)
+    require_own(data)
+
+
+@as_root
 def test_whom_an_access_control_list_lets_in_counts(home):
     data = _made(home / "data", 0o700)
     # Version 2, and entries of tag, permissions and id: the owner, user 12345, the group, the mask and others.
