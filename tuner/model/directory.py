@@ -120,6 +120,8 @@ def _put(directory: Path, place: Path) -> None:
         refuse_other(place)
         shutil.copymode(place, directory)
         if not _exchange(directory, place):
+            # It may be left where no lock could tell that it was: NFS locks no directories.
+            shutil.rmtree(_old(place), ignore_errors=True)
             os.rename(place, _old(place))
             os.rename(directory, place)
             shutil.rmtree(_old(place), ignore_errors=True)

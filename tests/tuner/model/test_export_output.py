@@ -11,6 +11,7 @@ import tuner
 from tuner.errors import TunerError
 from tuner.formats.program import PROGRAM
 from tuner.formats.weights import WEIGHTS
+from tuner.model import directory as output_directory
 from tuner.model.directory import CARD
 from tuner.model.export import check_output
 from tuner.model.manifest import MANIFEST, read_manifest
@@ -226,3 +227,13 @@ def test_an_output_that_cannot_be_written_is_refused():
 def test_looking_at_an_output_leaves_nothing_behind(tmp_path):
     check_output(tmp_path / "a" / "b")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_old_export_that_was_left_where_nothing_can_be_locked_is_not_in_the_way(tmp_path, monkeypatch):
+    monkeypatch.setattr(output_directory, "_exchange", lambda one, other: False)
+    for name in ("model", "new", ".model.tuner-old"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / ".tuner-mark").write_text(name)
+    output_directory._put(tmp_path / "new", tmp_path / "model")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    assert (tmp_path / "model" / ".tuner-mark").read_text() == "new"
