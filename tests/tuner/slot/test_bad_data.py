@@ -78,7 +78,7 @@ def test_bad_data_are_told_before_training_with_objective_split_and_cause(study,
     with pytest.raises(TunerError) as caught:
         attempt(study, Broken(what=what))
     message = str(caught.value)
-    assert message.startswith(f"Broken.load_data('') failed: DataError: {told} ({__file__}, line ")
+    assert message.startswith(f"Broken.load_data('.') failed: DataError: {told} ({__file__}, line ")
     assert "\n" not in message
     assert study.trials == []
 

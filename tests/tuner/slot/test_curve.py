@@ -1,6 +1,7 @@
 """What is kept of an attempt's epochs."""
 
 import math
+from pathlib import Path
 
 import optuna
 import pytest
@@ -20,7 +21,7 @@ def points_of(**spec):
     points = []
     report = trial.report_point
     trial.report_point = lambda point: (points.append(point), report(point))
-    outcome = run_attempt(TrialObjective.load(a_spec(**spec), Signs(), "", torch.device("cpu")), trial)
+    outcome = run_attempt(TrialObjective.load(a_spec(**spec), Signs(), Path(), torch.device("cpu")), trial)
     assert outcome.value is not None, outcome.message
     return points
 
