@@ -62,7 +62,7 @@ def test_the_help_of_an_objective_is_its_own():
         ("import tuner.study.sampling", ("torch",)),
         ("import tuner.slot.shared_checkpoints", ("torch", "optuna", "fsspec")),
         ("import tuner.cli.importing, storage.importing.studies", ("torch",)),
-        ("import tuner.training, tuner.data", ("optuna", "sqlalchemy", "psycopg2", "storage")),
+        ("import tuner.training, tuner.data", ("optuna", "sqlalchemy", "psycopg2", "storage.database")),
     ],
 )
 def test_importing_pulls_in_no_more_than_needed(start_python, statement, absent):
