@@ -23,8 +23,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.dialects.postgresql import distinct_on
 
-from storage.database.columns import known_json, known_time
-from storage.database.foreign import BAD, BadRowError, json_value, json_values, skipped
+from storage.database.foreign import BAD, BadRowError, json_value, json_values, known_json, known_time, skipped
 from storage.database.tables import (
     trial_intermediate_values,
     trial_params,

@@ -24,7 +24,7 @@ from sqlalchemy import (
     literal,
 )
 
-from storage.database.foreign import MAX_JSON_BYTES
+from storage.database.foreign import known_time
 
 _NO_TIME: Final = np.iinfo(np.int64).min  # PostgreSQL's -infinity
 _EPOCH_OF_POSTGRESQL_US: Final = 946_684_800 * 10**6  # 2000-01-01, in microseconds since 1970
@@ -45,16 +45,6 @@ def stored_number(value: ColumnElement[Any], kind: ColumnElement[Any]) -> Column
     """The number that a column and its type stand for, as PostgreSQL's float8 has it."""
     special = {"FINITE": value, "INF_POS": literal(math.inf, Double), "INF_NEG": literal(-math.inf, Double)}
     return func.coalesce(case(special, value=kind), literal(math.nan, Double))
-
-
-def known_time(column: ColumnElement[Any]) -> ColumnElement[Any]:
-    """A naive time, NULL where it is none of Python's: PostgreSQL has others, and infinity."""
-    return case((column.between(dt.datetime(2, 1, 1), dt.datetime(9998, 1, 1)), column))
-
-
-def known_json(column: ColumnElement[Any]) -> ColumnElement[Any]:
-    """A JSON text, NULL where it is too large to be read."""
-    return case((func.octet_length(column) <= MAX_JSON_BYTES, column))
 
 
 def sent_time(column: ColumnElement[Any]) -> ColumnElement[bytes]:

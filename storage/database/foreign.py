@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import json
 import logging
 from collections.abc import Sequence
 from typing import Any, Final
+
+from sqlalchemy import ColumnElement, case, func
 
 from storage.database.errors import InvalidWriteError
 
@@ -34,6 +37,16 @@ def skipped(what: str, why: object) -> None:
         _log.warning("more in the database cannot be read and is skipped; it is not named any more")
     else:
         _log.warning("%s is skipped: %s", what, why)
+
+
+def known_time(column: ColumnElement[Any]) -> ColumnElement[Any]:
+    """A naive time, NULL where it is none of Python's: PostgreSQL has others, and infinity."""
+    return case((column.between(dt.datetime(2, 1, 1), dt.datetime(9998, 1, 1)), column))
+
+
+def known_json(column: ColumnElement[Any]) -> ColumnElement[Any]:
+    """A JSON text, NULL where it is too large to be read."""
+    return case((func.octet_length(column) <= MAX_JSON_BYTES, column))
 
 
 def json_value(text: str | None) -> Any:

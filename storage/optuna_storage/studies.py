@@ -17,8 +17,7 @@ from sqlalchemy.dialects.postgresql import insert as upsert
 from sqlalchemy.exc import IntegrityError
 
 from storage.coordination.control import delete_rows
-from storage.database.columns import known_json
-from storage.database.foreign import BadRowError, json_text, json_value, skipped
+from storage.database.foreign import BadRowError, json_text, json_value, known_json, skipped
 from storage.database.sessions import Sessions
 from storage.database.tables import (
     studies,

@@ -38,13 +38,12 @@ from storage.database.columns import (
     int_array,
     integers,
     is_among,
-    known_json,
     local_times,
     packed,
     sent_time,
     stored_number,
 )
-from storage.database.foreign import BAD, BadRowError, json_value, json_values, skipped
+from storage.database.foreign import BAD, BadRowError, json_value, json_values, known_json, skipped
 from storage.database.tables import (
     study_directions,
     trial_intermediate_values,
