@@ -96,7 +96,7 @@ def test_what_lets_nobody_in_is_one_line_that_says_what_to_check(
     refused = tuner_on("a")("worker", "any", TUNER_STORAGE_PASSWORD_FILE=str(wrong_password))
     found.append((refused, "password authentication failed .*; check the user name and the password", "not the pass"))
     for done, expected, password in found:
-        assert done.code == ExitCode.UNREACHABLE, done
+        assert done.code == ExitCode.NOT_LET_IN, done
         assert re.search(expected, done.error()), done
         assert done.stderr.count("\n") == 1
         assert password not in done.stderr
