@@ -6,7 +6,6 @@ makes sure of the study: the slot can begin as soon as it is configured.
 
 from __future__ import annotations
 
-import faulthandler
 import io
 import os
 import signal
@@ -15,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 from tuner.imports import uncollected
+from tuner.slot import stacks
 
 
 def main() -> None:
@@ -23,9 +23,7 @@ def main() -> None:
     # what the objective starts would inherit.
     signal.signal(signal.SIGTERM, lambda *_: None)
     os.register_at_fork(after_in_child=lambda: signal.signal(signal.SIGTERM, signal.SIG_DFL))
-    # For a worker that asks where a trial hangs: all threads' stacks, written without taking the interpreter's lock. On
-    # a stream of its own, as an objective may close this one. Readers of samples, which are forked, have it too.
-    faulthandler.register(signal.SIGQUIT, file=os.fdopen(os.dup(2), "w"), all_threads=True)
+    stacks.write_on_request()  # of a worker that finds its trial hanging
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # the worker reads UTF-8, a line at a time, whatever the locale
             stream.reconfigure(encoding="utf-8", errors="backslashreplace", line_buffering=True)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from tuner.slot import stacks
 from tuner.worker.slots import SlotPlan
 
 LAST_OUTPUT_S = 1.0
@@ -51,6 +52,7 @@ class SlotProcess:
             errors="replace",  # an objective may print what it likes
         )
         self._is_over = False
+        self._stacks: list[Path] = []
         assert self._process.stdout is not None
         assert self._process.stderr is not None
         readers = [
@@ -79,11 +81,19 @@ class SlotProcess:
         with suppress(ProcessLookupError, PermissionError):  # nobody is left; macOS says so by the second
             os.killpg(self._process.pid, signal.SIGKILL)
 
-    def show_stacks(self) -> None:
-        """Have the process, and those that it forked, write to stderr where each of their threads is."""
-        for pid in () if self._is_over else (self._process.pid, *_forked(self._process.pid)):
-            with suppress(ProcessLookupError, PermissionError):
-                os.kill(pid, signal.SIGQUIT)
+    def request_stacks(self) -> None:
+        """Have the process, and those that it forked, write where each of their threads is."""
+        if not self._is_over:
+            self._stacks = stacks.request(self._process.pid)
+
+    def read_stacks(self) -> list[str]:
+        """Return the lines that they have written since, each once."""
+        lines = []
+        for file in self._stacks:
+            with suppress(OSError):  # its process has ended
+                lines += file.read_text(errors="replace").splitlines()
+        self._stacks = []
+        return lines
 
     def exit_code(self) -> int:
         """Wait for the process, whose end was reported, and return its exit code."""
@@ -105,18 +115,6 @@ class SlotProcess:
         for reader in readers:
             reader.join(LAST_OUTPUT_S)
         self._inbox.put(Message(kind="end", slot=self.plan.number))
-
-
-def _forked(pid: int) -> list[int]:
-    """Return the children of a process that run its own program, as its readers of samples do; none but on Linux."""
-    found = []
-    with suppress(OSError):
-        own = Path(f"/proc/{pid}/cmdline").read_bytes()
-        for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
-            with suppress(OSError):  # one that has ended since
-                if Path(f"/proc/{child}/cmdline").read_bytes() == own:
-                    found.append(int(child))
-    return found
 
 
 def current_directory() -> str:

@@ -239,14 +239,13 @@ class Worker:
         self._watchdog.slowest_s = max(self._watchdog.slowest_s, self._presence.slowest_s)
         for number, hang in self._watchdog.look(now).items():
             slot = self._slots[number]
-            self._say(
-                slot,
-                "hung",
-                hung(slot.last_trial, _named(slot), hang.reason),
-            )
-            slot.process.show_stacks()
+            self._say(slot, "hung", hung(slot.last_trial, _named(slot), hang.reason))
+            slot.process.request_stacks()
         for number in self._watchdog.to_kill(now):
-            self._slots[number].process.kill()
+            slot = self._slots[number]
+            for line in slot.process.read_stacks():
+                self._say_printed(slot, line)
+            slot.process.kill()
 
     # Leave to claim
 
