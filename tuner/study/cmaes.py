@@ -28,8 +28,14 @@ _CLASSES: Final = frozenset(
 
 # What unpickling raises for bytes that are cut, are none, or ask for what there is not.
 _UNREADABLE: Final = (
-    *(pickle.UnpicklingError, EOFError, AttributeError, LookupError),
-    *(ValueError, TypeError, ArithmeticError, MemoryError),
+    pickle.UnpicklingError,
+    EOFError,
+    AttributeError,
+    LookupError,
+    ValueError,
+    TypeError,
+    ArithmeticError,
+    MemoryError,
 )
 
 
