@@ -6,6 +6,7 @@ import contextlib
 import io
 import logging
 import re
+import threading
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
@@ -61,14 +62,37 @@ def program_file(model: nn.Module, rows: Rows) -> bytes:
 
 
 def load_program(file: Path | io.BytesIO, name: str | None = None) -> nn.Module:
-    """Return the exported program in a file. Raises FormatError if reading it could run or unpickle a part of it."""
+    """Return the exported program in a file. Raises FormatError if reading it could run or unpickle a part of it.
+
+    A call of it that raises leaves gradients on or off as they were.
+    """
     archive = plain_archive(file, name or str(file))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The given buffer is not writable")  # torch's own, up to 2.11
         try:
-            return torch.export.load(archive).module()
+            program = torch.export.load(archive).module()
         except Exception as error:
             raise FormatError(f"{name or file} needs to hold a program, got parts that make none: {error!r}") from error
+    program.register_forward_pre_hook(_keep_gradient_mode, prepend=True)
+    program.register_forward_hook(_restore_gradient_mode, always_call=True)
+    return program
+
+
+# What stands under no_grad() in a model is a pair of calls in its program, of which an error between them skips the
+# second (torch 2.10 to 2.15): gradients would stay off in the process that called it.
+_modes = threading.local()
+
+
+def _keep_gradient_mode(*_: Any) -> None:
+    if not hasattr(_modes, "before"):
+        _modes.before = []
+    _modes.before.append(torch.is_grad_enabled())
+
+
+def _restore_gradient_mode(*_: Any) -> None:
+    before = _modes.before.pop()
+    if torch.is_grad_enabled() != before:
+        torch.set_grad_enabled(before)
 
 
 def _traced(model: nn.Module, inputs: Inputs) -> bytes:

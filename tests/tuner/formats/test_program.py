@@ -135,6 +135,26 @@ def test_a_model_that_was_compiled_is_traced(how):
     assert not [name for name, _ in program.named_parameters() if "_orig_mod" in name]
 
 
+class PartWithoutGradients(Base):
+    def forward(self, x):
+        with torch.no_grad():
+            x = nn.functional.layer_norm(x, (4,)) + torch.linalg.cholesky(x.T @ x).sum()
+        return self.layer(x)
+
+
+@pytest.mark.parametrize("on", [True, False])
+def test_a_call_that_fails_in_a_part_without_gradients_leaves_them_as_they_were(on):
+    program = load_program(io.BytesIO(program_file(PartWithoutGradients().eval(), ROWS)))
+    with torch.set_grad_enabled(on):
+        with pytest.raises(torch.linalg.LinAlgError):
+            program(torch.zeros(2, 4))
+        assert torch.is_grad_enabled() == on
+        assert program(ROWS.inputs).requires_grad == on
+        again = torch.export.export(program, (ROWS.inputs,), strict=False).module()
+        assert again(ROWS.inputs).requires_grad == on
+        assert torch.is_grad_enabled() == on
+
+
 def test_outputs_that_are_nan_are_no_difference():
     class Undefined(Base):
         def forward(self, x):
