@@ -118,14 +118,16 @@ class Signs:
     last_seen: dt.datetime | None = None
 
 
-def signs(conn: Connection) -> dict[int, Signs]:
-    """Return them of each study that ever had a worker."""
+def signs(conn: Connection, study_id: int | None = None) -> dict[int, Signs]:
+    """Return them of a study, or of each, if it ever had a worker."""
     its = tuner_workers.c
     query = select(
         its.study_id,
         func.count().filter(its.ended_at.is_(None), ~_IS_LOST).label("live"),
         func.max(its.last_seen).label("last_seen"),
     ).group_by(its.study_id)
+    if study_id is not None:
+        query = query.where(its.study_id == study_id)
     return {row.study_id: Signs(live=row.live, last_seen=row.last_seen) for row in conn.execute(query)}
 
 

@@ -63,7 +63,7 @@ def look(engine: Engine, study: AnyStudy) -> Status:
             "pace": ledger.pace(conn, study_id),
             "workers": workers.present(conn, study_id),
             "ended_workers": workers.count_ended(conn, study_id),
-            "last_seen": workers.signs(conn).get(study_id, Signs()).last_seen,
+            "last_seen": workers.signs(conn, study_id).get(study_id, Signs()).last_seen,
         }
 
     seen = sessions.snapshot(of_workers)
