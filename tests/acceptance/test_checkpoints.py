@@ -13,6 +13,7 @@ import optuna
 import pytest
 from command import Tuner, wait_for
 from optuna.trial import TrialState
+from processes import slots_of
 from sqlalchemy import text
 
 from storage import EmbeddedServer, open_engine, open_storage
@@ -185,9 +186,9 @@ def test_a_trial_whose_process_is_killed_goes_on_from_what_it_saved_last_though_
     with on_machine(tuner, read_only.name).start(*worker(objective)) as running:
         wait_for_epoch_three(database)
         pid = running.process.pid
-        (slot,) = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        (slot,) = slots_of(pid)
         wait_for(lambda: kept_in(database) == 1, "a state is copied")
-        os.kill(int(slot), signal.SIGKILL)
+        os.kill(slot, signal.SIGKILL)
         open_gate(tmp_path, 9)
         assert running.finish().code == 0
     (resumed,) = notes(running, "resumed")

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from command import Running, Tuner, wait_for
 from optuna.trial import TrialState
+from processes import slots_of
 
 from storage import open_storage
 
@@ -102,9 +103,9 @@ def test_a_slot_whose_worker_is_gone_ends_whatever_its_trial_does_with_all_that_
     with tuner.start(*worker) as running:
         wait_for(told.exists, "the trial runs", 120)
         pid = running.process.pid
-        slot = Path(f"/proc/{pid}/task/{pid}/children").read_text().strip()
+        (slot,) = slots_of(pid)
         running.process.kill()
-        wait_for(lambda: not any(is_running(number) for number in (slot, told.read_text())), "they end", 20)
+        wait_for(lambda: not any(is_running(number) for number in (str(slot), told.read_text())), "they end", 20)
 
 
 def is_running(pid: str) -> bool:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import signal
-from pathlib import Path
 
 import pytest
 from command import Tuner, wait_for
 from optuna.trial import TrialState
+from processes import all_of
 
 from storage import open_storage
 
@@ -76,8 +76,7 @@ def test_a_scheduler_that_sends_sigterm_to_every_process_loses_nothing(tuner: Tu
     with tuner.start("worker", "odd", "--objective", objective, "--log-format", "json") as running:
         wait_for(lambda: len(running.events("report")) >= 3, "it trains", 120)
         pid = running.process.pid
-        slots = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-        for process in (*map(int, slots), pid):
+        for process in all_of(pid):
             os.kill(process, signal.SIGTERM)
         assert running.finish().code == 143
     assert [event.get("trial") for event in running.events("trial_released")] == [0]

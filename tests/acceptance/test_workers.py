@@ -12,6 +12,7 @@ import optuna
 import pytest
 from command import Tuner, wait_for
 from optuna.trial import TrialState
+from processes import all_of, slots_of
 from sqlalchemy import text
 
 from storage import EmbeddedServer, open_engine, open_storage
@@ -152,10 +153,6 @@ def wait_until_running(database: str, name: str, count: int, *, reports: int = 1
     wait_for(reached, f"{count} trials run and report")
 
 
-def children(pid: int) -> list[int]:
-    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-
-
 def test_a_worker_joins_a_running_study_by_its_name_alone(tuner: Tuner) -> None:
     assert tuner("create", "digits", "--trials", "6", "--epochs", "2", "--sampler", "random").code == 0
     with (
@@ -208,7 +205,7 @@ def test_a_trial_that_was_given_back_goes_on_within_its_epoch(tuner: Tuner, data
     worker = ("worker", "trains", "--objective", objective, "--log-format", "json", "--device", "cpu")
     with tuner.start(*worker) as running:
         wait_until_running(database, "trains", 1, reports=2)
-        for process in (running.process.pid, *children(running.process.pid)):  # as a scheduler, before a time limit
+        for process in all_of(running.process.pid):  # as a scheduler, before a time limit
             os.kill(process, signal.SIGUSR1)
         assert running.finish().code == 75
     (trial,) = load(database, "trains").trials
@@ -232,7 +229,7 @@ def test_a_slot_that_was_killed_is_started_again_and_its_trial_goes_on(
     arguments = ("worker", "gated", "--objective", f"{study_file}:objective", "--log-format", "json")
     with tuner.start(*arguments) as running:
         wait_until_running(database, "gated", 1)
-        (slot,) = children(running.process.pid)
+        (slot,) = slots_of(running.process.pid)
         x = load(database, "gated").trials[0].params["x"]
         os.kill(slot, signal.SIGKILL)
         wait_for(lambda: bool(running.events("slot_died")), "the worker notices")
@@ -251,7 +248,7 @@ def test_a_worker_that_was_killed_leaves_no_slot_and_no_running_trial(
     assert tuner("create", f"{study_file}:objective", "--trials", "2").code == 0
     with tuner.start("worker", "gated", "--objective", f"{study_file}:objective") as running:
         wait_until_running(database, "gated", 1)
-        (slot,) = children(running.process.pid)
+        (slot,) = slots_of(running.process.pid)
         running.process.kill()
         wait_for(lambda: not Path(f"/proc/{slot}").exists(), "the slot ends")
     wait_for(lambda: load(database, "gated").trials[0].state == TrialState.WAITING, "the trial is given back")
@@ -329,7 +326,7 @@ def test_a_slot_that_was_frozen_for_longer_than_its_lease_is_fenced_and_goes_on(
     arguments = ("worker", "gated", "--objective", f"{study_file}:objective", "--log-format", "json")
     with tuner.start(*arguments) as frozen:
         wait_until_running(database, "gated", 1)
-        (slot,) = children(frozen.process.pid)
+        (slot,) = slots_of(frozen.process.pid)
         os.kill(slot, signal.SIGSTOP)
         engine = open_engine(database)
         with engine.begin() as conn:  # as after a minute
@@ -436,7 +433,7 @@ def test_no_password_is_in_any_process_of_a_worker(tuner: Tuner, database: str, 
         "worker", "gated", "--objective", f"{study_file}:objective", "--log-format", "json", **environment
     ) as running:
         wait_until_running(database, "gated", 1)
-        for pid in (running.process.pid, *children(running.process.pid)):
+        for pid in all_of(running.process.pid):
             assert secret.encode() not in Path(f"/proc/{pid}/cmdline").read_bytes()
         open_gate(study_file, 10)
         done = running.finish()

@@ -18,6 +18,7 @@ from typing import Any
 
 from command import wait_for
 from gate import Gate
+from processes import slots_of
 
 from storage import EmbeddedServer
 
@@ -95,7 +96,7 @@ class Machine:
         if who == "worker":
             return [pid] if self._process.poll() is None else []
         with suppress(OSError):
-            return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+            return slots_of(pid)
         return []
 
     def events(self) -> list[dict[str, Any]]:

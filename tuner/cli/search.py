@@ -8,6 +8,7 @@ import secrets
 import shlex
 import socket
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -28,7 +29,8 @@ if TYPE_CHECKING:
 
     from tuner.log import Log
     from tuner.study.joining import Study, Wanted
-    from tuner.study.registry import ObjectiveSource
+    from tuner.study.registry import ObjectiveKind, ObjectiveSource
+    from tuner.worker.processes import Slots
 
 Workers = Annotated[
     int | None, typer.Option(help="Local worker processes (default: half the cores, 2 to 8).", rich_help_panel=WORKERS)
@@ -105,8 +107,9 @@ def run(
     from tuner.study.joining import Wanted
     from tuner.study.registry import find_objective, is_objective_class
     from tuner.study.tensorboard import check_tensorboard, follow
+    from tuner.worker.processes import Slots
     from tuner.worker.slots import plan_slots
-    from tuner.worker.supervisor import Slots, Worker
+    from tuner.worker.supervisor import Worker
 
     settings.own_data_dir()  # before anything starts
     plans = plan_slots(str(_workers(workers)), device)
@@ -116,9 +119,9 @@ def run(
         check_output(output)
     if tensorboard is not None:
         check_tensorboard(tensorboard)
-    slots = Slots(plans, objective)  # they import torch and the objective while this process does
+    slots = Slots(plans, objective, imports_here=True)
     try:
-        kind = source.load()
+        kind = _import_for(slots, settings, source, plans[0].shared_environment)
         wanted = Wanted(source=source, kind=kind, settings=planned, given=options.given_settings())
         has_model = is_objective_class(kind)
         engine, (joined, created) = _create_or_join(
@@ -242,8 +245,9 @@ def worker(
     from tuner.study.joining import check_code, open_study, why_failed
     from tuner.study.registry import find_objective
     from tuner.study.tensorboard import check_tensorboard, follow
+    from tuner.worker.processes import Slots
     from tuner.worker.slots import plan_slots
-    from tuner.worker.supervisor import Limits, Slots, Worker
+    from tuner.worker.supervisor import Limits, Worker
 
     if trials is not None:
         check_positive("--trials", trials)
@@ -280,6 +284,39 @@ def worker(
             Worker(engine, joined, processes, config, log, limits, on_trial).run()
     finally:
         processes.close()
+
+
+def _import_for(
+    slots: Slots, settings: Settings, source: ObjectiveSource, environment: dict[str, str]
+) -> ObjectiveKind:
+    """Import the objective, with all that slots need, and have them forked from here; start the database meanwhile.
+
+    What is wrong with the database is told when it is opened.
+    """
+    import storage  # noqa: F401 - no two threads shall import it at once
+    from tuner.imports import quick_imports
+    from tuner.study.registry import is_objective_class
+    from tuner.worker.slots import n_cores
+
+    added = {name: value for name, value in environment.items() if name not in os.environ}
+    os.environ.update(added)  # torch and numpy look at it as they are imported
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(settings.start_database)
+        kind = source.load()
+        with quick_imports():
+            import torch
+
+            import tuner.slot.slot  # noqa: F401
+
+            if is_objective_class(kind):
+                import torchmetrics  # noqa: F401
+    slots.has_imported()
+    for name, value in added.items():
+        if os.environ.get(name) == value:
+            del os.environ[name]
+    if "OMP_NUM_THREADS" in added:
+        torch.set_num_threads(n_cores())  # the export has them to itself
+    return kind
 
 
 def _create_or_join(

@@ -141,6 +141,13 @@ class Settings:
             return with_password_file(self.storage, self.storage_password_file)
         return parse_url(self.storage)
 
+    def start_database(self) -> None:
+        """Start the embedded server, where it is that."""
+        from storage import EmbeddedServer
+
+        if self.storage is None:
+            EmbeddedServer(self.data_dir).start()
+
     def open(self) -> Engine:
         """Return an engine of the database, its schema made or checked."""
         from storage import ensure_schema, open_engine

@@ -1,38 +1,36 @@
-"""Starts a slot: `python -m tuner.slot.start [OBJECTIVE]`.
+"""Starts slots: `python -m tuner.slot.start OBJECTIVE [REQUESTS]`.
 
-It imports torch, and the objective that its worker was given on the command line, while the worker does the same and
-makes sure of the study: the slot can begin as soon as it is configured.
+It imports torch, and the objective that its worker was given on the command line, while the worker makes sure of the
+study. Then it is a slot, which begins as soon as it is configured; or, with the descriptor of a socket, the process
+that slots are forked from (`tuner.slot.nursery`).
 """
 
 from __future__ import annotations
 
-import io
 import os
-import signal
+import socket
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
-from tuner.exits import OF_SIGNAL, handle_until_fork
-from tuner.imports import uncollected
-from tuner.slot import stacks
+from tuner.imports import quick_imports
+from tuner.slot.preparing import prepare
 
 
 def main() -> None:
-    """Import what the slot will need, then run it (`tuner.slot.slot.main`)."""
-    # A scheduler sends its signals to all processes: the worker, which gets them too, drains its slots. Not ignored,
-    # which what the objective starts would inherit.
-    handle_until_fork([number for number in OF_SIGNAL if number != signal.SIGINT], lambda *_: None)
-    stacks.write_on_request()  # of a worker that finds its trial hanging
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # the worker reads UTF-8, a line at a time, whatever the locale
-            stream.reconfigure(encoding="utf-8", errors="backslashreplace", line_buffering=True)
-    with uncollected():
+    """Import what a slot will need, then be one (`tuner.slot.slot.main`), or fork them (`tuner.slot.nursery.serve`)."""
+    reference, *requests = sys.argv[1:]
+    prepare()
+    with quick_imports():
         from tuner.slot import slot
 
-        for reference in sys.argv[1:]:
-            _import_objective(reference)
-    slot.main()
+        _import_objective(reference)
+    if requests:
+        from tuner.slot import nursery
+
+        nursery.serve(socket.socket(fileno=int(requests[0])))
+    else:
+        slot.main()
 
 
 def _import_objective(reference: str) -> None:

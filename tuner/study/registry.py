@@ -22,7 +22,7 @@ from pydantic import JsonValue, ValidationError
 from typing_extensions import TypeIs
 
 from tuner.errors import TunerError, UsageError
-from tuner.imports import uncollected
+from tuner.imports import quick_imports
 from tuner.spec import first_problem
 from tuner.study.by_path import import_file, is_relative, module_place
 from tuner.study.neighbours import refuse_hidden_neighbours
@@ -89,7 +89,7 @@ class ObjectiveSource:
             refuse_hidden_neighbours(self.file)
         sys.argv = [str(self.file)]  # from now on: processes that are started import it as well
         try:
-            with uncollected():
+            with quick_imports():
                 if self.module is not None:
                     return importlib.import_module(self.module)
                 return import_file(self.file)

@@ -6,15 +6,15 @@ import json
 import os
 import queue
 import signal
-import subprocess
-import sys
 import threading
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from tuner.slot import stacks
+from tuner.worker.nursery import Running
 from tuner.worker.slots import SlotPlan
 
 LAST_OUTPUT_S = 1.0
@@ -31,59 +31,51 @@ class Message:
 
 
 Inbox = queue.SimpleQueue[Message]
+Start = Callable[[SlotPlan, tuple[int, int, int]], Running]
+"""Starts the process of a slot, with these standard streams."""
 
 
 class SlotProcess:
-    """The process of one slot. It imports torch and the objective as it starts, and runs once it is configured."""
+    """The process of one slot. It has imported torch and the objective, or does so, and runs once it is configured."""
 
-    def __init__(self, plan: SlotPlan, objective: str, inbox: Inbox, directory: str) -> None:
+    def __init__(self, plan: SlotPlan, start: Start, inbox: Inbox) -> None:
         self.plan = plan
         self._inbox = inbox
-        self._process = subprocess.Popen(
-            # -P: no file of the current directory is taken for a module of ours, or of torch.
-            [sys.executable, "-P", "-m", "tuner.slot.start", objective],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            env=plan.environment,
-            cwd=directory,
-            start_new_session=True,  # a Ctrl-C at the terminal reaches the worker alone, which drains its slots
-            encoding="utf-8",
-            errors="replace",  # an objective may print what it likes
-        )
-        self._is_over = False
+        self._lock = threading.Lock()
+        self._process: Running | None = None  # until it is started
+        self._is_killed = self._is_over = False
+        self._code = -signal.SIGKILL
         self._stacks: list[Path] = []
-        assert self._process.stdout is not None
-        assert self._process.stderr is not None
-        readers = [
-            self._read("event", self._process.stdout),
-            self._read("stderr", self._process.stderr),
-        ]
-        threading.Thread(target=self._report_end, args=(readers,), daemon=True).start()
+        (its_orders, orders), (events, its_events), (printed, its_prints) = os.pipe(), os.pipe(), os.pipe()
+        self._orders = os.fdopen(orders, "w", encoding="utf-8")
+        readers = [self._read("event", events), self._read("stderr", printed)]
+        streams = (its_orders, its_events, its_prints)
+        threading.Thread(target=self._live, args=(start, streams, readers), daemon=True).start()
 
     def send(self, line: str | dict[str, Any]) -> None:
         """Write one line: the configuration first, then commands."""
-        assert self._process.stdin is not None
         with suppress(BrokenPipeError, ValueError):  # it has ended, or was asked to; its end is reported like any other
-            self._process.stdin.write((line if isinstance(line, str) else json.dumps(line)) + "\n")
-            self._process.stdin.flush()
+            self._orders.write((line if isinstance(line, str) else json.dumps(line)) + "\n")
+            self._orders.flush()
 
     def drain(self) -> None:
         """Ask the slot to give its trial back and exit."""
-        assert self._process.stdin is not None
         with suppress(BrokenPipeError):  # it has ended already
-            self._process.stdin.close()
+            self._orders.close()
 
     def kill(self) -> None:
         """End the process at once, with all that it started."""
-        if self._is_over:
-            return  # its number may be another's by now
-        with suppress(ProcessLookupError, PermissionError):  # nobody is left; macOS says so by the second
-            os.killpg(self._process.pid, signal.SIGKILL)
+        with self._lock:
+            self._is_killed = True
+            if self._process is None or self._is_over:
+                return  # it is to come; or its number may be another's by now
+            if not _kill_group(self._process.pid):
+                with suppress(ProcessLookupError):  # one that was just forked has no group of its own yet
+                    os.kill(self._process.pid, signal.SIGKILL)
 
     def request_stacks(self) -> None:
         """Have the process, and those that it forked, write where each of their threads is."""
-        if not self._is_over:
+        if self._process is not None and not self._is_over:
             self._stacks = stacks.request(self._process.pid)
 
     def read_stacks(self) -> list[str]:
@@ -96,30 +88,46 @@ class SlotProcess:
         return lines
 
     def exit_code(self) -> int:
-        """Wait for the process, whose end was reported, and return its exit code."""
-        return self._process.wait()
+        """Return the exit code of the process, whose end was reported."""
+        return self._code
 
-    def _read(self, kind: str, stream: IO[str]) -> threading.Thread:
+    def _read(self, kind: str, descriptor: int) -> threading.Thread:
         def forward() -> None:
-            for line in stream:
-                self._inbox.put(Message(kind=kind, slot=self.plan.number, text=line.rstrip("\n")))
+            # An objective may print what it likes.
+            with os.fdopen(descriptor, encoding="utf-8", errors="replace") as stream:
+                for line in stream:
+                    self._inbox.put(Message(kind=kind, slot=self.plan.number, text=line.rstrip("\n")))
 
         thread = threading.Thread(target=forward, daemon=True)
         thread.start()
         return thread
 
-    def _report_end(self, readers: list[threading.Thread]) -> None:
-        self._process.wait()
-        self.kill()  # what an objective started and left behind, which would hold the pipes open
-        self._is_over = True
+    def _live(self, start: Start, streams: tuple[int, int, int], readers: list[threading.Thread]) -> None:
+        try:
+            process = start(self.plan, streams)
+        except OSError as error:
+            self._inbox.put(Message(kind="stderr", slot=self.plan.number, text=f"cannot be started: {error}"))
+        else:
+            with self._lock:
+                self._process = process
+            if self._is_killed:
+                self.kill()
+            self._code = process.wait()
+            with self._lock:
+                self._is_over = True
+            _kill_group(process.pid)  # what an objective started and left behind, which would hold the pipes open
+        finally:
+            for stream in streams:
+                os.close(stream)
         for reader in readers:
             reader.join(LAST_OUTPUT_S)
         self._inbox.put(Message(kind="end", slot=self.plan.number))
 
 
-def current_directory() -> str:
-    """Return where slots are started."""
+def _kill_group(number: int) -> bool:
+    """Kill the processes of a group, and return whether there were any."""
     try:
-        return os.getcwd()
-    except FileNotFoundError:  # it was deleted, and libraries of torch's would not load there
-        return os.sep
+        os.killpg(number, signal.SIGKILL)
+    except (ProcessLookupError, PermissionError):  # nobody is left; macOS says so by the second
+        return False
+    return True

@@ -66,14 +66,22 @@ class SlotPlan:
         return "cuda:0" if self.visible else self.device
 
     @property
-    def environment(self) -> dict[str, str]:
-        """The environment of the slot's process. Slots share the cores: with all of them each, they would fight.
+    def shared_environment(self) -> dict[str, str]:
+        """The environment of the worker's slots. They share the cores: with all of them each, they would fight.
 
         What the worker's own environment says comes first.
         """
-        threads = dict.fromkeys(_THREADS, str(self.threads))
-        devices = {} if self.visible is None else {"CUDA_VISIBLE_DEVICES": self.visible}
-        return {**threads, **_CUDA, **os.environ, **devices}
+        return {**dict.fromkeys(_THREADS, str(self.threads)), **_CUDA, **os.environ}
+
+    @property
+    def own_environment(self) -> dict[str, str]:
+        """What the slot's process finds in its environment instead."""
+        return {} if self.visible is None else {"CUDA_VISIBLE_DEVICES": self.visible}
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """The whole environment of the slot's process."""
+        return {**self.shared_environment, **self.own_environment}
 
 
 def plan_slots(text: str, device: str | None = None, *, at_most: int | None = None) -> list[SlotPlan]:
@@ -97,7 +105,7 @@ def plan_slots(text: str, device: str | None = None, *, at_most: int | None = No
         raise UsageError(f"{_WANTED}, at least one, got {text!r}")
     devices = devices[:at_most]  # before they share: the others take no memory and no threads
     shares = Counter(devices)
-    threads = max(1, _n_cores() // len(devices))
+    threads = max(1, n_cores() // len(devices))
     return [
         SlotPlan(
             number=number,
@@ -196,6 +204,7 @@ def _visible(device: str | None, gpus: list[str] | None) -> str | None:
     return gpus[int(number[1] or 0)]
 
 
-def _n_cores() -> int:
+def n_cores() -> int:
+    """Return how many cores this process may use."""
     allowed = getattr(os, "sched_getaffinity", None)  # macOS has none
     return len(allowed(0)) if allowed is not None else os.cpu_count() or 1

@@ -9,7 +9,7 @@ import signal
 import threading
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,6 @@ from storage.coordination import claims
 from storage.coordination.workers import SlotSeen, WorkerSeen
 from storage.database.engine import is_outage
 from storage.database.errors import StorageError, StudyNotFoundError
-from tuner.caches import keep_compiled_apart
 from tuner.errors import AskedToStop, StudyFailedError, TunerError
 from tuner.exits import OF_SIGNAL, TOGETHER_S, ExitCode
 from tuner.log import OWN_PRINTS, Log
@@ -30,10 +29,10 @@ from tuner.study.joining import Study, why_failed
 from tuner.versions import versions
 from tuner.worker.known_slot import KnownSlot
 from tuner.worker.presence import LIVE_PROGRESS_S, PROGRESS_S, Presence
+from tuner.worker.processes import Slots
 from tuner.worker.progress import Progress
 from tuner.worker.signals import signals_into
-from tuner.worker.slot_process import Inbox, Message, SlotProcess, current_directory
-from tuner.worker.slots import SlotPlan
+from tuner.worker.slot_process import Message
 from tuner.worker.telling import describe, hung, printed, reported
 from tuner.worker.watchdog import Watchdog
 
@@ -48,29 +47,6 @@ REPORTS_S = 10.0
 
 _SILENT = ("wants_trial", "nothing", "batch", "waiting", "refused", "done")
 """What slots tell that is no event of the log."""
-
-
-class Slots:
-    """The slots of a worker, started before the study is known so that importing torch overlaps with the rest.
-
-    So does importing `objective`, an installed one's name or `path/to/file.py:NAME`.
-    """
-
-    def __init__(self, plans: Sequence[SlotPlan], objective: str) -> None:
-        keep_compiled_apart()
-        self._objective = objective
-        self._directory = current_directory()
-        self.inbox: Inbox = queue.SimpleQueue()
-        self.all = [KnownSlot(plan=plan, process=self.start(plan), device=plan.shown) for plan in plans]
-
-    def start(self, plan: SlotPlan) -> SlotProcess:
-        """Start the process of a slot, in the directory of the first ones: an objective may have changed this one's."""
-        return SlotProcess(plan, self._objective, self.inbox, self._directory)
-
-    def close(self) -> None:
-        """Kill what still runs; for the way out of an error."""
-        for slot in self.all:
-            slot.process.kill()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,6 +151,9 @@ class Worker:
             return
         if message.kind == "signal":
             self._stop(_asked(message))
+            return
+        if message.kind == "note":
+            self._log.event("note", message.text)
             return
         slot = self._slots[message.slot]
         if message.kind == "stderr":

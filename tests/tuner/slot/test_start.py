@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tuner.imports import uncollected
+from tuner.imports import quick_imports
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -60,14 +60,14 @@ def test_an_objective_that_cannot_be_imported_is_left_for_later_to_say(tmp_path:
 
 
 def test_garbage_is_collected_again_after_importing() -> None:
-    with uncollected():
+    with quick_imports():
         assert not gc.isenabled()
         made = [[] for _ in range(1000)]
     assert gc.isenabled()
     assert not any(each is made for each in gc.get_objects())  # it is looked at no more, also when the process ends
     gc.disable()
     try:
-        with uncollected():
+        with quick_imports():
             pass
         assert not gc.isenabled()
     finally:

@@ -1,0 +1,125 @@
+"""Slots forked from a process that has imported the objective, and when they are not."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from typing import TYPE_CHECKING
+
+import pytest
+from command import wait_for
+from processes import children
+
+from tuner.worker.nursery import Nursery
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+OBJECTIVE = """
+import os
+
+os.write(2, b"imported\\n")
+
+def objective(trial):
+    return 0.0
+"""
+
+
+LINES: list[str] = []
+
+
+class Streams:
+    """The standard streams of a slot."""
+
+    def __init__(self) -> None:
+        (stdin, self.orders), (self.events, stdout) = os.pipe(), os.pipe()
+        self.its = (stdin, stdout, os.open(os.devnull, os.O_WRONLY))
+
+    def hand_over(self) -> None:
+        for stream in self.its:
+            os.close(stream)
+
+
+@pytest.fixture
+def nursery(tmp_path: Path) -> Iterator[Nursery]:
+    LINES.clear()
+    (tmp_path / "plain.py").write_text(OBJECTIVE)
+    nursery = Nursery(f"{tmp_path / 'plain.py'}:objective", dict(os.environ), str(tmp_path), LINES.append)
+    try:
+        yield nursery
+    finally:
+        nursery.close()
+
+
+@pytest.mark.slow
+def test_slots_are_forked_end_by_themselves_or_are_killed_and_the_objective_is_imported_once(nursery: Nursery) -> None:
+    streams, others = Streams(), Streams()
+    slot = nursery.fork({}, streams.its, pytest.fail)
+    other = nursery.fork({}, others.its, pytest.fail)
+    assert slot is not None
+    assert other is not None
+    for each in (streams, others):
+        each.hand_over()
+    os.close(streams.orders)
+    assert slot.wait() == 0
+    os.kill(other.pid, signal.SIGKILL)
+    assert other.wait() == -signal.SIGKILL
+    assert os.read(streams.events, 1) == b""  # nobody else holds the pipe
+    assert LINES == ["imported"]
+
+
+@pytest.mark.slow
+def test_a_nursery_that_was_killed_forks_no_more_and_its_slots_count_as_killed(nursery: Nursery) -> None:
+    streams = Streams()
+    slot = nursery.fork({}, streams.its, pytest.fail)
+    assert slot is not None
+    (pid,) = (child for child in children(os.getpid()) if slot.pid in children(child))
+    os.kill(pid, signal.SIGKILL)
+    assert slot.wait() == -signal.SIGKILL
+    assert nursery.fork({}, streams.its, pytest.fail) is None
+    streams.hand_over()
+    os.close(streams.orders)
+    wait_for(lambda: not os.path.exists(f"/proc/{slot.pid}"), "the slot ends")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("import threading\nthreading.Thread(target=threading.Event().wait, daemon=True, name='own').start()", "'own'"),
+        ("import torch\ntorch.set_num_threads(2)\ntorch.ones(1 << 22).add_(1)", "computes with threads"),
+        ("import os, shutil\nopened = os.open('/dev/dri', 0)", "opens a device"),
+    ],
+)
+def test_an_objective_that_leaves_what_no_fork_takes_along_is_not_forked(tmp_path: Path, text: str, why: str) -> None:
+    if "/dev/dri" in text and not os.path.isdir("/dev/dri"):
+        pytest.skip("there is no such device")
+    (tmp_path / "odd.py").write_text(OBJECTIVE + text)
+    nursery = Nursery(f"{tmp_path / 'odd.py'}:objective", dict(os.environ), str(tmp_path), LINES.append)
+    streams = Streams()
+    told: list[str] = []
+    try:
+        assert nursery.fork({}, streams.its, told.append) is None
+        assert nursery.fork({}, streams.its, pytest.fail) is None
+    finally:
+        nursery.close()
+    (reason,) = told
+    assert why in reason
+
+
+def test_torchvision_is_imported_by_who_uses_what_torchmetrics_has_of_it() -> None:
+    script = """
+from tuner.imports import quick_imports
+import sys
+with quick_imports():
+    import torchmetrics
+assert not {"torchvision", "torchvision.models", "torch._dynamo"} & set(sys.modules)
+images = sys.modules["torchmetrics.functional.image.arniqa"]
+print(images.resnet50(weights=None).__class__.__name__, images.transforms.Normalize.__name__)
+assert sys.modules["torchvision.models"].resnet50
+"""
+    done = subprocess.run([sys.executable, "-P", "-c", script], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "ResNet Normalize\n", "")

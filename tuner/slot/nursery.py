@@ -1,0 +1,229 @@
+"""Forks slots from a process that has imported all that they need, which takes seconds: each starts in a moment, and
+what was imported is in memory once.
+
+A request comes over a socket, with the ends of the slot's standard streams and of a socket to answer it: `Request` as
+JSON. The answers are lines of JSON: the slot's `pid`, and when it has ended its `code`, as of `Popen.returncode`; or
+why no slot can be forked from here, `unsuited`.
+"""
+
+from __future__ import annotations
+
+import atexit
+import gc
+import json
+import os
+import selectors
+import signal
+import socket
+import sys
+import threading
+import traceback
+import warnings
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Final, NoReturn
+
+from tuner.exits import OF_SIGNAL, handle_until_fork
+from tuner.slot.preparing import prepare
+
+MAX_REQUEST_BYTES: Final = 1 << 16
+_N_STREAMS: Final = 3
+_DEVICES: Final = ("/dev/nvidia", "/dev/kfd", "/dev/dri")
+_PROBE_S: Final = 10.0
+
+
+def can_fork() -> bool:
+    """Whether slots can be forked here: on Linux, from 5.3 on."""
+    if not hasattr(os, "pidfd_open"):
+        return False
+    try:
+        os.close(os.pidfd_open(os.getpid()))
+    except OSError:  # an older kernel, or one that is none
+        return False
+    return True
+
+
+def forked_from_here() -> socket.socket:
+    """Fork a nursery from this process, and return the socket that takes requests. The process may have no threads."""
+    ours, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with suppress(OSError, ValueError, AttributeError):  # nobody reads it, or the objective did away with it
+        sys.stdout.flush()
+        sys.stderr.flush()
+    if _fork():
+        its.close()
+        return ours
+    try:
+        os.setsid()  # a Ctrl-C at the terminal reaches the worker alone
+        handle_until_fork([number for number in OF_SIGNAL if number != signal.SIGINT], lambda *_: None)
+        ours.close()
+        serve(its)
+    finally:
+        _end(0)
+
+
+def serve(requests: socket.socket) -> None:
+    """Fork a slot for each request, until nobody can make any more: slots that are left then notice by their parent."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    gc.freeze()  # what is there is shared with the slots, which a look for garbage would write to
+    _Nursery(requests, _unsuited()).run()
+
+
+class _Nursery:
+    def __init__(self, requests: socket.socket, why_not: str | None) -> None:
+        self._requests = requests
+        self._why_not = why_not
+        self._slots: list[_Slot] = []
+        self._selector = selectors.DefaultSelector()
+        self._is_over = False
+
+    def run(self) -> None:
+        self._selector.register(self._requests, selectors.EVENT_READ, self._fork_slot)
+        while not self._is_over:
+            for key, _ in self._selector.select():
+                key.data()
+
+    def _fork_slot(self) -> None:
+        text, streams, _, _ = socket.recv_fds(self._requests, MAX_REQUEST_BYTES, _N_STREAMS + 1)
+        if not text:
+            self._is_over = True
+            return
+        answers = socket.socket(fileno=streams.pop())
+        if self._why_not is not None:
+            _tell(answers, unsuited=self._why_not)
+            answers.close()
+            self._is_over = True
+        elif pid := _fork():
+            slot = _Slot(pid, os.pidfd_open(pid), answers)
+            self._slots.append(slot)
+            self._selector.register(slot.pidfd, selectors.EVENT_READ, partial(self._tell_end, slot))
+            _tell(answers, pid=pid)
+        else:
+            answers.close()
+            self._close()
+            _become_slot(json.loads(text), streams)
+        for stream in streams:
+            os.close(stream)
+
+    def _tell_end(self, slot: _Slot) -> None:
+        self._selector.unregister(slot.pidfd)
+        self._slots.remove(slot)
+        _, status = os.waitpid(slot.pid, 0)
+        _tell(slot.answers, code=os.waitstatus_to_exitcode(status))
+        slot.close()
+
+    def _close(self) -> None:
+        self._selector.close()
+        self._requests.close()
+        for slot in self._slots:
+            slot.close()
+
+
+@dataclass(frozen=True)
+class _Slot:
+    pid: int
+    pidfd: int
+    answers: socket.socket
+
+    def close(self) -> None:
+        os.close(self.pidfd)
+        self.answers.close()
+
+
+def _tell(answers: socket.socket, **told: Any) -> None:
+    with suppress(BrokenPipeError, ConnectionResetError):  # who asked is gone
+        answers.sendall(f"{json.dumps(told)}\n".encode())
+
+
+def _fork() -> int:
+    with warnings.catch_warnings():
+        # Python counts threads of libraries that end and begin with a fork, as those of OpenBLAS.
+        warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)
+        return os.fork()
+
+
+def _unsuited() -> str | None:
+    """Return why a process that is forked from here might not work."""
+    others = [thread.name for thread in threading.enumerate() if thread is not threading.main_thread()]
+    if others:
+        return f"importing it starts the thread {others[0]!r}, which a process that is forked would lack"
+    for descriptor in Path("/proc/self/fd").iterdir():
+        with suppress(OSError):  # the one that lists them
+            if os.readlink(descriptor).startswith(_DEVICES):
+                return "importing it opens a device, which a process that is forked could not use"
+    if not _can_compute():
+        return "importing it computes with threads of torch's, for which a process that is forked would wait"
+    return None
+
+
+def _can_compute() -> bool:
+    """Whether torch can compute with threads in a process that is forked: not if it has begun to before (libgomp)."""
+    import torch
+
+    pid = _fork()
+    if not pid:
+        code = 1
+        try:
+            torch.set_num_threads(2)
+            torch.ones(1 << 18).add_(1).sum()
+            code = 0
+        finally:
+            os._exit(code)
+    ended = os.pidfd_open(pid)
+    try:
+        with selectors.DefaultSelector() as selector:
+            selector.register(ended, selectors.EVENT_READ)
+            if not selector.select(_PROBE_S):
+                os.kill(pid, signal.SIGKILL)
+    finally:
+        os.close(ended)
+    _, status = os.waitpid(pid, 0)
+    return status == 0
+
+
+def _become_slot(request: dict[str, Any], streams: list[int]) -> NoReturn:
+    """Be what `tuner.slot.start` is with these standard streams."""
+    try:
+        os.setsid()
+        for number, stream in enumerate(streams):
+            os.dup2(stream, number)
+            os.close(stream)
+        os.environ.update(request["environment"])
+        if "numpy" in sys.modules:
+            sys.modules["numpy"].random.seed()  # Python's own begins anew by itself
+        from tuner.slot import slot
+
+        _open_streams()
+        prepare()
+        slot.main()
+    finally:
+        _end(0)
+
+
+def _open_streams() -> None:
+    """Have what this process writes to be other kinds of files than before; an objective's own streams stay."""
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        was_own = getattr(sys, name) is getattr(sys, f"__{name}__")
+        stream = os.fdopen(number, "w", closefd=False)
+        setattr(sys, f"__{name}__", stream)
+        if was_own:
+            setattr(sys, name, stream)
+
+
+def _end(code: int) -> NoReturn:
+    """End this process as Python ends one, but for the rest of the program that it was forked from."""
+    error = sys.exception()
+    if isinstance(error, SystemExit):
+        code = error.code if isinstance(error.code, int) else int(error.code is not None)
+    elif error is not None:
+        traceback.print_exception(error)
+        code = 1
+    try:
+        threading._shutdown()  # type: ignore[attr-defined]  # as multiprocessing does
+        atexit._run_exitfuncs()
+    finally:
+        with suppress(OSError, ValueError, AttributeError):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(code)

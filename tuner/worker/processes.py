@@ -1,0 +1,96 @@
+"""The processes of a worker's slots, and the one that they are forked from."""
+
+from __future__ import annotations
+
+import os
+import queue
+import subprocess
+import sys
+import threading
+from collections.abc import Sequence
+
+from tuner.caches import keep_compiled_apart
+from tuner.slot.nursery import can_fork
+from tuner.worker.known_slot import KnownSlot
+from tuner.worker.nursery import Nursery, Running
+from tuner.worker.slot_process import Inbox, Message, SlotProcess
+from tuner.worker.slots import SlotPlan
+
+
+class Slots:
+    """The slots of a worker, started before the study is known so that importing torch overlaps with the rest.
+
+    So does importing `objective`, an installed one's name or `path/to/file.py:NAME`. Both are imported once, and slots
+    are forked from the process that did: one of its own, or this one if it `imports_here`, which then says when it
+    `has_imported`. Where that cannot be, each slot imports them.
+    """
+
+    def __init__(self, plans: Sequence[SlotPlan], objective: str, *, imports_here: bool = False) -> None:
+        keep_compiled_apart()
+        self._plans = plans
+        self._objective = objective
+        self._directory = current_directory()
+        self._nursery: Nursery | None = None
+        self._is_told = threading.Lock()
+        self.inbox: Inbox = queue.SimpleQueue()
+        self.all: list[KnownSlot] = []
+        if not can_fork():
+            self._start_all()
+        elif not imports_here:
+            self._nursery = self._new_nursery(objective)
+            self._start_all()
+
+    def has_imported(self) -> None:
+        """Start the slots, if they wait for this process to import the objective; it may have no threads now."""
+        if not self.all:
+            self._nursery = self._new_nursery(None)
+            self._start_all()
+
+    def start(self, plan: SlotPlan) -> SlotProcess:
+        """Start the process of a slot."""
+        return SlotProcess(plan, self._start, self.inbox)
+
+    def close(self) -> None:
+        """Kill what still runs; for the way out of an error."""
+        for slot in self.all:
+            slot.process.kill()
+        if self._nursery is not None:
+            self._nursery.close()
+
+    def _new_nursery(self, objective: str | None) -> Nursery:
+        def tell(line: str) -> None:
+            self.inbox.put(Message(kind="stderr", slot=0, text=line))
+
+        return Nursery(objective, self._plans[0].shared_environment, self._directory, tell)
+
+    def _start_all(self) -> None:
+        self.all = [KnownSlot(plan=plan, process=self.start(plan), device=plan.shown) for plan in self._plans]
+
+    def _start(self, plan: SlotPlan, streams: tuple[int, int, int]) -> Running:
+        if self._nursery is not None:
+            forked = self._nursery.fork(plan.own_environment, streams, self._tell_unsuited)
+            if forked is not None:
+                return forked
+        stdin, stdout, stderr = streams
+        return subprocess.Popen(
+            # -P: no file of the current directory is taken for a module of ours, or of torch.
+            [sys.executable, "-P", "-m", "tuner.slot.start", self._objective],
+            stdin=stdin,
+            stdout=stdout,
+            stderr=stderr,
+            env=plan.environment,
+            cwd=self._directory,  # that of the first ones: an objective may have changed this one's
+            start_new_session=True,  # a Ctrl-C at the terminal reaches the worker alone, which drains its slots
+        )
+
+    def _tell_unsuited(self, why: str) -> None:
+        if self._is_told.acquire(blocking=False):  # once: it is never let go
+            self.inbox.put(Message(kind="note", text=f"each slot imports {self._objective} itself: {why}"))
+
+
+def current_directory() -> str:
+    """Return where slots are started."""
+    try:
+        return os.getcwd()
+    except FileNotFoundError:  # it was deleted, and libraries of torch's would not load there
+        return os.sep
