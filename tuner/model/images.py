@@ -100,7 +100,7 @@ def _shown(path: Path, image: Image.Image, channels: int) -> Image.Image:
         )
     if image.has_transparency_data:
         shown = image.convert("RGBA")
-        if shown.getextrema()[3] != (255, 255):
+        if shown.getchannel("A").getextrema() != (255, 255):
             raise TunerError(f"{path} needs to have no transparent part: save it on a background")
         image = shown.convert("RGB")
     return image.convert("RGB" if channels == 3 else "L")

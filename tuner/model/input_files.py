@@ -102,7 +102,8 @@ class Reader:
             if text == STDIN:
                 yield text
             elif path.is_dir():
-                found = sorted(its for its in path.iterdir() if its.is_file() and not its.name.startswith("."))
+                with _told(text):
+                    found = sorted(its for its in path.iterdir() if its.is_file() and not its.name.startswith("."))
                 known = [its for its in found if its.suffix.lower() in SUFFIXES]
                 if not known:
                     raise TunerError(f"{path} needs to hold a file of {', '.join(SUFFIXES)}, got none")
@@ -137,8 +138,9 @@ class Reader:
                 raise TunerError(f"stdin needs to be .csv or .npy, got {kind}: give it as a file")
         if start.startswith(_MAGIC_NPY):
             with tempfile.NamedTemporaryFile(suffix=".npy") as kept:  # a pipe cannot be mapped into memory
-                shutil.copyfileobj(self._stdin, kept)
-                kept.flush()
+                with _told(STDIN):
+                    shutil.copyfileobj(self._stdin, kept)
+                    kept.flush()
                 yield from self._of_npy(STDIN, Path(kept.name))
             return
         yield from self._of_csv(STDIN, TextIOWrapper(self._stdin, encoding="utf-8-sig", newline=""))
@@ -222,7 +224,7 @@ class Reader:
             return True
         if all(numbers) and not is_counting:
             return False
-        found = f"it counts from 0 to {len(cells) - 1}" if is_counting else "it has numbers as well as text"
+        found = f"it counts from 0 to {len(cells) - 1}" if is_counting else "it has cells that are numbers and others"
         raise UsageError(f"{file} may begin with names of columns or with a row, as {found}: --header or --no-header")
 
     def _of_parquet(self, file: str, path: Path) -> Iterator[Chunk]:

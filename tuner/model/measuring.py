@@ -67,6 +67,8 @@ def measure(path: Path, source: ObjectiveSource, *, data_dir: Path, allow_code_c
 
 def _compared(manifest: Manifest, values: dict[str, float], n_rows: int) -> list[Check]:
     checks = []
+    if not manifest.test:
+        checks.append(Check(name="test", problem=f"the export has no figures: {manifest.missing.get('test', 'none')}"))
     for name, wanted in manifest.test.items():
         found = values.get(name, math.nan)
         allowed = TOLERANCE * abs(wanted or 0.0)

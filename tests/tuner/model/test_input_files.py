@@ -146,7 +146,9 @@ def test_a_first_line_that_may_be_either_is_asked_about(files):
     assert "as it counts from 0 to 1: --header or --no-header" in files.error(pandas, kind=UsageError)
     assert files.rows(pandas, header=True) == [[5, 6]]
     assert files.rows(pandas, header=False) == [[0, 1], [5, 6]]
-    assert "numbers as well as text" in files.error(files.made("b.csv", "1,x\n5,6\n"), kind=UsageError)
+    assert "as it has cells that are numbers and others: --header" in files.error(
+        files.made("b.csv", "1,x\n5,6\n"), kind=UsageError
+    )
 
 
 @pytest.mark.parametrize(

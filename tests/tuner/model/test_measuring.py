@@ -44,6 +44,8 @@ def test_figures_come_out_again_or_are_told(export_copy, tmp_path):
         "test other": None,
         "test gone": "needs 0.5, got none that is finite",
     }
+    _changed(export_copy, test={}, missing={"test": "it broke"})
+    assert _problems(export_copy, source, tmp_path)["test"] == "the export has no figures: it broke"
     _changed(export_copy, data={"fingerprint": "0" * 64})
     problem = "needs the fingerprint 000000000000, got "
     assert _problems(export_copy, source, tmp_path)["data"].startswith(problem)
