@@ -10,7 +10,7 @@ import secrets
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
@@ -199,7 +199,8 @@ def _output(path: Path | None) -> Iterator[Callable[[list[str]], None]]:
         raise TunerError(f"cannot write to {path}: {error.strerror or error}; choose another --output") from error
     finally:
         if is_whole:
-            aside.unlink(missing_ok=True)
+            with suppress(OSError):  # it is in its place, or was never made
+                aside.unlink()
 
 
 def _is_same(output: Path, text: str) -> bool:

@@ -56,7 +56,10 @@ def measure(path: Path, source: ObjectiveSource, *, data_dir: Path, allow_code_c
     data = load_data(objective, data_dir)
     wanted, here = str(manifest.data.get("fingerprint")), data.fingerprint()
     if wanted != here:
-        return [Check(name="data", problem=f"needs the fingerprint {wanted[:12]}, got {here[:12]}: it is other data")]
+        why = "it is other data"
+        if manifest.study_seed is None:
+            why += ", or split by another seed, which an export of before 0.2 does not tell"
+        return [Check(name="data", problem=f"needs the fingerprint {wanted[:12]}, got {here[:12]}: {why}")]
     model = load_model(directory)
     try:
         values = training.evaluate(model, data.test, objective.build_metrics(data))

@@ -110,6 +110,7 @@ def test_a_file_is_written_once_all_is_done_and_is_what_its_name_says(predict, t
         (["rows.npy", "-o", "rows.npy"], UsageError, "another file than the inputs"),
         (["rows.npy", "-o", "."], UsageError, "needs a file, got the directory"),
         (["rows.npy", "-o", "none/out.csv"], TunerError, "cannot write to .*none/out.csv: No such file"),
+        (["rows.npy", "-o", "rows.npy/out.csv"], TunerError, "cannot write to .*Not a directory; choose another"),
         (["none.npy"], TunerError, "there is no file none.npy"),
     ],
 )
