@@ -69,7 +69,7 @@ class Answer:
         if self.kind == "multilabel":
             if self.has_places:
                 raise TunerError(f"{self._name} has several classes for each place of a row: see predict_proba()")
-            chosen = self.probabilities() > 0.5
+            chosen = self.probabilities() > 0.5 if self.outputs.is_floating_point() else self.outputs.bool()
             return [tuple(name for name, its in zip(self.classes, row, strict=True) if its) for row in chosen.tolist()]
         numbers = self.probabilities().argmax(1) if self.outputs.is_floating_point() else self.outputs.long()
         if bool(((numbers < 0) | (numbers >= len(self.classes))).any()):
@@ -97,7 +97,8 @@ class Answer:
     @property
     def has_places(self) -> bool:
         """Whether a row has several predictions, as the pixels of an image."""
-        return self.outputs.ndim > (1 if self.kind == "binary" or not self.outputs.is_floating_point() else 2)
+        has_each = self.kind == "multilabel" or (self.kind == "classes" and self.outputs.is_floating_point())
+        return self.outputs.ndim > (2 if has_each else 1)
 
     @property
     def _name(self) -> str:
@@ -171,6 +172,8 @@ def _by_target(found: list[Answer], function: Callable[[Answer], Any]) -> Any:
 def _answer(outputs: Tensor, target: str, described: TensorDescription, manifest: Manifest) -> Answer:
     named = manifest.class_names
     classes = named.get(target, ()) if isinstance(named, Mapping) else named
+    if outputs.dtype in (torch.bfloat16, torch.float16):
+        outputs = outputs.float()
     kind = described.kind or _likely_kind(outputs, classes)
     if kind == "binary":
         classes = classes if len(classes) == 2 else (f"not {classes[0]}", classes[0])
@@ -180,7 +183,9 @@ def _answer(outputs: Tensor, target: str, described: TensorDescription, manifest
         classes = ()
         if outputs.ndim == 2 and outputs.shape[1] == 1:
             outputs = outputs.squeeze(1)
-    elif outputs.is_floating_point() and (outputs.ndim < 2 or outputs.shape[1] != len(classes)):
+    elif (outputs.is_floating_point() or kind == "multilabel") and (
+        outputs.ndim < 2 or outputs.shape[1] != len(classes)
+    ):
         raise TunerError(
             f"a model of {len(classes)} classes needs to give an output for each, got shape {list(outputs.shape)};"
             " call the model itself for its outputs"
@@ -199,4 +204,4 @@ def _likely_kind(outputs: Tensor, classes: tuple[str, ...]) -> Kind:
     if not classes:
         return "number"
     has_one_each = outputs.ndim > 1 and outputs.shape[1] == len(classes)
-    return "classes" if has_one_each or not outputs.is_floating_point() else "binary"
+    return "classes" if has_one_each or len(classes) > 2 or not outputs.is_floating_point() else "binary"

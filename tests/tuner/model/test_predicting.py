@@ -54,10 +54,20 @@ def test_several_classes_a_row_are_those_above_a_half():
     np.testing.assert_allclose(probabilities(tensor([[0.0, 100.0, -100.0]]), manifest), [[0.5, 1.0, 0.0]], atol=1e-6)
 
 
+def test_classes_that_the_model_has_decided_on_itself_are_named():
+    manifest = _of(3, kind="multilabel")
+    chosen = tensor([[True, False, True], [False, False, False]])
+    assert predictions(chosen, manifest) == [("ant", "cat"), ()]
+    assert predictions(tensor([True, False]), _of(kind="binary", classes=("no", "yes"))).tolist() == ["yes", "no"]
+    with pytest.raises(TunerError, match="has no probabilities"):
+        top_k(chosen, manifest, 1)
+
+
 def test_numbers_stay_numbers_and_have_no_probabilities():
     manifest = a_manifest(outputs=[an_output(1, kind="number")])
     found = predictions(tensor([[1.5], [2.5]]), manifest)
     assert (found.tolist(), found.shape) == ([1.5, 2.5], (2,))
+    assert predictions(tensor([1.5], dtype=torch.bfloat16), manifest).tolist() == [1.5]
     for function in (probabilities, lambda *given: top_k(*given, 1)):
         with pytest.raises(TunerError, match=r"this model has no probabilities: .* numbers"):
             function(tensor([[1.5]]), manifest)
@@ -112,5 +122,6 @@ def test_an_older_export_without_kinds_is_taken_by_its_shapes():
 def test_what_is_no_number_is_told_with_its_row():
     with pytest.raises(TunerError, match="NaN or infinity, in row 1"):
         predictions(tensor([[0.0, 1.0, 2.0], [0.0, float("nan"), 0.0]]), _of(3, kind="classes"))
-    with pytest.raises(TunerError, match="an output for each, got shape"):
-        predictions(tensor([[0.0, 1.0]]), _of(2, kind="classes"))
+    for manifest in (_of(2, kind="classes"), _of(2, kind="multilabel"), a_manifest(class_names=THREE)):
+        with pytest.raises(TunerError, match="an output for each, got shape"):
+            predictions(tensor([[0.0, 1.0]]), manifest)
