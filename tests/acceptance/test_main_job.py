@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import chromium
+import numpy as np
 import pytest
 from command import Finished, Tuner
 from playwright.sync_api import expect
 
+from objectives.digits import Digits
 from storage import EmbeddedServer
 
 if TYPE_CHECKING:
@@ -122,7 +124,7 @@ def test_what_the_readme_does_with_the_result_works_as_it_stands(job: Finished, 
         assert done.returncode == 0, done.stderr
         printed[program[0]] = done.stdout
     assert re.search(r"^lr=0\.\d+$", printed["/bin/sh"], re.M)
-    assert re.fullmatch(r"\[('\d', ){4}'\d'\]\n", printed[sys.executable])
+    assert re.fullmatch(r"\[('\d' ){4}'\d'\]\n", printed[sys.executable])
 
 
 def test_status_studies_and_trials_agree(job: Finished, tuner: Tuner) -> None:
@@ -180,6 +182,15 @@ def test_the_exported_model_predicts_the_same_in_a_fresh_process(job: Finished, 
         "model.pt2",
         "model.safetensors",
     ]
+    test = Digits().load_data(home).test
+    np.save(home / "test.npy", test.inputs.numpy())
+    rows = [json.loads(line) for line in tuner("predict", "model/", "test.npy", "--json").stdout.splitlines()]
+    assert [row["row"] for row in rows] == list(range(len(test)))
+    right = [row["prediction"] == str(target) for row, target in zip(rows, test.targets.tolist(), strict=True)]
+    assert sum(right) / len(right) == pytest.approx(result["test"]["accuracy"])
+    checked = tuner("verify", "model/", "--metrics", "--json")
+    assert checked.code == 0, checked.stderr
+    assert {check["name"] for check in checked.json()} >= {"data", "test accuracy"}
 
 
 def test_the_dashboard_shows_the_study_in_a_browser(job: Finished, tuner: Tuner) -> None:

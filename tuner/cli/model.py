@@ -1,4 +1,4 @@
-"""`tuner export`: from the best trial to a model on disk."""
+"""`tuner export` and `verify`: from the best trial to a model on disk, and whether it is what it says."""
 
 from __future__ import annotations
 
@@ -76,15 +76,34 @@ def export(
 
 @command
 def verify(
-    settings: Settings,  # noqa: ARG001 - every command takes them
+    settings: Settings,
     directory: Annotated[Path, typer.Argument(metavar="DIRECTORY", help="An export's.")],
+    metrics: Annotated[
+        bool,
+        typer.Option("--metrics", help="Evaluate on the test split again, by the objective's code and data."),
+    ] = False,
+    objective: Annotated[
+        str | None,
+        typer.Option(metavar="path/to/file.py:NAME", help="The export's objective, where it is not an installed one."),
+    ] = None,
+    allow_code_change: Annotated[
+        bool,
+        typer.Option("--allow-code-change", help="Evaluate although the objective's code is not the export's."),
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print what was checked as JSON.")] = False,
 ) -> None:
     """Check the export in DIRECTORY against its manifest: hashes, weights against program, and calls of it."""
     from tuner.cli.reading import print_json
     from tuner.model.verifying import verify as verify_
 
+    if objective is not None and not metrics:
+        raise UsageError("--objective is for --metrics, which runs its code; without it none is run")
     checks = verify_(directory)
+    if metrics and all(check.problem is None for check in checks):
+        from tuner.model.measuring import measure, source_of
+
+        source = source_of(directory, objective)
+        checks += measure(directory, source, data_dir=settings.own_data_dir(), allow_code_change=allow_code_change)
     if as_json:
         print_json([asdict(check) for check in checks])
     else:

@@ -27,6 +27,7 @@ from tuner.formats.program import PROGRAM, program_file
 from tuner.formats.weights import WEIGHTS, differing, weights_file
 from tuner.log import Log
 from tuner.model.card import card
+from tuner.model.describing import with_kinds, with_ranges
 from tuner.model.directory import CARD, replacing
 from tuner.model.manifest import MANIFEST, EarlierTest, Manifest, Search, TensorDescription, TestDetails, sha256_of
 from tuner.model.output import check_output
@@ -92,7 +93,7 @@ def export_study(
         missing: dict[str, str] = {}
         _write_weights(model, directory, missing)
         shown = exported_form(model, objective)
-        outputs = _write_program(shown, data.valid, directory, missing)
+        outputs = with_kinds(_write_program(shown, data.valid, directory, missing), shown, data, objective)
         sha256 = sha256_of(directory / WEIGHTS)
         tested = _Tested()
         try:
@@ -133,7 +134,7 @@ def export_study(
                 "fingerprint": data.fingerprint(),
                 **{name: len(split) for name, split in data.splits()},
             },
-            inputs=_describe(data.train.rows(slice(0, 1)).inputs),
+            inputs=with_ranges(_describe(data.train.rows(slice(0, 1)).inputs), data.train),
             outputs=outputs,
             class_names=_class_names(data.class_names),
             versions=versions(),

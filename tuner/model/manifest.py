@@ -16,13 +16,24 @@ FileName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-
 """A file's in the export's directory, and of no other: who writes a manifest may not have any file read."""
 
 
+Kind = Literal["classes", "binary", "multilabel", "number"]
+"""What a target is: one of several classes, one of two by a single output, any of several, or numbers."""
+
+
 class TensorDescription(BaseModel):
     """An input or output of a model. `shape` is one row's, without the batch dimension; `name` is None for those by
-    their order."""
+    their order.
+
+    An input has the least and the greatest value `seen` in the training split. An output has the `kind` of its target,
+    and for classes what its `values` are. None of it is in an export of before 0.2.
+    """
 
     name: str | None
     shape: tuple[int, ...]
     dtype: str
+    seen: tuple[float, float] | None = None
+    kind: Kind | None = None
+    values: Literal["logits", "probabilities"] | None = None
 
 
 class Retraining(BaseModel):
