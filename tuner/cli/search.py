@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from tuner import cores
 from tuner.cli.model import OBJECTIVE_HELP, default_output, installed_name, print_exported
 from tuner.cli.options import LIMITS, RESULT, WORKERS, ObjectiveName, StudyOptions, check_positive, seconds
 from tuner.cli.settings import Settings, command
@@ -36,6 +37,13 @@ Workers = Annotated[
 Device = Annotated[
     str | None,
     typer.Option(help="cuda, cuda:1, xpu, mps or cpu (default: the best there is).", rich_help_panel=WORKERS),
+]
+Threads = Annotated[
+    int | None,
+    typer.Option(
+        help="Threads of each slot (default: OMP_NUM_THREADS, or else its share of this machine's cores).",
+        rich_help_panel=WORKERS,
+    ),
 ]
 AllowCodeChange = Annotated[
     bool,
@@ -73,6 +81,7 @@ def run(
     options: StudyOptions,
     workers: Workers = None,
     device: Device = None,
+    threads: Threads = None,
     export: Annotated[
         bool, typer.Option("--export/--no-export", help="Retrain and export the best trial.", rich_help_panel=RESULT)
     ] = True,
@@ -109,14 +118,14 @@ def run(
     from tuner.worker.supervisor import Slots, Worker
 
     settings.own_data_dir()  # before anything starts
-    plans = plan_slots(str(_workers(workers)), device)
+    plans = plan_slots(str(_workers(workers)), device, threads=threads)
     planned = options.plan()
     source = find_objective(objective)
     if export and output is not None:
         check_output(output)
     if tensorboard is not None:
         check_tensorboard(tensorboard)
-    slots = Slots(plans, objective)  # they import torch and the objective while this process does
+    slots = Slots(plans, objective, _worker_name(), settings.data_dir)  # they import torch and the objective meanwhile
     try:
         kind = source.load()
         wanted = Wanted(source=source, kind=kind, settings=planned, given=options.given_settings())
@@ -212,6 +221,7 @@ def worker(
         ),
     ] = "auto",
     device: Device = None,
+    threads: Threads = None,
     objective: Annotated[
         str | None,
         typer.Option(metavar="path/to/file.py:NAME", help=OBJECTIVE_HELP, rich_help_panel=WORKERS),
@@ -252,7 +262,7 @@ def worker(
         timeout_s=None if timeout is None else seconds("--timeout", timeout),
         idle_exit_s=None if idle_exit is None else seconds("--idle-exit", idle_exit),
     )
-    plans = plan_slots(slots, device, at_most=trials)
+    plans = plan_slots(slots, device, at_most=trials, threads=threads)
     if tensorboard is not None:
         check_tensorboard(tensorboard)
     engine = settings.open_for_work()
@@ -274,7 +284,7 @@ def worker(
         preflight=not no_preflight,
         allow_leak=allow_leak,
     )
-    processes = Slots(plans, reference)
+    processes = Slots(plans, reference, _worker_name(), settings.data_dir)
     try:
         with follow(engine, joined, tensorboard, lambda line: log.event("note", line)) as on_trial:
             Worker(engine, joined, processes, config, log, limits, on_trial).run()
@@ -390,7 +400,7 @@ def _tell_random_start(log: Log, study: Study) -> None:
 
 def _workers(count: int | None) -> int:
     if count is None:
-        return max(2, min(8, (os.cpu_count() or 1) // 2))
+        return max(2, min(8, cores.count() // 2))
     check_positive("--workers", count)
     return count
 

@@ -36,7 +36,8 @@ Inbox = queue.SimpleQueue[Message]
 class SlotProcess:
     """The process of one slot. It imports torch and the objective as it starts, and runs once it is configured."""
 
-    def __init__(self, plan: SlotPlan, objective: str, inbox: Inbox, directory: str) -> None:
+    def __init__(self, plan: SlotPlan, objective: str, inbox: Inbox, directory: str, share: int) -> None:
+        """`share` is for how many threads it has cores."""
         self.plan = plan
         self._inbox = inbox
         self._process = subprocess.Popen(
@@ -45,7 +46,7 @@ class SlotProcess:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            env=plan.environment,
+            env=plan.environment(share),
             cwd=directory,
             start_new_session=True,  # a Ctrl-C at the terminal reaches the worker alone, which drains its slots
             encoding="utf-8",

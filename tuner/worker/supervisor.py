@@ -11,6 +11,7 @@ import time
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from storage.coordination import claims
 from storage.coordination.workers import SlotSeen, WorkerSeen
 from storage.database.engine import is_outage
 from storage.database.errors import StorageError, StudyNotFoundError
+from tuner import cores
 from tuner.caches import keep_compiled_apart
 from tuner.errors import AskedToStop, StudyFailedError, TunerError
 from tuner.exits import OF_SIGNAL, TOGETHER_S, ExitCode
@@ -56,8 +58,11 @@ class Slots:
     So does importing `objective`, an installed one's name or `path/to/file.py:NAME`.
     """
 
-    def __init__(self, plans: Sequence[SlotPlan], objective: str) -> None:
+    def __init__(self, plans: Sequence[SlotPlan], objective: str, worker: str, data_dir: Path) -> None:
+        """`worker` is this worker's name, and `data_dir` where others that share the cores look for it."""
         keep_compiled_apart()
+        self._seat = cores.Seat(worker, len(plans), data_dir)
+        self._share = partial(cores.share, worker, len(plans), data_dir)
         self._objective = objective
         self._directory = current_directory()
         self.inbox: Inbox = queue.SimpleQueue()
@@ -65,12 +70,13 @@ class Slots:
 
     def start(self, plan: SlotPlan) -> SlotProcess:
         """Start the process of a slot, in the directory of the first ones: an objective may have changed this one's."""
-        return SlotProcess(plan, self._objective, self.inbox, self._directory)
+        return SlotProcess(plan, self._objective, self.inbox, self._directory, self._share())
 
     def close(self) -> None:
-        """Kill what still runs; for the way out of an error."""
+        """Kill what still runs, as on the way out of an error, and leave the cores to others."""
         for slot in self.all:
             slot.process.kill()
+        self._seat.close()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,7 +172,7 @@ class Worker:
     def _config_of(self, slot: KnownSlot) -> dict[str, Any]:
         plan = slot.plan
         own = {"slot": plan.number, "device": plan.own_device, "shown_device": plan.device, "share": plan.share}
-        return {**self._config, **own}
+        return {**self._config, **own, "shares_cores_by": len(self._slots) if plan.shares_cores else None}
 
     def _wait_and_handle(self) -> None:
         try:
