@@ -136,6 +136,7 @@ def run(
         log = settings.log(worker=_worker_name(), study=joined.name)
         log.event("study", f"{'created' if created else 'joined'} study {joined.name}: {_outline(joined)}")
         _tell_unwritable(log, settings, joined)
+        _drop_left_checkpoints(log, settings, engine, joined)
         if created:
             _tell_random_start(log, joined)
         target = output or default_output(settings, joined)
@@ -275,6 +276,7 @@ def worker(
     log = settings.log(worker=_worker_name(), study=joined.name)
     log.event("study", f"joined study {joined.name}: {_outline(joined)}")
     _tell_unwritable(log, settings, joined)
+    _drop_left_checkpoints(log, settings, engine, joined)
     config = _slot_config(
         settings,
         joined,
@@ -384,6 +386,25 @@ def _tell_unwritable(log: Log, settings: Settings, study: Study) -> None:
         f"cannot write to {settings.data_dir}: {why}; checkpoints are {where}, and a result that the database does not"
         " take is lost: mend that, or choose another --data-dir",
     )
+
+
+def _drop_left_checkpoints(log: Log, settings: Settings, engine: Engine, study: Study) -> None:
+    """Delete checkpoints that lie here of studies that were deleted elsewhere; later, if the database is away now."""
+    from sqlalchemy.exc import SQLAlchemyError
+
+    from storage import StorageError
+    from storage.database.engine import is_outage
+    from tuner.slot import left_checkpoints
+
+    try:
+        left_checkpoints.note(engine, study, settings.data_dir)
+        dropped = left_checkpoints.drop(engine, settings.data_dir)
+    except (StorageError, SQLAlchemyError) as error:
+        if not is_outage(error):
+            raise
+        return
+    for path in dropped:
+        log.event("note", f"deleted {path}: checkpoints of a study that was deleted")
 
 
 def _tell_random_start(log: Log, study: Study) -> None:
