@@ -153,12 +153,16 @@ def test_a_planted_result_is_not_delivered(tmp_path):
     spool.mkdir()
     (spool / "x.json").write_text("no result")
     os.chown(spool / "x.json", THEM, THEM)
-    told: list[str] = []
-    Spool(tmp_path).deliver(None, 1, None, lambda *what: told.append(what[0]))
-    assert told == []
+    told: list[tuple[str, str, int | None]] = []
+    ours = Spool(tmp_path)
+    for _ in range(2):
+        ours.deliver(None, 1, None, lambda *what: told.append(what))
+    ((event, message, _),) = told  # once
+    assert event == "result_refused"
+    assert f"is not delivered: {spool / 'x.json'} belongs to " in message
     os.chown(spool / "x.json", 0, 0)
-    Spool(tmp_path).deliver(None, 1, None, lambda *what: told.append(what[0]))
-    assert told == ["result_refused"]
+    ours.deliver(None, 1, None, lambda *what: told.append(what))
+    assert "is damaged and lost" in told[1][1]
 
 
 @as_root
