@@ -178,3 +178,15 @@ def test_compiled_code_is_kept_where_nobody_else_was_before(tmp_path, monkeypatc
         found = Path(os.environ["TORCHINDUCTOR_CACHE_DIR"])
         assert (found.parent, found.stat().st_uid, found.stat().st_mode & 0o777) == (tmp_path, 0, 0o700)
         assert (found.name == "tuner-torchinductor-0") is not planted
+
+
+def test_without_a_directory_for_temporary_files_no_compiled_code_is_loaded_and_no_worker_ends(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "file"))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+    keep_compiled_apart()
+    place = Path(os.environ["TORCHINDUCTOR_CACHE_DIR"])
+    assert not place.exists()
+    with pytest.raises(NotADirectoryError, match="no usable directory for temporary files, set TMPDIR"):
+        place.mkdir(parents=True)
