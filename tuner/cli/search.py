@@ -88,7 +88,7 @@ def run(
     output: Annotated[
         Path | None,
         typer.Option(
-            help="Directory for the model (default: models/study-ID in the data directory).", rich_help_panel=RESULT
+            help="Directory for the model (default: in models/ of the data directory).", rich_help_panel=RESULT
         ),
     ] = None,
     full_schedule: Annotated[
