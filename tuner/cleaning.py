@@ -51,7 +51,7 @@ class Left:
 
 
 def look(engine: Engine | None, data_dir: Path) -> list[Left]:
-    """Return what was left on this machine; changes nothing. `engine` is None where there is no database."""
+    """Return what was left on this machine; deletes nothing. `engine` is None where there is no database."""
     return [*_checkpoints(engine, data_dir), *_results(engine, data_dir), *_databases(), *_sockets(), *_caches()]
 
 

@@ -31,6 +31,7 @@ VARIABLES: Final = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 
 _OWN_GROUPS: Final = Path("/proc/self/cgroup")
 _GROUPS: Final = Path("/sys/fs/cgroup")
+_SUFFIX: Final = ".seat"
 _OF_OTHERS_S: Final = 7 * 86400.0
 
 
@@ -59,7 +60,7 @@ class Seat:
         told = {"slots": n_slots, "cores": allowed.cores, "group": allowed.group}
         self._taken: list[tuple[Path, int]] = []
         for place in _places(data_dir):
-            path = place / f"{_machine()}.{worker}"
+            path = place / f"{_machine()}.{worker}{_SUFFIX}"
             with suppress(OSError):  # a full disk, a file system without locks, a directory that is not ours
                 self._taken.append((path, _locked(path, json.dumps(told).encode())))
 
@@ -109,7 +110,7 @@ def _others(data_dir: Path) -> dict[str, _Seated]:
     found = {}
     for place in _places(data_dir):
         for path in _files(place):
-            machine, _, worker = path.name.partition(".")
+            machine, _, worker = path.name.removesuffix(_SUFFIX).partition(".")
             is_here = machine == _machine()
             with suppress(OSError, ValueError, KeyError, TypeError):  # it has just gone; or is no seat
                 if not is_here and time.time() - path.stat().st_mtime < _OF_OTHERS_S:
@@ -125,14 +126,14 @@ def _others(data_dir: Path) -> dict[str, _Seated]:
 def _files(place: Path) -> list[Path]:
     with suppress(OSError):
         require_own(place)
-        return [path for path in place.iterdir() if not path.name.startswith(".")]
+        return [path for path in place.iterdir() if path.name.endswith(_SUFFIX)]
     return []
 
 
 def _locked(path: Path, told: bytes) -> int:
     """Make a file that is locked from when others see it, and return its descriptor. Raises OSError."""
     own_directory(path.parent)
-    aside = path.with_name(f".{path.name}")
+    aside = path.with_suffix(".new")
     descriptor = new_file(aside)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

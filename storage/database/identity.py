@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import psycopg2.errors
 from sqlalchemy import text
-from sqlalchemy.exc import ProgrammingError
+from sqlalchemy.exc import DBAPIError
+
+from storage.database.engine import is_outage
 
 if TYPE_CHECKING:
     from sqlalchemy import Engine
@@ -26,8 +27,8 @@ def identity(engine: Engine) -> str | None:
     try:
         with engine.connect() as conn:
             found: str = conn.scalar(text(_QUERY))
-    except ProgrammingError as error:
-        if isinstance(error.orig, psycopg2.errors.InsufficientPrivilege | psycopg2.errors.UndefinedFunction):
-            return None
-        raise
+    except DBAPIError as error:  # no such function, or not for us
+        if is_outage(error):
+            raise
+        return None
     return found

@@ -86,9 +86,9 @@ def test_a_worker_that_was_killed_has_no_core_any_more(tmp_path: Path, monkeypat
         assert cores.share("ours", 1, tmp_path) == max(1, N_CORES // 4)
         worker.send_signal(signal.SIGKILL)
         worker.wait()
-    assert len(list(tmp_path.rglob("*.theirs"))) == 2
+    assert len(list(tmp_path.rglob("*.theirs.seat"))) == 2
     assert cores.share("ours", 1, tmp_path) == N_CORES
-    assert not list(tmp_path.rglob("*.theirs"))
+    assert not list(tmp_path.rglob("*theirs*"))
 
 
 def test_workers_on_other_cores_or_other_machines_take_none_of_ours(
@@ -152,6 +152,9 @@ def test_a_worker_that_can_keep_no_file_counts_its_own_slots(tmp_path: Path, mon
 
 def test_what_is_no_seat_is_passed_over(tmp_path: Path) -> None:
     with seated("theirs", 1, tmp_path):
-        for path in tmp_path.rglob("*.theirs"):
+        for path in tmp_path.rglob("*.seat"):
             path.write_bytes(b"[]")
+        (tmp_path / "cores" / "not.ours").write_text("")
+        os.utime(tmp_path / "cores" / "not.ours", (0, 0))
         assert cores.share("ours", 1, tmp_path) == N_CORES
+        assert (tmp_path / "cores" / "not.ours").exists()

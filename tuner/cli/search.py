@@ -396,9 +396,10 @@ def _drop_left_checkpoints(log: Log, settings: Settings, engine: Engine, study: 
     from storage.database.engine import is_outage
     from tuner.slot import left_checkpoints
 
+    data_dir = settings.own_data_dir()
     try:
-        left_checkpoints.note(engine, study, settings.data_dir)
-        dropped = left_checkpoints.drop(engine, settings.data_dir)
+        left_checkpoints.note(engine, study, data_dir)
+        dropped = left_checkpoints.drop(engine, data_dir)
     except (StorageError, SQLAlchemyError) as error:
         if not is_outage(error):
             raise

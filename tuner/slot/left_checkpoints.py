@@ -73,6 +73,10 @@ def drop(engine: Engine, data_dir: Path) -> list[Path]:
     What cannot be deleted stays for the next time.
     """
     dropped = []
+    noted, ours = _noted(data_dir), identity(engine)  # before the studies are asked for
+    for name in noted.keys() - _known(engine):
+        if noted[name] == {ours} and not (data_dir / "checkpoints" / name).exists():
+            forget(name, data_dir)
     for kept in look(engine, data_dir):
         if kept.whose == "deleted":
             with suppress(OSError):
@@ -118,8 +122,9 @@ def _noted(data_dir: Path) -> Mapping[str, set[str]]:
     """Return for each study's directory which databases it was noted for."""
     found: dict[str, set[str]] = {}
     for place in _databases(data_dir):
-        for name in os.listdir(place):
-            found.setdefault(name, set()).add(place.name)
+        with suppress(OSError):
+            for name in os.listdir(place):
+                found.setdefault(name, set()).add(place.name)
     return found
 
 

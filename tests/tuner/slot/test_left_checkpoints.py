@@ -104,6 +104,15 @@ def test_what_an_earlier_version_left_is_dropped_only_if_the_database_had_it_sin
     assert whose(None, tmp_path) == {theirs.directory: "unknown"}
 
 
+def test_a_study_without_checkpoints_that_was_deleted_elsewhere_leaves_no_note(engine, another_engine, tmp_path):
+    studies = {each: a_study(each, "s") for each in (engine, another_engine)}
+    for each, study in studies.items():
+        left_checkpoints.note(each, study, tmp_path)
+        delete(each, study)
+    assert left_checkpoints.drop(engine, tmp_path) == []
+    assert [path.name for path in (tmp_path / "databases").glob("*/*")] == [studies[another_engine].directory]
+
+
 def test_a_study_that_is_deleted_here_leaves_no_note(engine, tmp_path):
     study = a_study(engine, "s")
     left_checkpoints.note(engine, study, tmp_path)
