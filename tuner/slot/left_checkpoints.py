@@ -1,8 +1,8 @@
 """Checkpoints on this machine whose study was deleted from another one, and by what it is known that it was.
 
-Each machine notes for which database it has worked on which study, by an empty file `databases/DATABASE/STUDY` in the
-data directory, beside `checkpoints/STUDY`. What one database alone has been noted for, and does not know any more,
-nobody needs. What is not noted at all, as by an earlier version, may be any database's.
+Each machine notes for which database it has worked on which study, by an empty directory `databases/DATABASE/STUDY`
+in the data directory, beside `checkpoints/STUDY`. What one database alone has been noted for, and does not know any
+more, nobody needs. What is not noted at all, as by an earlier version, may be any database's.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def forget(directory: str, data_dir: Path) -> None:
     """Forget what was noted of the study with checkpoints in a directory of this name."""
     for place in _databases(data_dir):
         with suppress(OSError):
-            (place / directory).unlink()
+            (place / directory).rmdir()
         with suppress(OSError):  # of other studies something is noted
             place.rmdir()
 
@@ -115,7 +115,7 @@ def _known(engine: Engine) -> set[str]:
 
 def _note(data_dir: Path, database: str, directory: str) -> None:
     with suppress(OSError):
-        (own_directory(data_dir / "databases" / database) / directory).touch(0o600)
+        own_directory(data_dir / "databases" / database / directory)
 
 
 def _noted(data_dir: Path) -> Mapping[str, set[str]]:

@@ -64,6 +64,7 @@ def test_checkpoints_of_a_study_that_was_deleted_elsewhere_are_dropped_when_anot
         left_checkpoints.note(engine, study, tmp_path)
         with_checkpoint(study, tmp_path)
     assert left_checkpoints.drop(engine, tmp_path) == []
+    assert not [path for path in (tmp_path / "databases").rglob("*") if path.is_file()]  # a note takes no file
     delete(engine, gone)
     assert left_checkpoints.drop(engine, tmp_path) == [checkpoint_directory(tmp_path, gone)]
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == [stays.directory]
