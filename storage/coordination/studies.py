@@ -133,6 +133,14 @@ def create_study(
     return find_study(engine, name)
 
 
+def created(engine: Engine) -> list[tuple[int, dt.datetime | None]]:
+    """Return the id of each study and when it was created, None for one that tuner did not create."""
+    joined = studies.outerjoin(tuner_studies, tuner_studies.c.study_id == studies.c.study_id)
+    with engine.connect() as conn:
+        rows = conn.execute(select(studies.c.study_id, tuner_studies.c.created_at).select_from(joined))
+        return [(row.study_id, row.created_at) for row in rows]
+
+
 def numbers_in(sessions: Sessions, study_id: int, state: State) -> list[int]:
     """Return the numbers of the study's trials in this state, in their order."""
     query = select(trials.c.number).where(trials.c.study_id == study_id, trials.c.state == state)

@@ -175,14 +175,18 @@ def _made_user() -> pwd.struct_passwd | None:
     with open("/etc/passwd", "rb") as listed:
         wait_until(lambda: try_lock(listed.fileno()), _MAKE_TIMEOUT_S)
         if useradd is not None and _user(OWN_ACCOUNT) is None:
-            done = subprocess.run(
-                [useradd, *_OPTIONS, OWN_ACCOUNT],
-                capture_output=True,
-                text=True,
-                check=False,
-                env={"PATH": _ADMIN_PATH},
-            )
-            told = done.stderr.strip()
+            try:
+                done = subprocess.run(
+                    [useradd, *_OPTIONS, OWN_ACCOUNT],
+                    capture_output=True,
+                    text=True,
+                    check=False,
+                    timeout=_MAKE_TIMEOUT_S,
+                    env={"PATH": _ADMIN_PATH},
+                )
+                told = done.stderr.strip()
+            except subprocess.TimeoutExpired:  # it waits for a lock on /etc/passwd, or a directory of users
+                told = f"useradd did not end within {_MAKE_TIMEOUT_S:g} seconds"
     entry = _user(OWN_ACCOUNT)
     if entry is None:
         raise EmbeddedServerError(

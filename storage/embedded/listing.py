@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import os
+import re
+import socket
+import stat
+import time
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
+from storage.database.variables import MARK
 from storage.embedded import server as embedded
 from storage.embedded.server import EmbeddedServer
 from storage.files import read_own, require_own
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+_STARTING_S: Final = 600.0
+_CONNECT_TIMEOUT_S: Final = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +54,35 @@ def find(directory: Path) -> EmbeddedServer:
     wanted = Path(os.path.realpath(directory))
     found = (database for database in databases() if wanted in (database.data_dir, database.home))
     return next((database.server for database in found), EmbeddedServer(wanted))
+
+
+def left_sockets() -> list[Path]:
+    """Return the directories for sockets, apart from a database's files, of databases of this user that are gone."""
+    # Listed first: a database is noted before it has such a directory.
+    places = list(Path("/tmp").glob(f"tuner-{os.geteuid()}-*"))  # noqa: S108 - as `socket_directory` has it
+    if (runtime := Path(os.environ.get("XDG_RUNTIME_DIR", ""))).is_absolute():
+        places += runtime.glob("tuner-*")
+    keys = {home.name if os.geteuid() == 0 else EmbeddedServer(home).key for home in _homes()}
+    found = {place: re.fullmatch(r"tuner-(?:\d+-)?([0-9a-f]{12})", place.name) for place in places}
+    return sorted(place for place, key in found.items() if key and key[1] not in keys and _is_left(place))
+
+
+def _is_left(sockets: Path) -> bool:
+    """Whether a directory is one of ours, and nobody listens in it."""
+    try:
+        found = os.lstat(sockets)
+        if not stat.S_ISDIR(found.st_mode) or found.st_mode & 0o077 or not (sockets / MARK).exists():
+            return False
+    except OSError:  # another user's
+        return False
+    if time.time() - found.st_mtime < _STARTING_S:
+        return False
+    for path in sockets.glob(".s.PGSQL.*"):
+        with suppress(OSError), socket.socket(socket.AF_UNIX) as client:
+            client.settimeout(_CONNECT_TIMEOUT_S)
+            client.connect(str(path))
+            return False
+    return True
 
 
 def _homes() -> Iterator[Path]:

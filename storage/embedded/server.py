@@ -157,6 +157,11 @@ class EmbeddedServer:
                 have_a_watcher(self._watch, self._data_dir, self._home)
             return url(server, ROLE)
 
+    @property
+    def key(self) -> str:
+        """A name for it among the user's servers, as in that of a directory for its sockets."""
+        return self._key
+
     def stop(self) -> None:
         """Stop the server, ending its sessions in an orderly way; does nothing if it does not run."""
         with self._explained():

@@ -164,8 +164,10 @@ def test_workers_scale_and_differ_only_in_their_device() -> None:
 
 
 def test_the_study_and_the_user_are_chosen_by_variables() -> None:
-    services = compose(TUNER_STUDY="other", TUNER_UID="1234", TUNER_GID="1235")["services"]
+    services = compose(TUNER_STUDY="other", TUNER_UID="1234", TUNER_GID="1235", TUNER_SLOTS="cpu*4")["services"]
     assert services["worker-gpu"]["command"] == ["worker", "other"]
+    for found, slots in ((services, "cpu*4"), (SERVICES, "auto")):
+        assert found["worker-cpu"]["environment"]["TUNER_WORKER_SLOTS"] == slots
     assert {service["user"] for service in services.values()} == {"1234:1235"}
 
 

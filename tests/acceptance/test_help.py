@@ -43,7 +43,7 @@ def test_commands_are_grouped_by_what_they_are_for(tuner: Tuner) -> None:
         "Search": ["run", "create", "worker", "enqueue", "cancel", "extend", "adopt", "objectives"],
         "Watch": ["status", "studies", "show", "trials", "compare", "dashboard"],
         "Results": ["best", "export", "verify", "predict"],
-        "Operate": ["pause", "resume", "stop", "release", "delete", "import", "doctor", "db"],
+        "Operate": ["pause", "resume", "stop", "release", "delete", "clean", "import", "doctor", "db"],
     }
 
 
@@ -59,6 +59,7 @@ def test_commands_are_grouped_by_what_they_are_for(tuner: Tuner) -> None:
                 "Workers": [
                     "--workers",
                     "--device",
+                    "--threads",
                     "--allow-code-change",
                     "--no-preflight",
                     "--allow-leak",
@@ -76,6 +77,7 @@ def test_commands_are_grouped_by_what_they_are_for(tuner: Tuner) -> None:
                 "Workers": [
                     "--slots",
                     "--device",
+                    "--threads",
                     "--objective",
                     "--allow-code-change",
                     "--no-preflight",

@@ -1,16 +1,27 @@
-"""What docs/operations.md has operators install: units that systemd takes, with codes that are the command line's."""
+"""What docs/operations.md has operators install and type: units that systemd takes, lines that read what is logged."""
 
 from __future__ import annotations
 
+import json
+import os
 import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from storage import PostgresStorage
+from storage.coordination import control
 from tuner.exits import ExitCode
+from tuner.slot import left_checkpoints
+from tuner.spec import Spec
+from tuner.study.joining import checkpoint_directory, create_study
+
+if TYPE_CHECKING:
+    from command import Tuner
 
 PAGE = Path(__file__).parents[2] / "docs/operations.md"
 UNITS = dict(re.findall(r"^```ini\n# /etc/systemd/system/([\w@.-]+)\n(.*?)^```$", PAGE.read_text(), re.M | re.S))
@@ -40,3 +51,62 @@ def test_a_unit_starts_again_what_may_go_better_then() -> None:
 
 def _codes(text: str) -> set[int]:
     return set(map(int, text.split()))
+
+
+def _lines(block: str, directory: Path, tuner: Tuner) -> list[str]:
+    """Run a block of the page, and return what it printed."""
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    bash = ["bash", "-e", "-u", "-o", "pipefail", "-c", block]
+    environ = {**os.environ, **tuner.environment, "PATH": path}
+    done = subprocess.run(bash, cwd=directory, env=environ, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    return done.stdout.splitlines()
+
+
+def _a_deleted_study(storage: PostgresStorage, data_dir: Path) -> Path:
+    """Return where the checkpoints are, on this machine, of a study that was deleted from another one."""
+    spec: dict[str, Any] = {"objective": {"name": "digits", "code_hash": "0"}, "metric": "accuracy", "epochs": 1}
+    study = create_study(
+        storage.engine, "gone", Spec.model_validate({**spec, "direction": "maximize", "budget": {"trials": 1}})
+    )
+    left_checkpoints.note(storage.engine, study, data_dir)
+    here = checkpoint_directory(data_dir, study)
+    here.mkdir(parents=True)
+    control.delete_study(storage.sessions, study.study_id, force=True)
+    return here
+
+
+@pytest.mark.skipif(shutil.which("jq") is None, reason="no jq")
+def test_the_page_s_lines_read_what_a_worker_logs_and_what_a_study_tells(
+    tuner: Tuner, database: str, tmp_path: Path
+) -> None:
+    logs, alerts = re.findall(r"^```sh\n(.*?)^```$", PAGE.read_text(), re.M | re.S)
+    storage = PostgresStorage(database)
+    left = _a_deleted_study(storage, tmp_path / "data")
+    storage.engine.dispose()
+    search = ["run", "digits", "--trials", "2", "--epochs", "2", "--pruner", "none", "--no-export"]
+    done = tuner("--log-format", "json", *search)
+    assert done.code == 0
+    assert f"deleted {left}: checkpoints of a study that was deleted" in done.stderr
+    assert not left.exists()
+    went_wrong = {"time": "t", "event": "hung", "worker": "w", "trial": 7, "message": "trial 7 hangs"}
+    (tmp_path / "tuner.log").write_text(f"{done.stderr}no JSON\n{json.dumps(went_wrong)}\n")
+    read = _lines(logs, tmp_path, tuner)
+    assert read[0].split("\t") == ["t", "w", "hung", "7", "trial 7 hangs"]
+    assert sorted(line.split("\t")[:2] for line in read[1:3]) == [["0", "COMPLETE"], ["1", "COMPLETE"]]
+    assert [line.split("\t")[1] for line in read[3:7]] == ["trial_started", "report", "report", "trial_ended"]
+    assert json.loads(read[7])["epochs"] == 4
+    assert {"2 trial_ended", "4 report", "1 hung"} <= {" ".join(line.split()) for line in read[8:]}
+
+    assert _lines(alerts, tmp_path, tuner) == []  # all is well
+    status = json.loads((tmp_path / "status.json").read_text())
+    status |= {"state": "running", "lost": 2, "workers": [{"worker": "w", "lost": True, "silent_s": 60}]}
+    status["trials"]["failed"], status["device_seconds"]["idle"] = 6, 1e6
+    (tmp_path / "status.json").write_text(json.dumps(status))
+    told = _lines(alerts[alerts.index("jq -r '.study as") :], tmp_path, tuner)
+    assert told == [
+        "digits: lost w",
+        "digits: 6 trials failed: {}",
+        f"digits: 2 trials wait for a worker since {status['last_seen']}",
+        "digits: idle for 1000000 s",
+    ]

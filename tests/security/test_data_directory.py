@@ -153,12 +153,16 @@ def test_a_planted_result_is_not_delivered(tmp_path):
     spool.mkdir()
     (spool / "x.json").write_text("no result")
     os.chown(spool / "x.json", THEM, THEM)
-    told: list[str] = []
-    Spool(tmp_path).deliver(None, 1, None, lambda *what: told.append(what[0]))
-    assert told == []
+    told: list[tuple[str, str, int | None]] = []
+    ours = Spool(tmp_path)
+    for _ in range(2):
+        ours.deliver(None, 1, None, lambda *what: told.append(what))
+    ((event, message, _),) = told  # once
+    assert event == "result_refused"
+    assert f"is not delivered: {spool / 'x.json'} belongs to " in message
     os.chown(spool / "x.json", 0, 0)
-    Spool(tmp_path).deliver(None, 1, None, lambda *what: told.append(what[0]))
-    assert told == ["result_refused"]
+    ours.deliver(None, 1, None, lambda *what: told.append(what))
+    assert "is damaged and lost" in told[1][1]
 
 
 @as_root
@@ -174,3 +178,15 @@ def test_compiled_code_is_kept_where_nobody_else_was_before(tmp_path, monkeypatc
         found = Path(os.environ["TORCHINDUCTOR_CACHE_DIR"])
         assert (found.parent, found.stat().st_uid, found.stat().st_mode & 0o777) == (tmp_path, 0, 0o700)
         assert (found.name == "tuner-torchinductor-0") is not planted
+
+
+def test_without_a_directory_for_temporary_files_no_compiled_code_is_loaded_and_no_worker_ends(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "file"))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+    keep_compiled_apart()
+    place = Path(os.environ["TORCHINDUCTOR_CACHE_DIR"])
+    assert not place.exists()
+    with pytest.raises(NotADirectoryError, match="no usable directory for temporary files, set TMPDIR"):
+        place.mkdir(parents=True)

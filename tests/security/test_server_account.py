@@ -65,6 +65,17 @@ def test_where_no_user_can_be_made_it_says_what_to_do(
         server_account(tmp_path / "absent")
 
 
+def test_a_useradd_that_waits_for_ever_is_given_up(
+    tmp_path: Path, another_own: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "useradd").write_text("#!/bin/sh\nexec /bin/sleep 60\n")
+    (tmp_path / "useradd").chmod(0o755)
+    monkeypatch.setattr(accounts, "_ADMIN_PATH", str(tmp_path))
+    monkeypatch.setattr(accounts, "_MAKE_TIMEOUT_S", 0.2)
+    with pytest.raises(EmbeddedServerError, match=r"\(useradd did not end within 0.2 seconds\); make it"):
+        server_account(tmp_path / "absent")
+
+
 @pytest.mark.slow
 def test_one_of_an_earlier_version_goes_on_and_the_advice_moves_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -16,7 +16,20 @@ from pydantic import ValidationError
 from sqlalchemy.exc import DBAPIError
 
 from storage.database.errors import InvalidWriteError, StorageError
-from tuner.cli import comparing, control, db, growing, importing, model, predicting, reading, search, service, status
+from tuner.cli import (
+    cleaning,
+    comparing,
+    control,
+    db,
+    growing,
+    importing,
+    model,
+    predicting,
+    reading,
+    search,
+    service,
+    status,
+)
 from tuner.cli.settings import DataDir, Debug, Format, PasswordFile, Settings, Storage
 from tuner.cli.streams import flush_streams, open_streams, say
 from tuner.errors import AskedToStop, TunerError, first_line, is_debugging
@@ -55,6 +68,7 @@ _PANELS: dict[str, dict[str, Callable[..., None]]] = {
         "stop": control.stop,
         "release": control.release,
         "delete": control.delete,
+        "clean": cleaning.clean,
         "import": importing.import_,
         "doctor": service.doctor,
     },

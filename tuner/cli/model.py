@@ -29,7 +29,7 @@ def export(
     study: Annotated[str, typer.Argument(metavar="STUDY", help="Name of the study.")],
     output: Annotated[
         Path | None,
-        typer.Option(help="Directory for the model (default: models/study-ID in the data directory)."),
+        typer.Option(help="Directory for the model (default: in models/ of the data directory)."),
     ] = None,
     objective: Annotated[
         str | None,

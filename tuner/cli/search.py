@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from tuner import cores
 from tuner.cli.model import OBJECTIVE_HELP, default_output, installed_name, print_exported
 from tuner.cli.options import LIMITS, RESULT, WORKERS, ObjectiveName, StudyOptions, check_positive, seconds
 from tuner.cli.settings import Settings, command
@@ -38,6 +39,13 @@ Workers = Annotated[
 Device = Annotated[
     str | None,
     typer.Option(help="cuda, cuda:1, xpu, mps or cpu (default: the best there is).", rich_help_panel=WORKERS),
+]
+Threads = Annotated[
+    int | None,
+    typer.Option(
+        help="Threads of each slot (default: OMP_NUM_THREADS, or else its share of this machine's cores).",
+        rich_help_panel=WORKERS,
+    ),
 ]
 AllowCodeChange = Annotated[
     bool,
@@ -75,13 +83,14 @@ def run(
     options: StudyOptions,
     workers: Workers = None,
     device: Device = None,
+    threads: Threads = None,
     export: Annotated[
         bool, typer.Option("--export/--no-export", help="Retrain and export the best trial.", rich_help_panel=RESULT)
     ] = True,
     output: Annotated[
         Path | None,
         typer.Option(
-            help="Directory for the model (default: models/study-ID in the data directory).", rich_help_panel=RESULT
+            help="Directory for the model (default: in models/ of the data directory).", rich_help_panel=RESULT
         ),
     ] = None,
     full_schedule: Annotated[
@@ -112,16 +121,16 @@ def run(
     from tuner.worker.supervisor import Worker
 
     settings.own_data_dir()  # before anything starts
-    plans = plan_slots(str(_workers(workers)), device)
+    plans = plan_slots(str(_workers(workers)), device, threads=threads)
     planned = options.plan()
     source = find_objective(objective)
     if export and output is not None:
         check_output(output)
     if tensorboard is not None:
         check_tensorboard(tensorboard)
-    slots = Slots(plans, objective, imports_here=True)
+    slots = Slots(plans, objective, _worker_name(), settings.data_dir, imports_here=True)
     try:
-        kind = _import_for(slots, settings, source, plans[0].shared_environment)
+        kind = _import_for(slots, settings, source)
         wanted = Wanted(source=source, kind=kind, settings=planned, given=options.given_settings())
         has_model = is_objective_class(kind)
         engine, (joined, created) = _create_or_join(
@@ -130,6 +139,7 @@ def run(
         log = settings.log(worker=_worker_name(), study=joined.name)
         log.event("study", f"{'created' if created else 'joined'} study {joined.name}: {_outline(joined)}")
         _tell_unwritable(log, settings, joined)
+        _drop_left_checkpoints(log, settings, engine, joined)
         if created:
             _tell_random_start(log, joined)
         target = output or default_output(settings, joined)
@@ -215,6 +225,7 @@ def worker(
         ),
     ] = "auto",
     device: Device = None,
+    threads: Threads = None,
     objective: Annotated[
         str | None,
         typer.Option(metavar="path/to/file.py:NAME", help=OBJECTIVE_HELP, rich_help_panel=WORKERS),
@@ -256,7 +267,7 @@ def worker(
         timeout_s=None if timeout is None else seconds("--timeout", timeout),
         idle_exit_s=None if idle_exit is None else seconds("--idle-exit", idle_exit),
     )
-    plans = plan_slots(slots, device, at_most=trials)
+    plans = plan_slots(slots, device, at_most=trials, threads=threads)
     if tensorboard is not None:
         check_tensorboard(tensorboard)
     engine = settings.open_for_work()
@@ -269,6 +280,7 @@ def worker(
     log = settings.log(worker=_worker_name(), study=joined.name)
     log.event("study", f"joined study {joined.name}: {_outline(joined)}")
     _tell_unwritable(log, settings, joined)
+    _drop_left_checkpoints(log, settings, engine, joined)
     config = _slot_config(
         settings,
         joined,
@@ -278,7 +290,7 @@ def worker(
         preflight=not no_preflight,
         allow_leak=allow_leak,
     )
-    processes = Slots(plans, reference)
+    processes = Slots(plans, reference, _worker_name(), settings.data_dir)
     try:
         with follow(engine, joined, tensorboard, lambda line: log.event("note", line)) as on_trial:
             Worker(engine, joined, processes, config, log, limits, on_trial).run()
@@ -286,9 +298,7 @@ def worker(
         processes.close()
 
 
-def _import_for(
-    slots: Slots, settings: Settings, source: ObjectiveSource, environment: dict[str, str]
-) -> ObjectiveKind:
+def _import_for(slots: Slots, settings: Settings, source: ObjectiveSource) -> ObjectiveKind:
     """Import the objective, with all that slots need, and have them forked from here; start the database meanwhile.
 
     What is wrong with the database is told when it is opened.
@@ -296,10 +306,10 @@ def _import_for(
     import storage  # noqa: F401 - no two threads shall import it at once
     from tuner.imports import quick_imports
     from tuner.study.registry import is_objective_class
-    from tuner.worker.slots import n_cores
 
-    added = {name: value for name, value in environment.items() if name not in os.environ}
-    os.environ.update(added)  # torch and numpy look at it as they are imported
+    changed = {name: value for name, value in slots.environment().items() if os.environ.get(name) != value}
+    before = {name: os.environ.get(name) for name in changed}
+    os.environ.update(changed)  # torch and numpy look at it as they are imported
     with ThreadPoolExecutor(1) as pool:
         pool.submit(settings.start_database)
         kind = source.load()
@@ -311,11 +321,15 @@ def _import_for(
             if is_objective_class(kind):
                 import torchmetrics  # noqa: F401
     slots.has_imported()
-    for name, value in added.items():
-        if os.environ.get(name) == value:
+    for name, value in before.items():
+        if os.environ.get(name) != changed[name]:
+            continue  # the objective had its own idea
+        if value is None:
             del os.environ[name]
-    if "OMP_NUM_THREADS" in added:
-        torch.set_num_threads(n_cores())  # the export has them to itself
+        else:
+            os.environ[name] = value
+    if any(name in changed for name in cores.VARIABLES):
+        torch.set_num_threads(cores.named() or cores.count())  # the export has them to itself
     return kind
 
 
@@ -413,6 +427,26 @@ def _tell_unwritable(log: Log, settings: Settings, study: Study) -> None:
     )
 
 
+def _drop_left_checkpoints(log: Log, settings: Settings, engine: Engine, study: Study) -> None:
+    """Delete checkpoints that lie here of studies that were deleted elsewhere; later, if the database is away now."""
+    from sqlalchemy.exc import SQLAlchemyError
+
+    from storage import StorageError
+    from storage.database.engine import is_outage
+    from tuner.slot import left_checkpoints
+
+    data_dir = settings.own_data_dir()
+    try:
+        left_checkpoints.note(engine, study, data_dir)
+        dropped = left_checkpoints.drop(engine, data_dir)
+    except (StorageError, SQLAlchemyError) as error:
+        if not is_outage(error):
+            raise
+        return
+    for path in dropped:
+        log.event("note", f"deleted {path}: checkpoints of a study that was deleted")
+
+
 def _tell_random_start(log: Log, study: Study) -> None:
     from tuner.study.sampling import random_start
 
@@ -427,7 +461,7 @@ def _tell_random_start(log: Log, study: Study) -> None:
 
 def _workers(count: int | None) -> int:
     if count is None:
-        return max(2, min(8, (os.cpu_count() or 1) // 2))
+        return max(2, min(8, cores.count() // 2))
     check_positive("--workers", count)
     return count
 

@@ -10,6 +10,7 @@ import typer
 
 from tuner.cli.settings import Settings, command
 from tuner.cli.streams import say
+from tuner.exits import ExitCode
 
 
 @command
@@ -69,4 +70,4 @@ def doctor(settings: Settings, as_json: Annotated[bool, typer.Option("--json", h
         for check in checks:
             say(f"{'ok  ' if check.ok else 'FAIL'}  {check.name:<12}{check.found}")
     if not all(check.ok for check in checks):
-        raise typer.Exit(1)
+        raise typer.Exit(ExitCode.FAILED)

@@ -19,7 +19,7 @@ from torch import nn
 from storage.coordination import studies
 from storage.coordination.records import TrialRecord
 from storage.trials.curves import curves
-from tuner import training
+from tuner import cores, training
 from tuner.caches import keep_compiled_apart
 from tuner.data import ClassNames, Data, Rows, Split, Tensors, tensors
 from tuner.errors import FormatError, TunerError
@@ -78,6 +78,8 @@ def export_study(
     objective = _objective(study, source)
     check_output(output)
     keep_compiled_apart()
+    if cores.named() is None:  # torch knows of no container's limit
+        torch.set_num_threads(min(torch.get_num_threads(), cores.count()))
     set_deterministic(study.spec.training.deterministic)  # before anything is computed
     data = load_data(objective, data_dir, study.spec.training)
     seed = derive_seed(study.spec.seed, "export", best.number)

@@ -16,6 +16,7 @@ from storage.database.engine import is_outage
 from storage.database.errors import InvalidWriteError, StorageError
 from storage.database.sessions import Sessions
 from tuner.errors import SharedPlaceError, TunerError, UsageError, first_line
+from tuner.slot import left_checkpoints
 from tuner.slot.folders import filesystem_class, folder
 from tuner.study.joining import AnyStudy, Study, checkpoint_directory
 
@@ -171,6 +172,7 @@ def delete_checkpoints(study: AnyStudy, data_dir: Path) -> list[str]:
                 folder(place, directory).remove_all()
         except (SharedPlaceError, TunerError) as error:
             problems.append(f"the checkpoints in {place}/{directory} are left, delete them by hand: {error}")
+    left_checkpoints.forget(study.directory, data_dir)
     return problems
 
 

@@ -39,6 +39,7 @@ from storage.database.sessions import OUTAGE_S, Backoff, Sessions
 from storage.optuna_storage.pruning import IndexedPercentilePruner
 from storage.optuna_storage.storage import PostgresStorage
 from storage.trials.curves import CurvePoint, finite
+from tuner import cores
 from tuner.errors import BrokenDeviceError, TunerError
 from tuner.exits import exit_code
 from tuner.objective import Objective
@@ -77,7 +78,8 @@ ALIVE_S = 5.0
 
 class SlotConfig(BaseModel):
     """What a worker tells its slot. `device` is what this process calls it; `shown_device` is the worker's name for it,
-    of which the slot has the part `share`."""
+    of which the slot has the part `share`. `shares_cores_by` is how many slots the worker has; None where the number of
+    threads was given, and is no share."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -90,6 +92,7 @@ class SlotConfig(BaseModel):
     device: str | None = None
     shown_device: str | None = None
     share: float = 1.0
+    shares_cores_by: int | None = None
     allow_code_change: bool = False
     preflight: bool = True
     allow_leak: bool = False
@@ -259,6 +262,7 @@ class Slot:
         told: dict[str, Any] = {"trial": held.number, "attempt": held.attempt}
         self._emit(Event(event="trial_started", token=str(held.token), trial_id=held.trial_id, **told))
         prints.mark(held.number)
+        self._take_share_of_cores()
         try:
             with Lease(Sessions(self._engine), held) as lease:
                 self._run_held(study, optuna_study, what, held, lease)
@@ -280,6 +284,14 @@ class Slot:
             exit_again(self._parent)  # whatever became of the trial
         if what.device.type != "cpu":
             free_memory()  # of a trial that was given back, too
+
+    def _take_share_of_cores(self) -> None:
+        """Have as many threads as there are cores for them now: other workers come and go."""
+        config = self._config
+        if config.shares_cores_by is not None:
+            n_threads = cores.share(config.worker, config.shares_cores_by, config.data_dir)
+            if n_threads != torch.get_num_threads():
+                torch.set_num_threads(n_threads)
 
     def _run_held(
         self, study: Study, optuna_study: StoppableStudy, what: TrialObjective, held: claims.Claim, lease: Lease

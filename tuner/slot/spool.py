@@ -46,6 +46,7 @@ class Spool:
 
     def __init__(self, data_dir: Path) -> None:
         self._directory = data_dir / "spool"
+        self._refused: set[Path] = set()
 
     def add(self, study: str, number: int, result: Result) -> Path:
         """Keep a result, on the disk when this returns; its file. Raises OSError."""
@@ -66,6 +67,20 @@ class Spool:
         """Whether nothing waits to be delivered; cheap."""
         return next(self._directory.glob("*.json"), None) is None
 
+    def waiting(self, sessions: Sessions | None) -> list[tuple[Path, str | None, bool]]:
+        """Return each file, the study that it says it is of, and whether the database may take it."""
+        found: list[tuple[Path, str | None, bool]] = []
+        for path in sorted([*self._directory.glob("*.json"), *self._directory.glob("*.refused")]):
+            kept = None
+            with suppress(ValueError, OSError):
+                kept = _read(path)
+            if kept is None:
+                found.append((path, None, False))
+                continue
+            is_known = sessions is not None and delivery.find_attempt(sessions, kept.token) is not None
+            found.append((path, kept.study, is_known and path.suffix == ".json"))
+        return found
+
     def deliver(
         self,
         sessions: Sessions,
@@ -75,12 +90,17 @@ class Spool:
     ) -> None:
         """Deliver what waits for this study, and tell `log` of each by event, message and trial number.
 
-        What is damaged, or no database takes, is put aside; what belongs to other studies or databases stays. Raises
-        StorageError if the database is away.
+        What is damaged, or no database takes, is put aside; what belongs to other studies or databases stays, and what
+        somebody else could have written, of which it is told once. Raises StorageError if the database is away.
         """
         for path in sorted(self._directory.glob("*.json")):
             try:
                 kept = _read(path)
+            except files.UntrustedError as error:
+                if path not in self._refused:
+                    self._refused.add(path)
+                    log("result_refused", f"a result that was kept on disk is not delivered: {error}", None)
+                continue
             except ValueError as error:
                 aside = _put_aside(path)
                 log("result_refused", f"{aside}, a result that was kept on disk, is damaged and lost: {error}", None)
@@ -124,9 +144,14 @@ def _put_aside(path: Path) -> Path:
 
 
 def _read(path: Path) -> _File | None:
-    """Return the result, None for a file that is gone or not ours to understand. Raises ValueError if it is no JSON."""
+    """Return the result, None for a file that is gone or not ours to understand.
+
+    Raises ValueError if it is no JSON, UntrustedError if somebody else could have written it.
+    """
     try:
         found = json.loads(files.read_own(path))
+    except files.UntrustedError:
+        raise
     except OSError:
         return None
     try:

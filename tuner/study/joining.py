@@ -64,9 +64,8 @@ class AnyStudy:
 
     @property
     def directory(self) -> str:
-        """A name for a directory of this study's, which no study of another database has."""
-        created = "" if self.created_at is None else f"-{self.created_at.astimezone(dt.UTC):%Y%m%dT%H%M%S%f}"
-        return f"study-{self.study_id}{created}"
+        """A name for a directory of this study's."""
+        return directory_name(self.study_id, self.created_at)
 
     @property
     def goal(self) -> str:
@@ -313,6 +312,12 @@ def _other_budget(study: Study, wanted: Budget, found: list[str]) -> str:
     if less:
         says.append(f"{' and '.join(less)} joins it")
     return f"study {study.name!r} exists with another budget ({'; '.join(found)}); {', '.join(says)}"
+
+
+def directory_name(study_id: int, created_at: dt.datetime | None) -> str:
+    """Return the name of a study's directory, which no study of another database has."""
+    created = "" if created_at is None else f"-{created_at.astimezone(dt.UTC):%Y%m%dT%H%M%S%f}"
+    return f"study-{study_id}{created}"
 
 
 def checkpoint_directory(data_dir: Path, study: AnyStudy) -> Path:

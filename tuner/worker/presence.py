@@ -7,6 +7,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from sqlalchemy import Engine
 from sqlalchemy.exc import SQLAlchemyError
@@ -20,6 +21,9 @@ from storage.trials.curves import slowest_epoch_s
 from tuner.log import Log
 from tuner.study.joining import Study, budget_now
 from tuner.worker.progress import Snapshot
+
+if TYPE_CHECKING:
+    from tuner.slot.spool import Spool
 
 PROGRESS_S = 5.0
 LIVE_PROGRESS_S = 1.0
@@ -53,6 +57,7 @@ class Presence:
         self._seen = seen
         self._log = log
         self._data_dir = data_dir
+        self._spool: Spool | None = None
         self._progress_s = progress_s
         self._started_at = time.monotonic()
         self._done_at_start: int | None = None
@@ -132,12 +137,15 @@ class Presence:
     def _deliver(self) -> None:
         if next((self._data_dir / "spool").glob("*.json"), None) is None:
             return
-        from tuner.slot.spool import Spool  # it imports Optuna
+        if self._spool is None:
+            from tuner.slot.spool import Spool  # it imports Optuna
+
+            self._spool = Spool(self._data_dir)
 
         def log(event: str, message: str, trial: int | None) -> None:
             self._log.event(event, message, trial=trial)
 
-        Spool(self._data_dir).deliver(self._sessions, self._study.study_id, self._study.budget, log)
+        self._spool.deliver(self._sessions, self._study.study_id, self._study.budget, log)
 
     def _note_outage(self, error: Exception) -> None:
         if not self._is_away:

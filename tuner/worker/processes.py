@@ -8,7 +8,10 @@ import subprocess
 import sys
 import threading
 from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
 
+from tuner import cores
 from tuner.caches import keep_compiled_apart
 from tuner.slot.nursery import can_fork
 from tuner.worker.known_slot import KnownSlot
@@ -25,8 +28,13 @@ class Slots:
     `has_imported`. Where that cannot be, each slot imports them.
     """
 
-    def __init__(self, plans: Sequence[SlotPlan], objective: str, *, imports_here: bool = False) -> None:
+    def __init__(
+        self, plans: Sequence[SlotPlan], objective: str, worker: str, data_dir: Path, *, imports_here: bool = False
+    ) -> None:
+        """`worker` is this worker's name, and `data_dir` where others that share the cores look for it."""
         keep_compiled_apart()
+        self._seat = cores.Seat(worker, len(plans), data_dir)
+        self._share = partial(cores.share, worker, len(plans), data_dir)
         self._plans = plans
         self._objective = objective
         self._directory = current_directory()
@@ -46,22 +54,27 @@ class Slots:
             self._nursery = self._new_nursery(None)
             self._start_all()
 
+    def environment(self) -> dict[str, str]:
+        """Return what slots find in their environment as they import, apart from their devices."""
+        return self._plans[0].shared_environment(self._share())
+
     def start(self, plan: SlotPlan) -> SlotProcess:
         """Start the process of a slot."""
         return SlotProcess(plan, self._start, self.inbox)
 
     def close(self) -> None:
-        """Kill what still runs; for the way out of an error."""
+        """Kill what still runs, as on the way out of an error, and leave the cores to others."""
         for slot in self.all:
             slot.process.kill()
         if self._nursery is not None:
             self._nursery.close()
+        self._seat.close()
 
     def _new_nursery(self, objective: str | None) -> Nursery:
         def tell(line: str) -> None:
             self.inbox.put(Message(kind="stderr", slot=0, text=line))
 
-        return Nursery(objective, self._plans[0].shared_environment, self._directory, tell)
+        return Nursery(objective, self.environment(), self._directory, tell)
 
     def _start_all(self) -> None:
         self.all = [KnownSlot(plan=plan, process=self.start(plan), device=plan.shown) for plan in self._plans]
@@ -78,7 +91,7 @@ class Slots:
             stdin=stdin,
             stdout=stdout,
             stderr=stderr,
-            env=plan.environment,
+            env=plan.environment(self._share()),
             cwd=self._directory,  # that of the first ones: an objective may have changed this one's
             start_new_session=True,  # a Ctrl-C at the terminal reaches the worker alone, which drains its slots
         )

@@ -15,12 +15,13 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
+from tuner import cores
 from tuner.errors import UsageError
 
 _ITEM = re.compile(r"(?P<device>cpu|mps|(?:cuda|xpu)(?::[0-9]+)?)(?:\*(?P<count>[0-9]+))?")
 _NUMBER = re.compile(r"[0-9]+")
 _WANTED = "--slots needs auto, a number, or devices such as cuda:0*3,cuda:1 or cpu*4"
-_THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "TORCHINDUCTOR_COMPILE_THREADS")  # the last are processes
+_COMPILERS = "TORCHINDUCTOR_COMPILE_THREADS"  # processes
 _CUDA = {
     "CUDA_DEVICE_ORDER": "PCI_BUS_ID",  # devices have the numbers that nvidia-smi gives them
     # torch looks at it once, when it multiplies its first matrices, and refuses deterministic training without.
@@ -28,6 +29,8 @@ _CUDA = {
 }
 MAX_SLOTS = 1000
 """More is a slip of the finger: each is a process of some hundred megabytes."""
+MAX_THREADS = 1024
+"""OpenMP ends a process that cannot have as many as it was told."""
 ASK_S = 120.0
 """How long torch may take to import and to count the devices."""
 _ASK = """
@@ -41,7 +44,7 @@ print("cpu 0" if found is None else f"{found.type} {torch.accelerator.device_cou
 class SlotPlan:
     """One slot. `device` is None for the best there is, which the slot finds out when it has imported torch.
 
-    `share` is the part of its device that the slot has, `threads` how many of the CPU's. `visible` is what its process
+    `share` is the part of its device that the slot has, `threads` what `--threads` says. `visible` is what its process
     gets as CUDA_VISIBLE_DEVICES, None to leave that as it is. `is_chosen` if nobody named the device: should torch not
     find it, the slot takes the best that there is instead.
     """
@@ -49,7 +52,7 @@ class SlotPlan:
     number: int
     device: str | None
     share: float
-    threads: int
+    threads: int | None = None
     visible: str | None = None
     is_chosen: bool = False
 
@@ -66,28 +69,40 @@ class SlotPlan:
         return "cuda:0" if self.visible else self.device
 
     @property
-    def shared_environment(self) -> dict[str, str]:
-        """The environment of the worker's slots. They share the cores: with all of them each, they would fight.
+    def shares_cores(self) -> bool:
+        """Whether it has as many threads as its share of the cores, nobody having said how many."""
+        return self.threads is None and cores.named() is None
 
-        What the worker's own environment says comes first.
+    def shared_environment(self, share: int) -> dict[str, str]:
+        """Return the environment of the worker's slots, each of which has that share of the cores.
+
+        Slots share the cores: with all of them each, they would fight. What the worker's own environment says comes
+        before, and `--threads` before that. torch goes by MKL's number where that is given, hence it is always.
         """
-        return {**dict.fromkeys(_THREADS, str(self.threads)), **_CUDA, **os.environ}
+        threads = str(self.threads or cores.named() or share)
+        said = dict(os.environ)
+        for name in cores.VARIABLES:
+            if self.threads is not None or cores.number_of(said.get(name, "")) is None:
+                said[name] = threads
+        return {_COMPILERS: threads, **_CUDA, **said}
 
     @property
     def own_environment(self) -> dict[str, str]:
         """What the slot's process finds in its environment instead."""
         return {} if self.visible is None else {"CUDA_VISIBLE_DEVICES": self.visible}
 
-    @property
-    def environment(self) -> dict[str, str]:
-        """The whole environment of the slot's process."""
-        return {**self.shared_environment, **self.own_environment}
+    def environment(self, share: int) -> dict[str, str]:
+        """Return the whole environment of the slot's process."""
+        return {**self.shared_environment(share), **self.own_environment}
 
 
-def plan_slots(text: str, device: str | None = None, *, at_most: int | None = None) -> list[SlotPlan]:
-    """Return the slots that `--slots` asks for, the first `at_most`; `device`, that of `--device`, is for a number.
+def plan_slots(
+    text: str, device: str | None = None, *, at_most: int | None = None, threads: int | None = None
+) -> list[SlotPlan]:
+    """Return the slots that `--slots` asks for, the first `at_most`, each with `threads`, if that is given.
 
-    `auto` is one slot for each CUDA or XPU device, or one for the best other device. Raises UsageError.
+    `device`, that of `--device`, is for a number. `auto` is one slot for each CUDA or XPU device, or one for the best
+    other device. Raises UsageError.
     """
     is_named = text != "auto" and not _NUMBER.fullmatch(text)
     wanted = text if is_named else device
@@ -105,7 +120,8 @@ def plan_slots(text: str, device: str | None = None, *, at_most: int | None = No
         raise UsageError(f"{_WANTED}, at least one, got {text!r}")
     devices = devices[:at_most]  # before they share: the others take no memory and no threads
     shares = Counter(devices)
-    threads = max(1, n_cores() // len(devices))
+    if threads is not None and not 0 < threads <= MAX_THREADS:
+        raise UsageError(f"--threads needs a number from 1 to {MAX_THREADS}, got {threads}")
     return [
         SlotPlan(
             number=number,
@@ -202,9 +218,3 @@ def _visible(device: str | None, gpus: list[str] | None) -> str | None:
     if number is None or not gpus or int(number[1] or 0) >= len(gpus):
         return None
     return gpus[int(number[1] or 0)]
-
-
-def n_cores() -> int:
-    """Return how many cores this process may use."""
-    allowed = getattr(os, "sched_getaffinity", None)  # macOS has none
-    return len(allowed(0)) if allowed is not None else os.cpu_count() or 1

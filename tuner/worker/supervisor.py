@@ -142,7 +142,7 @@ class Worker:
     def _config_of(self, slot: KnownSlot) -> dict[str, Any]:
         plan = slot.plan
         own = {"slot": plan.number, "device": plan.own_device, "shown_device": plan.device, "share": plan.share}
-        return {**self._config, **own}
+        return {**self._config, **own, "shares_cores_by": len(self._slots) if plan.shares_cores else None}
 
     def _wait_and_handle(self) -> None:
         try:

@@ -101,6 +101,6 @@ def test_a_slot_that_tried_its_device_can_train_deterministically_on_it():
     )
     (plan,) = plan_slots("cuda:0")
     done = subprocess.run(
-        [sys.executable, "-c", code], env=plan.environment, capture_output=True, text=True, check=False
+        [sys.executable, "-c", code], env=plan.environment(1), capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr

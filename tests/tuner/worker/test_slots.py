@@ -37,7 +37,7 @@ def test_auto_without_a_gpu_is_one_slot_on_the_best_there_is(no_gpu):
 def test_slots_share_a_gpu_and_see_no_other(two_gpus):
     assert summary("cuda:0*3,cuda:1") == [("cuda:0", "4", 0.333)] * 3 + [("cuda:1", "GPU-7f", 1.0)]
     assert [plan.own_device for plan in plan_slots("cuda:0*3,cuda:1")] == ["cuda:0"] * 4
-    assert plan_slots("cuda:1")[0].environment["CUDA_VISIBLE_DEVICES"] == "GPU-7f"
+    assert plan_slots("cuda:1")[0].environment(1)["CUDA_VISIBLE_DEVICES"] == "GPU-7f"
 
 
 def test_a_number_of_slots_is_dealt_out_to_the_gpus(two_gpus):
@@ -46,19 +46,46 @@ def test_a_number_of_slots_is_dealt_out_to_the_gpus(two_gpus):
     assert summary("auto", "cpu") == [("cpu", "", 1.0)]
 
 
-def test_slots_on_the_cpu_share_its_threads_and_see_no_gpu(two_gpus, monkeypatch):
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+def test_slots_on_the_cpu_see_no_gpu(two_gpus):
     plans = plan_slots("cpu*2, cuda")
     assert [(plan.number, plan.device, plan.own_device) for plan in plans] == [
         (0, "cpu", "cpu"),
         (1, "cpu", "cpu"),
         (2, "cuda:0", "cuda:0"),
     ]
-    assert {plan.threads for plan in plans} == {max(1, len(os.sched_getaffinity(0)) // 3)}
-    assert plans[0].environment["CUDA_VISIBLE_DEVICES"] == ""
-    assert plans[0].environment["OMP_NUM_THREADS"] == str(plans[0].threads)
-    monkeypatch.setenv("OMP_NUM_THREADS", "7")
-    assert plans[0].environment["OMP_NUM_THREADS"] == "7"
+    assert plans[0].environment(1)["CUDA_VISIBLE_DEVICES"] == ""
+
+
+@pytest.mark.parametrize(
+    ("option", "of_openmp", "of_mkl", "wanted"),
+    [
+        (None, None, None, ("3", "3", "3")),
+        (None, "7", None, ("7", "7", "7")),
+        (None, "7,2", None, ("7,2", "7", "7")),
+        (None, None, "7", ("7", "7", "7")),
+        (None, "7", "5", ("7", "5", "7")),
+        (None, "many", "", ("3", "3", "3")),
+        (2, "7", "5", ("2", "2", "2")),
+    ],
+)
+def test_a_slot_has_as_many_threads_as_were_wanted_or_else_as_it_has_a_share_of_the_cores(
+    no_gpu, monkeypatch, option, of_openmp, of_mkl, wanted
+):
+    names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "TORCHINDUCTOR_COMPILE_THREADS")
+    for name, value in zip(names, (of_openmp, of_mkl, None), strict=True):
+        monkeypatch.delenv(name, raising=False)
+        if value is not None:
+            monkeypatch.setenv(name, value)
+    (plan,) = plan_slots("cpu", threads=option)
+    environment = plan.environment(3)
+    assert tuple(environment[name] for name in names) == wanted
+    assert plan.shares_cores == (wanted[0] == "3")
+
+
+@pytest.mark.parametrize("threads", [0, -1, 1025])
+def test_a_number_of_threads_that_cannot_be_is_refused(no_gpu, threads):
+    with pytest.raises(UsageError, match=f"--threads needs a number from 1 to 1024, got {threads}"):
+        plan_slots("cpu", threads=threads)
 
 
 def test_a_slot_s_process_is_set_up_for_its_device_unless_the_worker_s_own_environment_says_otherwise(
@@ -67,12 +94,12 @@ def test_a_slot_s_process_is_set_up_for_its_device_unless_the_worker_s_own_envir
     wanted = {
         "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
         "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
-        "TORCHINDUCTOR_COMPILE_THREADS": str(plan_slots("cuda")[0].threads),
+        "TORCHINDUCTOR_COMPILE_THREADS": "3",
     }
-    for name in wanted:
+    for name in (*wanted, "OMP_NUM_THREADS", "MKL_NUM_THREADS"):
         monkeypatch.delenv(name, raising=False)
     (plan,) = plan_slots("cuda")
-    assert wanted.items() <= plan.environment.items()
+    assert wanted.items() <= plan.environment(3).items()
     own = {
         "CUDA_DEVICE_ORDER": "FASTEST_FIRST",
         "CUBLAS_WORKSPACE_CONFIG": ":16:8",
@@ -80,7 +107,7 @@ def test_a_slot_s_process_is_set_up_for_its_device_unless_the_worker_s_own_envir
     }
     for name, value in own.items():
         monkeypatch.setenv(name, value)
-    assert own.items() <= plan.environment.items()
+    assert own.items() <= plan.environment(3).items()
 
 
 @pytest.mark.parametrize(
@@ -148,7 +175,7 @@ def test_each_instance_of_a_divided_gpu_is_a_device(smi):
         "GPU 1: NVIDIA H100 80GB HBM3 (UUID: GPU-2)",
     )
     assert visible_gpus() == ["MIG-7a", "MIG-7b", "1"]
-    assert [plan.environment["CUDA_VISIBLE_DEVICES"] for plan in plan_slots("auto")] == ["MIG-7a", "MIG-7b", "1"]
+    assert [plan.environment(1)["CUDA_VISIBLE_DEVICES"] for plan in plan_slots("auto")] == ["MIG-7a", "MIG-7b", "1"]
 
 
 @pytest.mark.parametrize(
