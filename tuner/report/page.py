@@ -6,6 +6,7 @@ import json
 import os
 import secrets
 import stat
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,21 +27,17 @@ if TYPE_CHECKING:
 
 _TEMPLATE = "page.html"
 MAX_ROWS = 20
+_SECTIONS = (
+    *("history", "curves", "importance", "front", "parallel", "slices", "contour", "pruned", "cost", "timeline"),
+    "tested",
+)
 
 
 def page(facts: Facts, manifest: Manifest | None = None) -> str:
     """Return the page of a study's facts, with what the manifest of an export says of it if there is one."""
-    drawn: dict[str, list[figures.Figure]] = {}
-    for section, figure in (("history", figures.history(facts)), ("cost", figures.cost(facts))):
-        drawn[section] = [] if figure is None else [figure]
-    timeline = figures.timeline(facts)
-    drawn["timeline"] = [] if timeline is None else [timeline]
-    drawn["curves"] = list(figures.curves(facts))
-    drawn["importance"] = list(figures.importance(facts))
-    drawn["pruned"] = list(figures.pruned(facts))
-    drawn["tested"] = [] if manifest is None else list(figures.tested(manifest))
-    for section, figure in figures.searched(facts):
-        drawn.setdefault(section, []).append(figure)
+    drawn: dict[str, list[figures.Figure]] = {section: [] for section in _SECTIONS}
+    for section, figure in _figures(facts, manifest):
+        drawn[section].append(figure)
     plots = {its.name: its.plot for section in drawn.values() for its in section}
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
@@ -100,6 +97,26 @@ def for_script(value: Any) -> str:
     """Return JSON that can stand in an element of a page: nothing in it ends that."""
     text = json.dumps(value, separators=(",", ":"), allow_nan=False)
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
+def _figures(facts: Facts, manifest: Manifest | None) -> Iterator[tuple[str, figures.Figure]]:
+    """Yield the figures, each with the section that it is in."""
+    for section, figure in (
+        ("history", figures.history(facts)),
+        ("cost", figures.cost(facts)),
+        ("timeline", figures.timeline(facts)),
+    ):
+        if figure is not None:
+            yield section, figure
+    for section, found in (
+        ("curves", figures.curves(facts)),
+        ("importance", figures.importance(facts)),
+        ("pruned", figures.pruned(facts)),
+        ("tested", iter(()) if manifest is None else figures.tested(manifest)),
+    ):
+        for figure in found:
+            yield section, figure
+    yield from figures.searched(facts)
 
 
 def _number(value: Any) -> str:
