@@ -75,7 +75,8 @@ def importance(settings: Settings, study: StudyName, as_json: AsJson = False) ->
         return
     if not any(its.params for its in judged):
         raise TunerError(
-            f"study {found.name!r} has no importances: {judged[0].problem}; they take complete trials that differ in a param and in value"
+            f"study {found.name!r} has no importances: {judged[0].problem};"
+            " they take complete trials that differ in a param and in value"
         )
     for its in judged:
         for line in _lines(its):
