@@ -14,7 +14,7 @@ import plotly.graph_objects as go
 import plotly.io
 from optuna import visualization
 
-from tuner.report.shown import a_study, evenly, first_value
+from tuner.report.shown import a_study, evenly, first_value, shortened
 
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
@@ -344,6 +344,9 @@ def _figure(name: str, caption: str, figure: Any, *, narrow: bool = False) -> Fi
     layout["margin"] = {"l": 56, "r": 16, "t": 24, "b": 48}
     layout["legend"] = {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0}
     layout.setdefault("yaxis", {})["automargin"] = True
+    for axis in ("xaxis", "yaxis"):
+        if text := layout.get(axis, {}).get("title", {}).get("text"):
+            layout[axis]["title"]["text"] = shortened(text)
     return Figure(name=f"plot-{name}", caption=caption, plot=as_plain(plot), narrow=narrow)
 
 
@@ -399,6 +402,7 @@ def _recolored(figure: Any, trials: Sequence[FrozenTrial], direction: str) -> An
     shades = plotly.colors.sample_colorscale(SCALE, [place[trial] for trial in range(len(lines))])
     for line, shade in zip(lines, shades, strict=True):
         line.line.color = shade
+    figure.update_annotations(font_color=COLORS["rest"])
     figure.update_traces(
         marker_colorscale=SCALE, marker_reversescale=direction == "minimize", selector={"mode": "markers"}
     )

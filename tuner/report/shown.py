@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from tuner.study.joining import AnyStudy
 
 Item = TypeVar("Item")
+MAX_LETTERS = 40
+"""Of a text in a figure; tables have all of it."""
 
 
 class _Given(InMemoryStorage):
@@ -94,7 +96,7 @@ def first_value(trial: FrozenTrial) -> float | None:
 
 
 def drawable(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
-    """Return copies of the trials without user attributes, and with choices that are text where they were lists."""
+    """Return copies of the trials without user attributes, and with choices that are short texts, or scalars."""
     kinds: dict[int, BaseDistribution] = {}
     return [_drawable(trial, kinds) for trial in trials]
 
@@ -115,7 +117,10 @@ def _drawable(trial: FrozenTrial, kinds: dict[int, BaseDistribution]) -> FrozenT
         values=trial.values,
         datetime_start=trial.datetime_start,
         datetime_complete=trial.datetime_complete,
-        params={name: choice_text(value) for name, value in trial.params.items()},
+        params={
+            name: _drawable_value(value, trial.distributions[name], kinds[id(trial.distributions[name])])
+            for name, value in trial.params.items()
+        },
         distributions={name: kinds[id(kind)] for name, kind in trial.distributions.items()},
         user_attrs={},
         system_attrs=trial.system_attrs,
@@ -127,8 +132,19 @@ def _drawable(trial: FrozenTrial, kinds: dict[int, BaseDistribution]) -> FrozenT
 def _drawable_kind(kind: BaseDistribution) -> BaseDistribution:
     if not isinstance(kind, CategoricalDistribution):
         return kind
-    shown = [choice_text(choice) for choice in kind.choices]
+    texts = [choice_text(choice) for choice in kind.choices]
+    # the place among the choices tells those apart that begin alike
+    shown = [shortened(text, f" #{place}") if isinstance(text, str) else text for place, text in enumerate(texts)]
     return kind if shown == list(kind.choices) else CategoricalDistribution(shown)
+
+
+def _drawable_value(value: Any, kind: BaseDistribution, shown: BaseDistribution) -> Any:
+    return value if shown is kind else shown.to_external_repr(kind.to_internal_repr(value))
+
+
+def shortened(text: str, mark: str = "") -> str:
+    """Return a text as a figure has room for it, with a mark if it was cut."""
+    return text if len(text) <= MAX_LETTERS else f"{text[: MAX_LETTERS - 1 - len(mark)]}…{mark}"
 
 
 def _sort_key(trial: FrozenTrial) -> float:

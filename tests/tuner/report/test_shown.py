@@ -51,6 +51,14 @@ def test_a_choice_that_is_a_list_is_drawn_as_text():
     assert trial.distributions["x"].choices == ("[1, 2]", None, "a")
 
 
+def test_long_choices_are_cut_and_can_be_told_apart():
+    kind = CategoricalDistribution(["a" * 50 + "1", "a" * 50 + "2", "b"])
+    for choice, end in (("a" * 50 + "2", "…_#1"), ("b", "b")):
+        (trial,) = drawable([create_trial(value=1.0, params={"x": choice}, distributions={"x": kind})])
+        assert trial.params["x"].replace(" ", "_").endswith(end)
+        assert len(trial.params["x"]) <= 40
+
+
 def test_a_figure_has_numbers_of_json_and_no_tags_that_people_wrote():
     given = {
         "x": np.array([1 / 3, np.nan]),
