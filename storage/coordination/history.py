@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import datetime as dt
 from dataclasses import dataclass
 
-from sqlalchemy import Connection, Double, and_, func, select
+from sqlalchemy import Connection, Double, and_, case, func, select
 
 from storage.coordination.records import State
-from storage.database.tables import trial_values, trials, tuner_attempts
+from storage.database.tables import trial_values, trials, tuner_attempts, tuner_leases
 from storage.database.values import number_of
 
 
@@ -19,6 +20,50 @@ class Ended:
     state: State
     value: float | None
     device_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Span:
+    """From when until when a slot of a worker ran a trial; `outcome` is the attempt's, None while it runs."""
+
+    number: int
+    worker: str
+    slot: int
+    device: str
+    since: dt.datetime
+    until: dt.datetime
+    outcome: str | None
+
+
+def spans(conn: Connection, study_id: int) -> list[Span]:
+    """Return the attempts at the study's trials in the order in which they started.
+
+    One that runs lasts until now, or until its lease ran out; one that another program ended, as long as its trial.
+    """
+    attempts = tuner_attempts.c
+    is_held = and_(trials.c.state == "RUNNING", tuner_leases.c.token == attempts.token)
+    until = func.coalesce(
+        attempts.ended_at,
+        case((is_held, func.least(func.now(), tuner_leases.c.expires_at))),
+        func.timezone("UTC", trials.c.datetime_complete),
+        attempts.started_at,
+    )
+    rows = conn.execute(
+        select(
+            trials.c.number,
+            attempts.worker,
+            attempts.slot,
+            attempts.device,
+            attempts.started_at.label("since"),
+            func.greatest(until, attempts.started_at).label("until"),
+            attempts.outcome,
+        )
+        .select_from(trials.join(tuner_attempts, attempts.trial_id == trials.c.trial_id))
+        .outerjoin(tuner_leases, tuner_leases.c.trial_id == trials.c.trial_id)
+        .where(trials.c.study_id == study_id)
+        .order_by(attempts.started_at, trials.c.number)
+    )
+    return [Span(**row._mapping) for row in rows]
 
 
 def ended(conn: Connection, study_id: int) -> list[Ended]:

@@ -26,6 +26,7 @@ from tuner.cli import (
     model,
     predicting,
     reading,
+    reporting,
     search,
     service,
     status,
@@ -61,7 +62,14 @@ _PANELS: dict[str, dict[str, Callable[..., None]]] = {
         "compare": comparing.compare,
         "dashboard": service.dashboard,
     },
-    "Results": {"best": reading.best, "export": model.export, "verify": model.verify, "predict": predicting.predict},
+    "Results": {
+        "best": reading.best,
+        "report": reporting.report,
+        "importance": reporting.importance,
+        "export": model.export,
+        "verify": model.verify,
+        "predict": predicting.predict,
+    },
     "Operate": {
         "pause": control.pause,
         "resume": control.resume,
