@@ -42,7 +42,7 @@ def test_commands_are_grouped_by_what_they_are_for(tuner: Tuner) -> None:
         "Options of every command": EVERY_COMMAND,
         "Search": ["run", "create", "worker", "enqueue", "cancel", "extend", "adopt", "objectives"],
         "Watch": ["status", "studies", "show", "trials", "compare", "dashboard"],
-        "Results": ["best", "export", "verify"],
+        "Results": ["best", "confirm", "export", "verify"],
         "Operate": ["pause", "resume", "stop", "release", "delete", "import", "doctor", "db"],
     }
 
@@ -64,7 +64,7 @@ def test_commands_are_grouped_by_what_they_are_for(tuner: Tuner) -> None:
                     "--allow-leak",
                     "--tensorboard",
                 ],
-                "Result": ["--export", "--output", "--full-schedule", "--json"],
+                "Result": ["--confirm", "--export", "--output", "--full-schedule", "--json"],
             },
         ),
         ("create", {"Arguments": ["OBJECTIVE"], "Options": ["--json", "--help"], **OF_A_STUDY}),

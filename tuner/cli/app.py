@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from sqlalchemy.exc import DBAPIError
 
 from storage.database.errors import InvalidWriteError, StorageError
-from tuner.cli import comparing, control, db, growing, importing, model, reading, search, service, status
+from tuner.cli import comparing, confirming, control, db, growing, importing, model, reading, search, service, status
 from tuner.cli.settings import DataDir, Debug, Format, PasswordFile, Settings, Storage
 from tuner.cli.streams import flush_streams, open_streams, say
 from tuner.errors import AskedToStop, TunerError, first_line, is_debugging
@@ -48,7 +48,12 @@ _PANELS: dict[str, dict[str, Callable[..., None]]] = {
         "compare": comparing.compare,
         "dashboard": service.dashboard,
     },
-    "Results": {"best": reading.best, "export": model.export, "verify": model.verify},
+    "Results": {
+        "best": reading.best,
+        "confirm": confirming.confirm,
+        "export": model.export,
+        "verify": model.verify,
+    },
     "Operate": {
         "pause": control.pause,
         "resume": control.resume,

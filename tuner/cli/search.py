@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import json
-import os
-import secrets
 import shlex
-import socket
 import sys
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from tuner.cli.confirming import confirm_here, runs_of, shown
 from tuner.cli.model import OBJECTIVE_HELP, default_output, installed_name, print_exported
 from tuner.cli.options import LIMITS, RESULT, WORKERS, ObjectiveName, StudyOptions, check_positive, seconds
 from tuner.cli.settings import Settings, command
 from tuner.cli.streams import say
+from tuner.cli.workers import AllowCodeChange, Device, Workers, n_workers, slot_config, worker_name
 from tuner.errors import StudyFailedError, TunerError, UsageError
 
 if TYPE_CHECKING:
@@ -28,23 +26,6 @@ if TYPE_CHECKING:
 
     from tuner.log import Log
     from tuner.study.joining import Study, Wanted
-    from tuner.study.registry import ObjectiveSource
-
-Workers = Annotated[
-    int | None, typer.Option(help="Local worker processes (default: half the cores, 2 to 8).", rich_help_panel=WORKERS)
-]
-Device = Annotated[
-    str | None,
-    typer.Option(help="cuda, cuda:1, xpu, mps or cpu (default: the best there is).", rich_help_panel=WORKERS),
-]
-AllowCodeChange = Annotated[
-    bool,
-    typer.Option(
-        "--allow-code-change",
-        help="Go on although the objective's code is not the study's.",
-        rich_help_panel=WORKERS,
-    ),
-]
 
 NoPreflight = Annotated[
     bool,
@@ -73,6 +54,14 @@ def run(
     options: StudyOptions,
     workers: Workers = None,
     device: Device = None,
+    confirm: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TOPxSEEDS",
+            help="Run the best trials again on fresh seeds first, and export the best on average: 3x5.",
+            rich_help_panel=RESULT,
+        ),
+    ] = None,
     export: Annotated[
         bool, typer.Option("--export/--no-export", help="Retrain and export the best trial.", rich_help_panel=RESULT)
     ] = True,
@@ -109,7 +98,8 @@ def run(
     from tuner.worker.supervisor import Slots, Worker
 
     settings.own_data_dir()  # before anything starts
-    plans = plan_slots(str(_workers(workers)), device)
+    plans = plan_slots(str(n_workers(workers)), device)
+    runs = runs_of(confirm)
     planned = options.plan()
     source = find_objective(objective)
     if export and output is not None:
@@ -124,7 +114,7 @@ def run(
         engine, (joined, created) = _create_or_join(
             settings, "run", objective, options.study, wanted, allow_code_change=allow_code_change
         )
-        log = settings.log(worker=_worker_name(), study=joined.name)
+        log = settings.log(worker=worker_name(), study=joined.name)
         log.event("study", f"{'created' if created else 'joined'} study {joined.name}: {_outline(joined)}")
         _tell_unwritable(log, settings, joined)
         if created:
@@ -133,7 +123,7 @@ def run(
         if export and has_model:
             check_output(target)
         if studies.count_states(engine, joined.study_id).done < joined.spec.budget.trials:
-            config = _slot_config(
+            config = slot_config(
                 settings,
                 joined,
                 source,
@@ -152,6 +142,13 @@ def run(
                 raise
     finally:
         slots.close()
+    found = (
+        None
+        if runs is None
+        else confirm_here(
+            settings, engine, joined, source, objective, runs, plans, log, allow_code_change=allow_code_change
+        )
+    )
     if export and not has_model:
         log.event("not_exported", f"not exported: {source.name} is a plain function and has no model")
     exported = link = None
@@ -169,7 +166,8 @@ def run(
             full_schedule=full_schedule,
         )
         link = link_by_name(target, joined.name) if output is None else None
-    print_exported(settings, engine, joined, exported, as_json=as_json, link=link)
+    confirmation = shown(found, as_json=as_json)
+    print_exported(settings, engine, joined, exported, as_json=as_json, link=link, confirmation=confirmation)
 
 
 @command
@@ -262,10 +260,10 @@ def worker(
     reference = objective or installed_name(joined)
     source = find_objective(reference)
     check_code(joined, source, allow_code_change=allow_code_change)
-    log = settings.log(worker=_worker_name(), study=joined.name)
+    log = settings.log(worker=worker_name(), study=joined.name)
     log.event("study", f"joined study {joined.name}: {_outline(joined)}")
     _tell_unwritable(log, settings, joined)
-    config = _slot_config(
+    config = slot_config(
         settings,
         joined,
         source,
@@ -388,46 +386,9 @@ def _tell_random_start(log: Log, study: Study) -> None:
         )
 
 
-def _workers(count: int | None) -> int:
-    if count is None:
-        return max(2, min(8, (os.cpu_count() or 1) // 2))
-    check_positive("--workers", count)
-    return count
-
-
-@cache
-def _worker_name() -> str:
-    """Return who this worker is: containers may have one hostname, and give their first process one number."""
-    return f"{socket.gethostname()}:{os.getpid()}-{secrets.token_hex(3)}"
-
-
 def _outline(study: Study) -> str:
     spec = study.spec
     return (
         f"objective {spec.objective.name}, {spec.direction} {spec.metric}, {spec.budget.trials} trials,"
         f" sampler {spec.sampler.name}, pruner {spec.pruner.name}, seed {spec.seed}"
     )
-
-
-def _slot_config(
-    settings: Settings,
-    study: Study,
-    source: ObjectiveSource,
-    reference: str,
-    *,
-    allow_code_change: bool,
-    preflight: bool,
-    allow_leak: bool,
-) -> dict[str, Any]:
-    # With the password, where the URL has one: it goes through a pipe, and is in no process's arguments.
-    url = settings.storage_url().render_as_string(hide_password=False)
-    return {
-        "storage": url,
-        "study": study.name,
-        "worker": _worker_name(),
-        "objective": reference if source.module is not None else f"{source.file}:{source.attribute}",
-        "data_dir": str(settings.own_data_dir()),
-        "allow_code_change": allow_code_change,
-        "preflight": preflight,
-        "allow_leak": allow_leak,
-    }
