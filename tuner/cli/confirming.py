@@ -23,13 +23,12 @@ if TYPE_CHECKING:
     from sqlalchemy import Engine
 
     from storage.coordination.records import TrialRecord
-    from tuner.log import Log
     from tuner.study.confirmation import Candidate, Confirmation
     from tuner.study.joining import Study
     from tuner.study.registry import ObjectiveSource
     from tuner.worker.slots import SlotPlan
 
-MOST_RUNS: Final = 10_000
+MOST_RUNS: Final = 1000
 """More are a slip of the finger."""
 
 
@@ -73,10 +72,7 @@ def confirm(
     reference = objective or installed_name(opened)
     source = find_objective(reference)
     check_code(opened, source, allow_code_change=allow_code_change)
-    log = settings.log(worker=worker_name(), study=opened.name)
-    found = confirm_here(
-        settings, engine, opened, source, reference, runs, plans, log, allow_code_change=allow_code_change
-    )
+    found = confirm_here(settings, engine, opened, source, reference, runs, plans, allow_code_change=allow_code_change)
     if (fields := shown(found, as_json=as_json)) is not None:
         print_json(fields)
 
@@ -99,7 +95,6 @@ def confirm_here(
     reference: str,
     runs: Runs,
     plans: Sequence[SlotPlan],
-    log: Log,
     *,
     allow_code_change: bool,
 ) -> Confirmation:
@@ -116,12 +111,12 @@ def confirm_here(
         try:
             _check_params(study, source, trials)
             companion = enqueue_runs(engine, study, trials, runs.seeds, source.code_hash())
+            log = settings.log(worker=worker_name(), study=companion.name)
             numbers = ", ".join(str(trial.number) for trial in trials)
             log.event(
                 "confirming",
                 f"trials {numbers} of study {study.name} are run on {runs.seeds} fresh seeds each;"
                 f" '{companion.worker_command}' on another machine takes part",
-                companion=companion.name,
             )
             config = slot_config(
                 settings,

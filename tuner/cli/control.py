@@ -46,7 +46,10 @@ def enqueue(
     engine = settings.open()
     opened = open_study(engine, study)
     if (confirms := opened.spec.confirms) is not None:
-        raise TunerError(f"study {study!r} confirms trials of {confirms.study!r}: enqueue others there")
+        raise TunerError(
+            f"study {study!r} runs trials of {confirms.study!r} again, and no others;"
+            f" 'tuner enqueue {shlex.quote(confirms.study)} PARAM=VALUE' adds one to be searched"
+        )
     sessions = Sessions(engine)
     wanted = _checked(engine, opened, _pairs(params), force=force)
     standing = standings.look(sessions, opened.study_id)

@@ -145,10 +145,9 @@ def run(
     found = (
         None
         if runs is None
-        else confirm_here(
-            settings, engine, joined, source, objective, runs, plans, log, allow_code_change=allow_code_change
-        )
+        else confirm_here(settings, engine, joined, source, objective, runs, plans, allow_code_change=allow_code_change)
     )
+    confirmation = shown(found, as_json=as_json)
     if export and not has_model:
         log.event("not_exported", f"not exported: {source.name} is a plain function and has no model")
     exported = link = None
@@ -166,7 +165,6 @@ def run(
             full_schedule=full_schedule,
         )
         link = link_by_name(target, joined.name) if output is None else None
-    confirmation = shown(found, as_json=as_json)
     print_exported(settings, engine, joined, exported, as_json=as_json, link=link, confirmation=confirmation)
 
 

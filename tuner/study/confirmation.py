@@ -199,8 +199,13 @@ class Confirmation:
         if lost is None:
             yield f"{told} {number_text(self.search_value)}, and has no run here"
             return
-        now = f"{told} {number_text(self.search_value)}; on fresh seeds it is {abs(lost):.3g}"
-        yield f"{now} worse on average: the best of many was lucky, too" if lost > 0 else f"{now} better on average"
+        now = f"{told} {number_text(self.search_value)}; on fresh seeds it is"
+        if math.isclose(lost, 0.0, abs_tol=1e-6 * abs(self.search_value)):  # what the float32 of a metric rounds off
+            yield f"{now} as good on average"
+        elif lost > 0:
+            yield f"{now} {lost:.3g} worse on average: the best of many was lucky, too"
+        else:
+            yield f"{now} {-lost:.3g} better on average"
 
 
 def _spread(its: Candidate) -> str:

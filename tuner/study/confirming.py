@@ -164,7 +164,8 @@ def choose(engine: Engine, study: Study, number: int | None = None) -> Choice:
         why = f"{confirmation.unfinished} of its {confirmation.runs} runs are still to be done"
         why = why if confirmation.unfinished else "none of its runs is complete"
         return Choice(
-            trial=best, note=f"exporting the best of the search: {confirmation.name} has chosen none, as {why}; {again}"
+            trial=best,
+            note=f"exporting the best of the search: {confirmation.name} has chosen none, as {why}; {again} goes on",
         )
     note = f"exporting trial {chosen.number}, which {confirmation.name} confirmed"
     if all(its.number != best.number for its in confirmation.candidates):

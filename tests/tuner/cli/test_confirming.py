@@ -10,7 +10,6 @@ from exporting import Exporting, code
 from tuner.cli.confirming import Runs, confirm_here, confirmation_fields, confirmation_lines, runs_of
 from tuner.cli.settings import Settings
 from tuner.errors import TunerError, UsageError
-from tuner.log import Log
 from tuner.study.confirmation import Candidate, Confirmation
 from tuner.study.confirming import find_companion
 from tuner.study.registry import find_objective
@@ -28,7 +27,7 @@ def test_params_that_the_code_here_does_not_suggest_are_told_before_anything_is_
     reference = f"{later}:Signs"
     arguments = (Settings(), made.engine, made.study, find_objective(reference), reference, Runs(top=3, seeds=5))
     with pytest.raises(TunerError, match=r"trial 1 of study 'signs' cannot be run again by .* suggest its lr"):
-        confirm_here(*arguments, [], Log(), allow_code_change=True)
+        confirm_here(*arguments, [], allow_code_change=True)
     assert find_companion(made.engine, made.study) is None
     made.engine.dispose()
 
@@ -40,7 +39,7 @@ def test_what_cannot_be_meant_is_refused() -> None:
         ("3x5x2", "as 3x5, got '3x5x2'"),
         ("0x5", "--confirm needs 1 trial or more, got 0"),
         ("3x1", "--confirm needs 2 seeds or more, as one has no spread, got 1"),
-        ("101x100", "at most 10000 runs are made, got 101 x 100"),
+        ("101x10", "at most 1000 runs are made, got 101 x 10"),
     ):
         with pytest.raises(UsageError) as caught:
             runs_of(text)

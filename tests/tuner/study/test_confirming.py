@@ -179,7 +179,7 @@ def test_the_confirmed_trial_is_chosen_once_all_runs_are_done(engine, storage):
     assert (early.trial.number, early.confirmation) == (1, None)
     assert early.note == (
         "exporting the best of the search: s/confirm has chosen none, as 4 of its 4 runs are still to be done;"
-        " 'tuner confirm s'"
+        " 'tuner confirm s' goes on"
     )
     run(engine, storage, companion)
     chosen = choose(engine, study)
