@@ -195,7 +195,7 @@ class Confirmation:
 
     def _regression(self) -> Iterator[str]:
         lost = self.regression
-        told = f"trial {self.search_best} was the best of {self.n_complete} in the search with"
+        told = f"trial {self.search_best} was the best of {self.n_complete} complete ones in the search, with"
         if lost is None:
             yield f"{told} {number_text(self.search_value)}, and has no run here"
             return

@@ -50,8 +50,8 @@ def test_the_choice_is_the_best_mean_and_what_is_within_noise_of_it_is_said():
     assert said[1].startswith("its lead over trial 5, the runner-up, is 0.0002 (95 %: -0.00")
     assert said[2] == "2 of these cannot be told apart; the simplest has 3,000 parameters (trial 3)"
     assert said[3] == (
-        "trial 3 was the best of 30 in the search with 0.983; on fresh seeds it is 0.012 worse on average:"
-        " the best of many was lucky, too"
+        "trial 3 was the best of 30 complete ones in the search, with 0.983; on fresh seeds it is 0.012 worse on"
+        " average: the best of many was lucky, too"
     )
     assert len(said) == 4
 
