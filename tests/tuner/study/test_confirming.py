@@ -137,6 +137,17 @@ def test_no_claim_creates_a_trial_whatever_fails(engine, storage):
     assert look(engine, companion).state == "finished"
 
 
+def test_a_trial_that_another_program_takes_at_that_moment_is_replaced_by_no_new_one(engine, storage):
+    companion = confirm(engine, a_study(engine, storage), top=1)
+    with engine.begin() as conn:
+        seen = standings.standing_of(conn, companion.study_id)
+        conn.exec_driver_sql("update trials set state = 'RUNNING' where state = 'WAITING'")  # without the study's lock
+        refused = claims._hand_out(conn, companion.study_id, seen, claims.Holder(worker="test"))
+    assert isinstance(refused, NothingToClaim)
+    assert (refused.final, refused.reason) == (False, "another program has taken the trial that waited")
+    assert standings.look(Sessions(engine), companion.study_id).n_trials == 2
+
+
 def test_again_it_adds_what_is_missing_and_makes_up_for_failures_but_not_for_what_diverged(engine, storage):
     study = a_study(engine, storage)
     assert is_anything_due(engine, study, candidates_of(engine, study, 2), 2)
