@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import shlex
 from collections.abc import Iterator
 from typing import Any, Literal
@@ -18,6 +19,7 @@ from pydantic import (
 )
 
 from tuner.errors import TunerError
+from tuner.seeds import derive_seed
 
 SamplerName = Literal["tpe", "random", "gp", "cmaes", "qmc", "grid"]
 PrunerName = Literal["median", "percentile", "hyperband", "asha", "none"]
@@ -85,6 +87,13 @@ class TrainingSpec(_Frozen):
     train_metrics: bool = False
 
 
+class Confirms(_Frozen):
+    """The study whose best trials are run again, by its name and when it was created: another may get its name."""
+
+    study: str
+    created_at: dt.datetime
+
+
 class Spec(_Frozen):
     """What every worker of a study needs to know, apart from where the objective's code and data lie."""
 
@@ -110,6 +119,12 @@ class Spec(_Frozen):
     watchdog: bool | None = None
     """Whether a trial is killed that tells of no batch and no report for long; None for those whose batches are told
     of, which plain functions and loops of an objective's own do not."""
+    confirms: Confirms | None = None
+    """The study that this one is the confirmation of: it runs what `tuner confirm` enqueues, and nothing else."""
+
+    def trial_seed(self, number: int) -> int:
+        """Return the seed of the trial of this number; no trial of a confirmation has one that the search had."""
+        return derive_seed(self.seed, "trial" if self.confirms is None else "confirm", number)
 
 
 CODE_HASH = "objective.code_hash"

@@ -177,13 +177,15 @@ def lock(conn: Connection, study_id: int) -> None:
         raise deleted(study_id)
 
 
-def _hand_out(conn: Connection, study_id: int, standing: Standing, holder: Holder) -> Claim:
+def _hand_out(conn: Connection, study_id: int, standing: Standing, holder: Holder) -> Claim | NothingToClaim:
     token = uuid.uuid4()
     lease = {"token": token, **asdict(holder)}
     row, started = None, None
     if standing.oldest_waiting is not None:
         # Stock Optuna takes waiting trials without the study's lock; then ours is a new one.
         row = conn.execute(_start(), {"the_trial": standing.oldest_waiting, **lease}).one_or_none()
+    if row is None and standing.only_enqueued:
+        return NothingToClaim(final=False, reason="another program has taken the trial that waited")
     if row is None:
         row = conn.execute(_create(), {"the_study": study_id, "next_number": standing.n_trials, **lease}).one()
         started = row.datetime_start

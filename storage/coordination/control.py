@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Final
 
 from sqlalchemy import ARRAY, Connection, Select, Text, cast, delete, func, insert, literal, select, text, update
@@ -69,10 +70,7 @@ def extend(sessions: Sessions, study_id: int, decide: Callable[[Standing], Mappi
 
     def work(conn: Connection) -> Standing:
         claims.lock(conn, study_id)
-        budget = dict(decide(standings.standing_of(conn, study_id)))
-        path, value = cast(["budget"], ARRAY(Text)), literal(budget, JSONB)
-        spec = func.jsonb_set(tuner_studies.c.spec, path, value)
-        conn.execute(update(tuner_studies).where(tuner_studies.c.study_id == study_id).values(spec=spec))
+        _set_budget(conn, study_id, decide(standings.standing_of(conn, study_id)))
         return standings.standing_of(conn, study_id)
 
     return sessions.transaction(work)
@@ -140,19 +138,67 @@ def enqueue(sessions: Sessions, study_id: int, params: Mapping[str, Any]) -> int
     It is what `optuna.Study.enqueue_trial` adds. Raises InvalidWriteError for a name that the database cannot hold,
     StudyNotFoundError.
     """
-    fixed = json.dumps({checked_name(name, "a param's name"): value for name, value in params.items()})
+    fixed = _fixed(params)
 
     def work(conn: Connection) -> int:
         claims.lock(conn, study_id)
-        next_number = select(func.coalesce(func.max(trials.c.number) + 1, 0)).where(trials.c.study_id == study_id)
-        values = {"study_id": study_id, "number": next_number.scalar_subquery(), "state": "WAITING"}
-        trial = conn.execute(insert(trials).values(values).returning(trials.c.trial_id, trials.c.number)).one()
-        attribute = {"trial_id": trial.trial_id, "key": FIXED_PARAMS, "value_json": fixed}
-        conn.execute(insert(trial_system_attributes).values(attribute))
-        number: int = trial.number
-        return number
+        return _enqueue(conn, study_id, fixed)[1]
 
     return sessions.transaction(work)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Queued:
+    """A trial to be enqueued: its params, and what it has as user attributes from then on."""
+
+    params: Mapping[str, Any]
+    user_attrs: Mapping[str, Any]
+
+
+def enqueue_all(sessions: Sessions, study_id: int, decide: Callable[[Connection], Sequence[Queued]]) -> int:
+    """Add the waiting trials that `decide` returns, and make the study's budget all that have not failed; how many.
+
+    One transaction under the study's lock: of two who do so at once, the second decides by what the first added.
+    No failure of one of these trials ends the study. Raises StudyNotFoundError.
+    """
+
+    def work(conn: Connection) -> int:
+        claims.lock(conn, study_id)
+        queued = decide(conn)
+        for one in queued:
+            trial_id, _ = _enqueue(conn, study_id, _fixed(one.params))
+            attrs = [
+                {"trial_id": trial_id, "key": key, "value_json": json.dumps(value)}
+                for key, value in one.user_attrs.items()
+            ]
+            conn.execute(insert(trial_user_attributes).values(attrs))
+        if queued:
+            now = standings.standing_of(conn, study_id)
+            counts = {"trials": now.n_trials - now.failed, "max_failures": now.n_trials}
+            _set_budget(conn, study_id, {**(now.budget or {}), **counts})
+        return len(queued)
+
+    return sessions.transaction(work)
+
+
+def _fixed(params: Mapping[str, Any]) -> str:
+    return json.dumps({checked_name(name, "a param's name"): value for name, value in params.items()})
+
+
+def _enqueue(conn: Connection, study_id: int, fixed: str) -> tuple[int, int]:
+    """Add a waiting trial; its id and its number. The caller holds the study's lock."""
+    next_number = select(func.coalesce(func.max(trials.c.number) + 1, 0)).where(trials.c.study_id == study_id)
+    values = {"study_id": study_id, "number": next_number.scalar_subquery(), "state": "WAITING"}
+    trial = conn.execute(insert(trials).values(values).returning(trials.c.trial_id, trials.c.number)).one()
+    attribute = {"trial_id": trial.trial_id, "key": FIXED_PARAMS, "value_json": fixed}
+    conn.execute(insert(trial_system_attributes).values(attribute))
+    return trial.trial_id, trial.number
+
+
+def _set_budget(conn: Connection, study_id: int, budget: Mapping[str, Any]) -> None:
+    path, value = cast(["budget"], ARRAY(Text)), literal(dict(budget), JSONB)
+    spec = func.jsonb_set(tuner_studies.c.spec, path, value)
+    conn.execute(update(tuner_studies).where(tuner_studies.c.study_id == study_id).values(spec=spec))
 
 
 def delete_study(sessions: Sessions, study_id: int, *, force: bool = False) -> None:

@@ -68,15 +68,20 @@ class TrialRecord:
 def list_trials(engine: Engine, study_id: int) -> list[TrialRecord]:
     """Return the study's trials by number, with params, user attributes and the latest intermediate value."""
     with engine.connect() as conn:
-        rows = conn.execute(_select_trials().where(trials.c.study_id == study_id).order_by(trials.c.number))
-        found = rows.all()
-        in_study = select(trials.c.trial_id).where(trials.c.study_id == study_id)
-        params, bad = _params(conn, in_study)
-        attrs = _user_attrs(conn, in_study)
-        latest = _latest_reports(conn, in_study)
-        if any(row.state == "WAITING" for row in found):
-            for trial_id, queued in queued_params(conn, study_id).items():
-                params[trial_id] = queued | params.get(trial_id, {})
+        return trials_of(conn, study_id)
+
+
+def trials_of(conn: Connection, study_id: int) -> list[TrialRecord]:
+    """Return the study's trials as `list_trials` does, as `conn`'s transaction sees them."""
+    rows = conn.execute(_select_trials().where(trials.c.study_id == study_id).order_by(trials.c.number))
+    found = rows.all()
+    in_study = select(trials.c.trial_id).where(trials.c.study_id == study_id)
+    params, bad = _params(conn, in_study)
+    attrs = _user_attrs(conn, in_study)
+    latest = _latest_reports(conn, in_study)
+    if any(row.state == "WAITING" for row in found):
+        for trial_id, queued in queued_params(conn, study_id).items():
+            params[trial_id] = queued | params.get(trial_id, {})
     return [_trial(row, params, attrs, latest) for row in found if row.trial_id not in bad]
 
 

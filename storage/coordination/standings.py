@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields, replace
 from functools import cache
 from typing import Any, Final, Literal, TypeAlias
 
-from sqlalchemy import Connection, Double, Select, and_, bindparam, cast, func, or_, select, text, true
+from sqlalchemy import Connection, Double, Select, and_, bindparam, cast, false, func, or_, select, text, true
 
 from storage.coordination.alike import N_ALIKE, failed_alike
 from storage.database.errors import StudyNotFoundError
@@ -79,7 +79,8 @@ class Standing:
 
     `budget` is what its spec says now, if it does. `cancelled` of the `failed` trials were taken back before they ran.
     `expired` of the `running` trials have lost their worker: the next claim of anybody puts them back. `alike` is what
-    trials failed by, one like the other, while none is done.
+    trials failed by, one like the other, while none is done. `only_enqueued` if it is the confirmation of another
+    study: it runs the trials that were enqueued, and no claim creates one.
     """
 
     state: StudyState
@@ -92,6 +93,7 @@ class Standing:
     cancelled: int
     oldest_waiting: int | None
     expired: int
+    only_enqueued: bool = False
     alike: str | None = None
 
     @property
@@ -134,6 +136,10 @@ def closed(standing: Standing, budget: Budget) -> NothingToClaim | None:
     budget = standing.now_of(budget)
     if standing.state == "stopped":
         return NothingToClaim(final=True, reason="the study was stopped; 'tuner resume' lets it go on")
+    if standing.only_enqueued and not standing.waiting:
+        if standing.running:
+            return NothingToClaim(final=False, reason=f"{standing.running} running trials are the last enqueued ones")
+        return NothingToClaim(final=True, reason="all trials that were enqueued have run")
     if standing.done >= budget.trials:
         return _used_up("trials", f"the budget of {budget.trials} trials is used up")
     if standing.failures > budget.max_failures:
@@ -194,6 +200,7 @@ def _select_standing(*, of_all: bool = False) -> Select[Any]:
         )
     )
     age = func.clock_timestamp() - tuner_studies.c.created_at
+    is_confirmation = func.jsonb_typeof(tuner_studies.c.spec["confirms"]) == "object"
     query = (
         select(
             func.coalesce(tuner_studies.c.state, "open").label("state"),
@@ -204,6 +211,7 @@ def _select_standing(*, of_all: bool = False) -> Select[Any]:
             cancelled.scalar_subquery().label("cancelled"),
             waiting.scalar_subquery().label("oldest_waiting"),
             expired.scalar_subquery().label("expired"),
+            func.coalesce(is_confirmation, false()).label("only_enqueued"),
         )
         .select_from(studies.outerjoin(tuner_studies, tuner_studies.c.study_id == studies.c.study_id))
         .join(by_state, true())

@@ -193,7 +193,7 @@ def test_a_worker_whose_study_is_deleted_by_force_ends_with_one_line(
     with tuner.start(*worker[:-2]) as running:
         wait_until_reporting(database, 1)
         deleted = tuner("delete", "gated", "--force", "--json")
-        assert deleted.json() == {"study": "gated", "deleted": True, "trials": 1}
+        assert deleted.json() == {"study": "gated", "deleted": True, "trials": 1, "confirmation": None}
         done = running.finish()
     assert done.code == 1
     assert "was deleted: nothing is left to do" in done.error()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import shlex
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated
 
@@ -44,6 +45,11 @@ def enqueue(
 
     engine = settings.open()
     opened = open_study(engine, study)
+    if (confirms := opened.spec.confirms) is not None:
+        raise TunerError(
+            f"study {study!r} runs trials of {confirms.study!r} again, and no others;"
+            f" 'tuner enqueue {shlex.quote(confirms.study)} PARAM=VALUE' adds one to be searched"
+        )
     sessions = Sessions(engine)
     wanted = _checked(engine, opened, _pairs(params), force=force)
     standing = standings.look(sessions, opened.study_id)
@@ -151,15 +157,17 @@ def delete(
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Delete STUDY and all its trials from the database. Exported models stay."""
+    """Delete STUDY and all its trials from the database. Exported models and its confirmation stay."""
     from storage import LiveTrialsError
     from storage.coordination import control, standings
     from storage.database.sessions import Sessions
     from tuner.slot.shared_checkpoints import delete_checkpoints
+    from tuner.study.confirming import find_companion
     from tuner.study.joining import find_study
 
     engine = settings.open()
     opened = find_study(engine, study)
+    companion = find_companion(engine, opened)
     sessions = Sessions(engine)
     n_trials = standings.look(sessions, opened.study_id).n_trials
     ask_first(f"study {study} is deleted with its {n_trials} trials", yes=yes or force)
@@ -170,9 +178,13 @@ def delete(
     for line in delete_checkpoints(opened, settings.data_dir):
         say(line, err=True)
     if as_json:
-        print(json.dumps({"study": study, "deleted": True, "trials": n_trials}))
+        left = None if companion is None else companion.name
+        print(json.dumps({"study": study, "deleted": True, "trials": n_trials, "confirmation": left}))
     else:
         say(f"deleted study {study} with {n_trials} trials")
+    if companion is not None:
+        name = companion.name
+        say(f"its confirmation {name} stays: 'tuner delete {shlex.quote(name)}' deletes it, too", err=True)
 
 
 def _set_state(settings: Settings, study: str, state: StudyState, *, as_json: bool) -> None:

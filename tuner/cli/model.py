@@ -36,6 +36,10 @@ def export(
         typer.Option(metavar="path/to/file.py:NAME", help=OBJECTIVE_HELP),
     ] = None,
     device: Annotated[str | None, typer.Option(help="cuda, xpu, mps or cpu (default: the best there is).")] = None,
+    trial: Annotated[
+        int | None,
+        typer.Option(metavar="NUMBER", help="Export this trial (default: the confirmed one, else the best)."),
+    ] = None,
     full_schedule: Annotated[
         bool,
         typer.Option("--full-schedule", help="Train for all of the study's epochs, not only until the best one."),
@@ -46,14 +50,18 @@ def export(
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
-    """Retrain the best trial of STUDY on train + valid, evaluate it on test and write the model."""
+    """Retrain the best trial of STUDY on train + valid, evaluate it on test and write the model.
+
+    Where tuner confirm has chosen one, it is that.
+    """
     from tuner.model.output import check_output, link_by_name
-    from tuner.study.joining import best_of, check_code, open_study
+    from tuner.study.confirming import choose
+    from tuner.study.joining import check_code, open_study
     from tuner.study.registry import find_objective
 
     engine = settings.open()
     opened = open_study(engine, study)
-    best_of(engine, opened)  # before torch is imported for the rest
+    choose(engine, opened, trial)  # before torch is imported for the rest
     source = find_objective(objective or installed_name(opened))
     check_code(opened, source, allow_code_change=allow_code_change)
     target = output or default_output(settings, opened)
@@ -69,6 +77,7 @@ def export(
         device=device,
         log=settings.log(study=opened.name),
         full_schedule=full_schedule,
+        trial=trial,
     )
     link = link_by_name(target, opened.name) if output is None else None
     print_exported(settings, engine, opened, exported, as_json=as_json, link=link)
@@ -148,23 +157,35 @@ def print_exported(
     *,
     as_json: bool,
     link: Path | None = None,
+    confirmation: dict[str, Any] | None = None,
 ) -> None:
-    """Print the best trial, its figures, and where the model lies if there is one, with the `link` to it."""
-    from tuner.cli.reading import best_fields, print_json
+    """Print the exported trial or else the best one, its figures, and where the model lies, with the `link` to it.
+
+    With `--json` the `confirmation` that came before, too.
+    """
+    from tuner.cli.reading import best_fields, best_fields_of, print_json
     from tuner.text import number_text, params_text
 
-    best = best_fields(engine, study)
+    best = found = best_fields(engine, study)
+    label, confirmed = "best trial", None
+    if exported is not None:
+        best, confirmed = best_fields_of(study, exported.trial), exported.manifest.confirmed
+        label = "best trial" if best["number"] == found["number"] else "trial"
     test = None if exported is None else exported.manifest.test
     if as_json:
         model = None if exported is None else str(exported.directory)
         missing = None if exported is None else exported.manifest.missing
-        print_json({**best, "test": test, "model": model, "missing": missing})
+        chosen = None if confirmed is None else confirmed.model_dump(mode="json")
+        fields = {**best, "test": test, "model": model, "missing": missing, "confirmed": chosen}
+        print_json(fields if confirmation is None else {**fields, "confirmation": confirmation})
         return
     lines: list[tuple[str, Any]] = [
-        ("best trial", f"{best['number']} of study {study.name}"),
+        ("confirmed trial" if confirmed else label, f"{best['number']} of study {study.name}"),
         ("params", params_text(best["params"])),
         (f"validation {best['metric']}", number_text(best["value"])),
     ]
+    if confirmed is not None:
+        lines.append((f"mean of {confirmed.runs} runs", f"{number_text(confirmed.mean)} on fresh seeds"))
     if exported is not None:
         lines += [(f"test {name}", _test_text(exported.manifest, name)) for name in exported.manifest.test]
         if before := exported.manifest.tested_before:

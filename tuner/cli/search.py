@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import json
-import os
-import secrets
 import shlex
-import socket
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tuner import cores
+from tuner.cli.confirming import confirm_here, runs_of, shown
 from tuner.cli.model import OBJECTIVE_HELP, default_output, installed_name, print_exported
 from tuner.cli.options import LIMITS, RESULT, WORKERS, ObjectiveName, StudyOptions, check_positive, seconds
 from tuner.cli.settings import Settings, command
 from tuner.cli.streams import say
+from tuner.cli.workers import (
+    AllowCodeChange,
+    Device,
+    Threads,
+    Workers,
+    import_for_slots,
+    n_workers,
+    slot_config,
+    worker_name,
+)
 from tuner.errors import StudyFailedError, TunerError, UsageError
 
 if TYPE_CHECKING:
@@ -30,31 +35,6 @@ if TYPE_CHECKING:
 
     from tuner.log import Log
     from tuner.study.joining import Study, Wanted
-    from tuner.study.registry import ObjectiveKind, ObjectiveSource
-    from tuner.worker.processes import Slots
-
-Workers = Annotated[
-    int | None, typer.Option(help="Local worker processes (default: half the cores, 2 to 8).", rich_help_panel=WORKERS)
-]
-Device = Annotated[
-    str | None,
-    typer.Option(help="cuda, cuda:1, xpu, mps or cpu (default: the best there is).", rich_help_panel=WORKERS),
-]
-Threads = Annotated[
-    int | None,
-    typer.Option(
-        help="Threads of each slot (default: OMP_NUM_THREADS, or else its share of this machine's cores).",
-        rich_help_panel=WORKERS,
-    ),
-]
-AllowCodeChange = Annotated[
-    bool,
-    typer.Option(
-        "--allow-code-change",
-        help="Go on although the objective's code is not the study's.",
-        rich_help_panel=WORKERS,
-    ),
-]
 
 NoPreflight = Annotated[
     bool,
@@ -84,6 +64,14 @@ def run(
     workers: Workers = None,
     device: Device = None,
     threads: Threads = None,
+    confirm: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TOPxSEEDS",
+            help="Run the best trials again on fresh seeds first, and export the best on average: 3x5.",
+            rich_help_panel=RESULT,
+        ),
+    ] = None,
     export: Annotated[
         bool, typer.Option("--export/--no-export", help="Retrain and export the best trial.", rich_help_panel=RESULT)
     ] = True,
@@ -121,22 +109,23 @@ def run(
     from tuner.worker.supervisor import Worker
 
     settings.own_data_dir()  # before anything starts
-    plans = plan_slots(str(_workers(workers)), device, threads=threads)
+    plans = plan_slots(str(n_workers(workers)), device, threads=threads)
+    runs = runs_of(confirm)
     planned = options.plan()
     source = find_objective(objective)
     if export and output is not None:
         check_output(output)
     if tensorboard is not None:
         check_tensorboard(tensorboard)
-    slots = Slots(plans, objective, _worker_name(), settings.data_dir, imports_here=True)
+    slots = Slots(plans, objective, worker_name(), settings.data_dir, imports_here=True)
     try:
-        kind = _import_for(slots, settings, source)
+        kind = import_for_slots(slots, settings, source)
         wanted = Wanted(source=source, kind=kind, settings=planned, given=options.given_settings())
         has_model = is_objective_class(kind)
         engine, (joined, created) = _create_or_join(
             settings, "run", objective, options.study, wanted, allow_code_change=allow_code_change
         )
-        log = settings.log(worker=_worker_name(), study=joined.name)
+        log = settings.log(worker=worker_name(), study=joined.name)
         log.event("study", f"{'created' if created else 'joined'} study {joined.name}: {_outline(joined)}")
         _tell_unwritable(log, settings, joined)
         _drop_left_checkpoints(log, settings, engine, joined)
@@ -146,7 +135,7 @@ def run(
         if export and has_model:
             check_output(target)
         if studies.count_states(engine, joined.study_id).done < joined.spec.budget.trials:
-            config = _slot_config(
+            config = slot_config(
                 settings,
                 joined,
                 source,
@@ -163,8 +152,12 @@ def run(
                 if created and studies.delete_if_unused(engine, joined.study_id):
                     log.event("study_deleted", f"study {joined.name} had no trials and was deleted again")
                 raise
+        found = confirm_here(
+            settings, engine, joined, source, objective, runs, slots.again, allow_code_change=allow_code_change
+        )
     finally:
         slots.close()
+    confirmation = shown(found, as_json=as_json)
     if export and not has_model:
         log.event("not_exported", f"not exported: {source.name} is a plain function and has no model")
     exported = link = None
@@ -182,7 +175,7 @@ def run(
             full_schedule=full_schedule,
         )
         link = link_by_name(target, joined.name) if output is None else None
-    print_exported(settings, engine, joined, exported, as_json=as_json, link=link)
+    print_exported(settings, engine, joined, exported, as_json=as_json, link=link, confirmation=confirmation)
 
 
 @command
@@ -277,11 +270,11 @@ def worker(
     reference = objective or installed_name(joined)
     source = find_objective(reference)
     check_code(joined, source, allow_code_change=allow_code_change)
-    log = settings.log(worker=_worker_name(), study=joined.name)
+    log = settings.log(worker=worker_name(), study=joined.name)
     log.event("study", f"joined study {joined.name}: {_outline(joined)}")
     _tell_unwritable(log, settings, joined)
     _drop_left_checkpoints(log, settings, engine, joined)
-    config = _slot_config(
+    config = slot_config(
         settings,
         joined,
         source,
@@ -290,47 +283,12 @@ def worker(
         preflight=not no_preflight,
         allow_leak=allow_leak,
     )
-    processes = Slots(plans, reference, _worker_name(), settings.data_dir)
+    processes = Slots(plans, reference, worker_name(), settings.data_dir)
     try:
         with follow(engine, joined, tensorboard, lambda line: log.event("note", line)) as on_trial:
             Worker(engine, joined, processes, config, log, limits, on_trial).run()
     finally:
         processes.close()
-
-
-def _import_for(slots: Slots, settings: Settings, source: ObjectiveSource) -> ObjectiveKind:
-    """Import the objective, with all that slots need, and have them forked from here; start the database meanwhile.
-
-    What is wrong with the database is told when it is opened.
-    """
-    import storage  # noqa: F401 - no two threads shall import it at once
-    from tuner.imports import quick_imports
-    from tuner.study.registry import is_objective_class
-
-    changed = {name: value for name, value in slots.environment().items() if os.environ.get(name) != value}
-    before = {name: os.environ.get(name) for name in changed}
-    os.environ.update(changed)  # torch and numpy look at it as they are imported
-    with ThreadPoolExecutor(1) as pool:
-        pool.submit(settings.start_database)
-        kind = source.load()
-        with quick_imports():
-            import torch
-
-            import tuner.slot.slot  # noqa: F401
-
-            if is_objective_class(kind):
-                import torchmetrics  # noqa: F401
-    slots.has_imported()
-    for name, value in before.items():
-        if os.environ.get(name) != changed[name]:
-            continue  # the objective had its own idea
-        if value is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = value
-    if any(name in changed for name in cores.VARIABLES):
-        torch.set_num_threads(cores.named() or cores.count())  # the export has them to itself
-    return kind
 
 
 def _create_or_join(
@@ -459,46 +417,9 @@ def _tell_random_start(log: Log, study: Study) -> None:
         )
 
 
-def _workers(count: int | None) -> int:
-    if count is None:
-        return max(2, min(8, cores.count() // 2))
-    check_positive("--workers", count)
-    return count
-
-
-@cache
-def _worker_name() -> str:
-    """Return who this worker is: containers may have one hostname, and give their first process one number."""
-    return f"{socket.gethostname()}:{os.getpid()}-{secrets.token_hex(3)}"
-
-
 def _outline(study: Study) -> str:
     spec = study.spec
     return (
         f"objective {spec.objective.name}, {spec.direction} {spec.metric}, {spec.budget.trials} trials,"
         f" sampler {spec.sampler.name}, pruner {spec.pruner.name}, seed {spec.seed}"
     )
-
-
-def _slot_config(
-    settings: Settings,
-    study: Study,
-    source: ObjectiveSource,
-    reference: str,
-    *,
-    allow_code_change: bool,
-    preflight: bool,
-    allow_leak: bool,
-) -> dict[str, Any]:
-    # With the password, where the URL has one: it goes through a pipe, and is in no process's arguments.
-    url = settings.storage_url().render_as_string(hide_password=False)
-    return {
-        "storage": url,
-        "study": study.name,
-        "worker": _worker_name(),
-        "objective": reference if source.module is not None else f"{source.file}:{source.attribute}",
-        "data_dir": str(settings.own_data_dir()),
-        "allow_code_change": allow_code_change,
-        "preflight": preflight,
-        "allow_leak": allow_leak,
-    }

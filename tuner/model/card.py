@@ -100,6 +100,9 @@ def _figures(manifest: Manifest) -> Iterator[str]:
     yield "| figure | value | 95 % of resamples |"
     yield "|---|---|---|"
     yield f"| validation {_line(manifest.metric)}, in the search | {number_text(manifest.validation)} | |"
+    if (confirmed := manifest.confirmed) is not None:
+        runs = f"mean of {confirmed.runs} runs on fresh seeds"
+        yield f"| validation {_line(manifest.metric)}, {runs} | {number_text(confirmed.mean)} | |"
     details = manifest.test_details
     for name, value in manifest.test.items():
         interval = None if details is None else details.intervals.get(name)

@@ -27,6 +27,7 @@ from tuner.formats.program import PROGRAM, program_file
 from tuner.formats.weights import WEIGHTS, differing, weights_file
 from tuner.log import Log
 from tuner.model.card import card
+from tuner.model.confirmed import confirmed_by
 from tuner.model.describing import with_kinds, with_ranges
 from tuner.model.directory import CARD, replacing
 from tuner.model.manifest import MANIFEST, EarlierTest, Manifest, Search, TensorDescription, TestDetails, sha256_of
@@ -39,7 +40,8 @@ from tuner.seeds import derive_seed, set_deterministic
 from tuner.slot.attempt import load_data
 from tuner.slot.preflight import exported_form
 from tuner.slot.where import with_line
-from tuner.study.joining import Study, best_of
+from tuner.study.confirming import choose
+from tuner.study.joining import Study
 from tuner.study.registry import ObjectiveSource, build_objective, is_objective_class
 from tuner.study.status import look
 from tuner.training.batches import place_rows
@@ -48,10 +50,11 @@ from tuner.versions import versions
 
 @dataclass(frozen=True, kw_only=True)
 class Exported:
-    """What an export gave: the directory and its manifest."""
+    """What an export gave: the directory and its manifest. `trial` is the one that was trained again."""
 
     directory: Path
     manifest: Manifest
+    trial: TrialRecord
 
 
 def export_study(
@@ -64,8 +67,11 @@ def export_study(
     device: str | None,
     log: Log,
     full_schedule: bool = False,
+    trial: int | None = None,
 ) -> Exported:
     """Retrain the study's best trial on train + valid, evaluate it once on test, and write it to `output`.
+
+    It is the confirmed one, where there is one, or that of the number `trial`, where one is given.
 
     It is trained until the epoch of its best value, or with `full_schedule` for all of the study's.
 
@@ -74,9 +80,12 @@ def export_study(
     of the test split - is left out, and the manifest says why. Raises TunerError if the study has no complete trial,
     its best cannot be trained again or `output` cannot be written.
     """
-    best = best_of(engine, study)
+    chosen = choose(engine, study, trial)
+    best = chosen.trial
     objective = _objective(study, source)
     check_output(output)
+    if chosen.note is not None:
+        log.event("chosen", chosen.note, trial=best.number)
     keep_compiled_apart()
     if cores.named() is None:  # torch knows of no container's limit
         torch.set_num_threads(min(torch.get_num_threads(), cores.count()))
@@ -118,6 +127,7 @@ def export_study(
             metric=study.spec.metric,
             direction=study.spec.direction,
             validation=_finite(best.value),
+            confirmed=confirmed_by(chosen.confirmation),
             test=tested.metrics,
             test_details=tested.details,
             tested_before=tested.before,
@@ -146,7 +156,7 @@ def export_study(
         )
         (directory / CARD).write_text(card(manifest), encoding="utf-8")
         (directory / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
-    return Exported(directory=output, manifest=manifest)
+    return Exported(directory=output, manifest=manifest, trial=best)
 
 
 def _objective(study: Study, source: ObjectiveSource) -> Objective:

@@ -93,6 +93,23 @@ class EarlierTest(BaseModel):
     weights_sha256: str
 
 
+class Confirmed(BaseModel):
+    """That the trial was chosen by runs of it and of others on fresh seeds, which `study` has: the best on average.
+
+    `mean` and `std` are of the metric on valid over its `runs`. `alike` are the trials that it cannot be told apart
+    from. `gap` is how much better it is than the runner-up on average, and `gap_interval` holds 95 % of its resamples;
+    None without another, or with too few runs of one.
+    """
+
+    study: str
+    runs: int
+    mean: float
+    std: float | None
+    alike: list[int] = []
+    gap: float | None = None
+    gap_interval: tuple[float, float] | None = None
+
+
 class Search(BaseModel):
     """What the search took: trials by state, and seconds of devices by what came of them."""
 
@@ -118,6 +135,8 @@ class Manifest(BaseModel):
     metric: str
     direction: Literal["maximize", "minimize"]
     validation: float | None
+    confirmed: Confirmed | None = None
+    """None for a trial that was not, which was the best of the search or asked for by its number."""
     test: dict[str, float | None]
     """None for a metric that is NaN or infinite, which JSON has not."""
     test_details: TestDetails | None = None

@@ -25,7 +25,7 @@ from tuner import training
 from tuner.data import BROKEN_ERRNOS, Data, DataError
 from tuner.errors import BrokenDeviceError, ObjectiveError, TunerError, first_line, is_debugging
 from tuner.objective import Objective
-from tuner.seeds import derive_seed, seed_everything, set_deterministic
+from tuner.seeds import seed_everything, set_deterministic
 from tuner.slot.checked_trial import CheckedTrial, InvalidReportError
 from tuner.slot.curve import Curve
 from tuner.slot.doubles import check_doubles
@@ -174,6 +174,8 @@ class TrialObjective:
         if self.checkpoints is None:
             return None
         apart = dict.fromkeys(_APART, True)
+        if self.spec.confirms is None:  # a study of before there were confirmations goes on from its checkpoints
+            apart["confirms"] = True
         of_reading = {"readers", "prefetch", "train_metrics"}  # whoever reads, the rows are the same
         fixed = self.spec.model_dump(mode="json", exclude={**apart, "training": of_reading})
         text = json.dumps([number, params, fixed], sort_keys=True, default=str)
@@ -192,7 +194,7 @@ def run_attempt(what: TrialObjective, trial: CheckedTrial) -> Outcome:
     Raises Interrupted if it has to be given back, and the storage's errors if the database failed: neither is
     the trial's fault.
     """
-    seed = derive_seed(what.spec.seed, "trial", trial.number)
+    seed = what.spec.trial_seed(trial.number)
     seed_everything(seed)
     record = Record(what.device, seed)
     start = time.perf_counter()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
@@ -81,6 +82,11 @@ def extended(
     More is more than what there is or, where more is used already, than that: an hour for a study whose time ran out
     yesterday is an hour from now. Raises UsageError.
     """
+    if spec.confirms is not None:
+        raise UsageError(
+            f"study {name!r} confirms trials of {spec.confirms.study!r}, and has as many as that takes: 'tuner confirm"
+            f" {shlex.quote(spec.confirms.study)} --seeds N' adds to them"
+        )
     changes: dict[str, object] = {}
     if trials is not None:
         wanted = int(_raised(name, "--trials", f"{now.trials} trials", trials, now.trials, standing.done))

@@ -218,6 +218,12 @@ def create_or_join(
     except StudyExistsError:  # since
         pass
     study = open_study(engine, name)
+    if study.spec.confirms is not None:
+        parent = study.spec.confirms.study
+        raise TunerError(
+            f"study {name!r} confirms {parent!r}; 'tuner confirm {shlex.quote(parent)}' goes on with it, and so does"
+            f" '{study.worker_command}'"
+        )
     is_same = spec.objective.name == study.spec.objective.name
     is_other_code = spec.objective.code_hash != study.spec.objective.code_hash
     ended = why_failed(engine, study)

@@ -253,7 +253,7 @@ def _cells(objective: Objective, space: dict[str, Any], points: int) -> list[Jso
     queue: list[dict[str, Any]] = [{}]
     while queue:
         fixed = queue.pop()
-        suggested = _suggested(objective, fixed)
+        suggested = suggested_by(objective, fixed)
         name = next((name for name in suggested if name not in fixed), None)
         if name is None:
             cells.append({name: fixed[name] for name in suggested})
@@ -336,7 +336,7 @@ def _explored(objective: Objective) -> Iterator[dict[str, BaseDistribution]]:
     queue: list[dict[str, Any]] = [{}]
     while queue:
         fixed = queue.pop()
-        suggested = _suggested(objective, fixed)
+        suggested = suggested_by(objective, fixed)
         for name, distribution in suggested.items():
             if name not in seen:
                 queue += [{**fixed, name: value} for value in _discrete_values(distribution)]
@@ -368,7 +368,8 @@ def drawn(objective: Objective) -> dict[str, Any]:
     return trial.params
 
 
-def _suggested(objective: Objective, fixed: dict[str, Any]) -> dict[str, BaseDistribution]:
+def suggested_by(objective: Objective, fixed: dict[str, Any]) -> dict[str, BaseDistribution]:
+    """Return what the objective suggests where these params are given. Raises UsageError as `discover` does."""
     with _quiet():
         study = optuna.create_study(sampler=RandomSampler(seed=0))
         study.enqueue_trial(fixed)

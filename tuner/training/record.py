@@ -20,7 +20,7 @@ OWN_NAMES = frozenset(
     {
         *("train_loss", "lr", "epoch", "epochs", "seconds", "train_s", "evaluate_s", "wait_s", "samples_per_s"),
         *("seed", "device", "versions", "peak_memory_mb", "peak_reserved_mb"),
-        *("parameters", "trained_parameters"),
+        *("parameters", "trained_parameters", "confirms"),
     }
 )
 """What is recorded of a trial and of its epochs beside the metrics, which cannot have these names."""

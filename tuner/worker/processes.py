@@ -62,6 +62,14 @@ class Slots:
         """Start the process of a slot."""
         return SlotProcess(plan, self._start, self.inbox)
 
+    def again(self) -> Slots:
+        """Start all slots anew, for another study of the objective."""
+        for slot in self.all:
+            slot.process.kill()
+        self.inbox = queue.SimpleQueue()
+        self._start_all()
+        return self
+
     def close(self) -> None:
         """Kill what still runs, as on the way out of an error, and leave the cores to others."""
         for slot in self.all:
