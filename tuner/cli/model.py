@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from tuner.cli.options import check_positive
 from tuner.cli.settings import Settings, command
 from tuner.cli.streams import say
 from tuner.errors import TunerError, UsageError
@@ -18,8 +19,9 @@ OBJECTIVE_HELP = "The study's objective, where it is not an installed one."
 if TYPE_CHECKING:
     from sqlalchemy import Engine
 
+    from storage.coordination.records import TrialRecord
     from tuner.model.export import Exported
-    from tuner.model.manifest import Manifest
+    from tuner.model.manifest import FormatCheck, Manifest
     from tuner.study.joining import Study
 
 
@@ -36,6 +38,16 @@ def export(
         typer.Option(metavar="path/to/file.py:NAME", help=OBJECTIVE_HELP),
     ] = None,
     device: Annotated[str | None, typer.Option(help="cuda, xpu, mps or cpu (default: the best there is).")] = None,
+    formats: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME,...", help="What to write: safetensors (always), pt2, onnx, torchscript, aoti (compiled)."
+        ),
+    ] = "safetensors,pt2",
+    trial: Annotated[int | None, typer.Option(help="The trial to export (default: the best one).")] = None,
+    epochs: Annotated[
+        int | None, typer.Option(help="Epochs to train for (default: until the best one of the trial).")
+    ] = None,
     full_schedule: Annotated[
         bool,
         typer.Option("--full-schedule", help="Train for all of the study's epochs, not only until the best one."),
@@ -47,13 +59,21 @@ def export(
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Retrain the best trial of STUDY on train + valid, evaluate it on test and write the model."""
+    from tuner.formats.names import chosen, require
     from tuner.model.output import check_output, link_by_name
-    from tuner.study.joining import best_of, check_code, open_study
+    from tuner.study.joining import best_of, check_code, complete_trial, open_study
     from tuner.study.registry import find_objective
 
+    wanted = chosen(formats)
+    if epochs is not None:
+        check_positive("--epochs", epochs)
+        if full_schedule:
+            raise UsageError("--epochs and --full-schedule both say how long to train: give one of them")
+    require(wanted)
     engine = settings.open()
     opened = open_study(engine, study)
-    best_of(engine, opened)  # before torch is imported for the rest
+    # Before torch is imported for the rest.
+    exported_trial = best_of(engine, opened) if trial is None else complete_trial(engine, opened, trial)
     source = find_objective(objective or installed_name(opened))
     check_code(opened, source, allow_code_change=allow_code_change)
     target = output or default_output(settings, opened)
@@ -69,9 +89,13 @@ def export(
         device=device,
         log=settings.log(study=opened.name),
         full_schedule=full_schedule,
+        trial=trial,
+        epochs=epochs,
+        formats=wanted,
+        in_fresh_process=True,
     )
     link = link_by_name(target, opened.name) if output is None else None
-    print_exported(settings, engine, opened, exported, as_json=as_json, link=link)
+    print_exported(settings, engine, opened, exported, as_json=as_json, link=link, trial=exported_trial)
 
 
 @command
@@ -129,20 +153,22 @@ def print_exported(
     *,
     as_json: bool,
     link: Path | None = None,
+    trial: TrialRecord | None = None,
 ) -> None:
-    """Print the best trial, its figures, and where the model lies if there is one, with the `link` to it."""
-    from tuner.cli.reading import best_fields, print_json
+    """Print the best trial or this one, its figures, and where the model lies if there is one, with the link to it."""
+    from tuner.cli.reading import best_fields, best_fields_of, print_json
     from tuner.text import number_text, params_text
 
-    best = best_fields(engine, study)
+    best = best_fields(engine, study) if trial is None else best_fields_of(study, trial)
     test = None if exported is None else exported.manifest.test
     if as_json:
         model = None if exported is None else str(exported.directory)
         missing = None if exported is None else exported.manifest.missing
-        print_json({**best, "test": test, "model": model, "missing": missing})
+        formats = None if exported is None else exported.manifest.model_dump(mode="json")["formats"]
+        print_json({**best, "test": test, "model": model, "formats": formats, "missing": missing})
         return
     lines: list[tuple[str, Any]] = [
-        ("best trial", f"{best['number']} of study {study.name}"),
+        ("best trial" if trial is None else "trial", f"{best['number']} of study {study.name}"),
         ("params", params_text(best["params"])),
         (f"validation {best['metric']}", number_text(best["value"])),
     ]
@@ -155,11 +181,20 @@ def print_exported(
         lines.append(("model", exported.directory))
         if link is not None:
             lines.append(("as well", link))
+        if trial is not None:
+            lines += [(its.file, _format_text(its)) for its in exported.manifest.formats.values()]
         lines += [(f"without {name}", reason) for name, reason in exported.manifest.missing.items()]
     lines.append(("dashboard", f"tuner dashboard{settings.options()}"))
     width = max(len(name) for name, _ in lines) + 2
     for name, value in lines:
         say(f"{name:<{width}}{value}")
+
+
+def _format_text(its: FormatCheck) -> str:
+    from tuner.text import number_text
+
+    took = " and ".join(f"{number_text(ms)} ms for {rows}" for rows, ms in its.latency_ms.items())
+    return f"{its.bytes} bytes, differs by {number_text(its.relative_difference)} at most, {took} rows"
 
 
 def _test_text(manifest: Manifest, name: str) -> str:
