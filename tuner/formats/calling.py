@@ -31,6 +31,22 @@ def by_name(values: Sequence[Tensor], names: Sequence[str | None]) -> Inputs:
     return values[0] if len(values) == 1 else tuple(values)
 
 
+def onnx_names(names: Names) -> Names:
+    """Return what inputs and outputs are called in ONNX, where each has a name and none has another's."""
+    taken: set[str] = set()
+    found: list[tuple[str, ...]] = []
+    for kind, its in (("input", names.inputs), ("output", names.outputs)):
+        of_kind = []
+        for number, wanted in enumerate(its):
+            name = wanted or (kind if len(its) == 1 else f"{kind}_{number}")
+            while name in taken:
+                name += "_"
+            taken.add(name)
+            of_kind.append(name)
+        found.append(tuple(of_kind))
+    return Names(inputs=found[0], outputs=found[1])
+
+
 class OnProcessor(nn.Module):
     """A model that another library computes, on the processor: outputs come back to where the inputs were."""
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from tuner.errors import FormatError, first_line
-from tuner.formats.calling import Names, OnProcessor
+from tuner.formats.calling import Names, OnProcessor, onnx_names
 from tuner.formats.names import require_onnx
 from tuner.formats.program import Traced, reason_of
 from tuner.places import own_place
@@ -79,22 +79,6 @@ def load(path: Path, names: Names) -> nn.Module:
         return [torch.from_numpy(found) for found in session.run(list(its.outputs), fed)]
 
     return OnProcessor(run, names)
-
-
-def onnx_names(names: Names) -> Names:
-    """Return what inputs and outputs are called in ONNX, where each has a name and none has another's."""
-    taken: set[str] = set()
-    found: list[tuple[str, ...]] = []
-    for kind, its in (("input", names.inputs), ("output", names.outputs)):
-        of_kind = []
-        for number, wanted in enumerate(its):
-            name = wanted or (kind if len(its) == 1 else f"{kind}_{number}")
-            while name in taken:
-                name += "_"
-            taken.add(name)
-            of_kind.append(name)
-        found.append(tuple(of_kind))
-    return Names(inputs=found[0], outputs=found[1])
 
 
 def _checked(data: bytes, names: Names, what: str) -> bytes:

@@ -21,8 +21,7 @@ from tuner import training
 from tuner.data import Inputs, Rows, map_inputs, tensors
 from tuner.errors import FormatError
 from tuner.formats import fresh
-from tuner.formats.calling import Names, names_of
-from tuner.formats.onnx_program import onnx_names
+from tuner.formats.calling import Names, names_of, onnx_names
 from tuner.formats.program import MAX_REASON_CHARS, RANDOM, reason_of
 from tuner.training.steps import call
 
