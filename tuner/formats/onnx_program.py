@@ -126,17 +126,16 @@ def _messages(message: Any) -> Iterator[Any]:
                 yield from _messages(its)
 
 
-def _why_not(error: BaseException, program: ExportedProgram) -> str:
+def _why_not(error: Exception, program: ExportedProgram) -> str:
     """Return why there is no model in ONNX: as a rule an operator, and the line of the user's that calls it."""
     if isinstance(error, FormatError):
         return str(error)
-    text = ""
-    cause: BaseException | None = error
-    while cause is not None:  # the last cause says it best
-        text, cause = f"{cause} {text}", cause.__cause__
-    found = _OPERATOR.search(text)
+    causes = [error]
+    while isinstance(cause := causes[-1].__cause__, Exception):
+        causes.append(cause)
+    found = _OPERATOR.search(" ".join(map(str, reversed(causes))))  # the last one says it best
     if found is None:
-        return reason_of(error if isinstance(error, Exception) else Exception(text))
+        return reason_of(causes[-1])
     operator = (found[1] or found[2]).replace("::", ".")
     return f"ONNX has no form of the operator {operator}{_place(operator, program)}"
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import io
+import keyword
 import logging
 import re
 import threading
@@ -56,6 +58,30 @@ class Predictor(nn.Module):
 
     def forward(self, *args: Any, **named: Any) -> Any:
         return self._prediction(self.model(*args, **named))
+
+
+def with_arguments(model: nn.Module, names: Sequence[str], *, by_name: bool) -> nn.Module | None:
+    """Return a model whose forward has exactly these arguments, as traces take names and order of them from it.
+
+    The model gets them by name or in order. None where one cannot be the name of an argument.
+    """
+    if any(not name.isidentifier() or keyword.iskeyword(name) for name in names):
+        return None
+
+    def forward(this: Predictor, *values: Any, **named: Any) -> Any:
+        named |= dict(zip(names, values, strict=False))
+        return Predictor.forward(this, **named) if by_name else Predictor.forward(this, *map(named.get, names))
+
+    its = [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in ("self", *names)]
+    forward.__signature__ = inspect.Signature(its)  # type: ignore[attr-defined]
+    kind = type("Predictor", (Predictor,), {"forward": forward})
+    parts = (model.model, model._prediction) if isinstance(model, Predictor) else (model, _same)
+    made: Predictor = kind(*parts)
+    return made.train(model.training)
+
+
+def _same(outputs: Any) -> Any:
+    return outputs
 
 
 class Traced:
@@ -138,13 +164,22 @@ def _traced(model: nn.Module, inputs: Inputs) -> ExportedProgram:
     args, kwargs = ((), inputs) if isinstance(inputs, dict) else (tensors(inputs), {})
     sizes = {0: torch.export.Dim("batch", min=1)}
     shapes: Any = dict.fromkeys(inputs, sizes) if isinstance(inputs, dict) else tuple(sizes for _ in tensors(inputs))
-    if isinstance(model, Predictor) and not isinstance(inputs, dict):
-        shapes = (shapes,)  # its arguments are one, named args
+    if any(its.kind in (its.VAR_POSITIONAL, its.VAR_KEYWORD) for its in _arguments(model)):
+        # What torch makes of a program for ONNX finds no argument that is one of *args or **named (2.14, 2026-11).
+        names = [*inputs] if isinstance(inputs, dict) else [f"input_{number}" for number, _ in enumerate(args)]
+        model = with_arguments(model, names, by_name=isinstance(inputs, dict)) or model
     with _watching_sizes() as conditions:
         try:
             return torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
         except Exception as error:
             raise FormatError(reason_of(error, conditions)) from error
+
+
+def _arguments(model: nn.Module) -> list[inspect.Parameter]:
+    try:
+        return list(inspect.signature(model.forward).parameters.values())
+    except (TypeError, ValueError):  # written in C
+        return []
 
 
 def _saved(program: ExportedProgram) -> bytes:

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import inspect
 import io
-import keyword
 import warnings
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -15,7 +12,7 @@ from torch import nn
 from tuner.data import tensors
 from tuner.errors import FormatError, first_line
 from tuner.formats.calling import Names
-from tuner.formats.program import Traced, reason_of
+from tuner.formats.program import Traced, reason_of, with_arguments
 
 
 def write(traced: Traced) -> bytes:
@@ -26,7 +23,10 @@ def write(traced: Traced) -> bytes:
     """
     model, values = traced.model, tensors(traced.inputs)
     if isinstance(traced.inputs, dict):
-        model = _in_order(model, tuple(traced.inputs))
+        found = with_arguments(model, tuple(traced.inputs), by_name=True)
+        if found is None:
+            raise FormatError(f"TorchScript has arguments of Python's names, got {', '.join(traced.inputs)}")
+        model = found
     buffer = io.BytesIO()
     try:
         with warnings.catch_warnings(), torch.no_grad():
@@ -54,20 +54,3 @@ def _silence() -> None:
     for kind in (DeprecationWarning, FutureWarning):
         warnings.filterwarnings("ignore", message=r"`torch\.jit\.\w+` is (deprecated|not supported)", category=kind)
     warnings.filterwarnings("ignore", category=torch.jit.TracerWarning)  # type: ignore[attr-defined]
-
-
-def _in_order(model: nn.Module, names: tuple[str, ...]) -> nn.Module:
-    """Return a module whose forward has exactly these arguments, as a trace takes names and order from it."""
-    for name in names:
-        if not name.isidentifier() or keyword.iskeyword(name):
-            raise FormatError(f"TorchScript has no argument named {name!r}: a name of Python is wanted")
-
-    def forward(self: nn.Module, *values: Any) -> Any:
-        model: Any = self.model
-        return model(**dict(zip(names, values, strict=True)))
-
-    its = [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in ("self", *names)]
-    forward.__signature__ = inspect.Signature(its)  # type: ignore[attr-defined]
-    made: nn.Module = type("InOrder", (nn.Module,), {"forward": forward})()
-    made.model = model
-    return made

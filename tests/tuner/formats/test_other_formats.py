@@ -15,7 +15,7 @@ from tuner.formats import aoti, onnx_program, torchscript
 from tuner.formats.calling import Names, onnx_names
 from tuner.formats.names import chosen
 from tuner.formats.parity import Sample, compared, compared_in_fresh_process
-from tuner.formats.program import Traced
+from tuner.formats.program import Predictor, Traced
 
 ROWS = Split(torch.randn(9, 4, generator=torch.Generator().manual_seed(0)), torch.zeros(9))
 ONE = Names(inputs=(None,), outputs=(None,))
@@ -25,6 +25,32 @@ def _written(tmp_path, made_by, model, rows=ROWS):
     path = tmp_path / "model.pt2"
     path.write_bytes(made_by.write(Traced(model, rows)))
     return path
+
+
+class Sums(nn.Linear):
+    def forward(self, x, y):
+        outputs = super().forward(torch.cat([x, y], 1))
+        return outputs, outputs.sum(1)
+
+
+class Loose(nn.Linear):
+    def forward(self, *inputs, **named):
+        return {"sums": super().forward(torch.cat([*inputs, *named.values()], 1))}
+
+
+PAIR = (ROWS.inputs[:, :1], ROWS.inputs[:, 1:])
+
+
+@pytest.mark.parametrize("inputs", [PAIR, dict(zip("xy", PAIR, strict=True))], ids=["in order", "by name"])
+@pytest.mark.parametrize(
+    "model", [Predictor(Sums(4, 2), lambda outputs: outputs[0]), Loose(4, 2)], ids=["one", "loose"]
+)
+def test_a_model_whose_arguments_have_no_names_of_their_own_is_held(tmp_path, inputs, model):
+    rows = Split(inputs, ROWS.targets)
+    sample, path = Sample(model.eval(), rows), _written(tmp_path, onnx_program, model, rows)
+    assert compared("model.onnx", onnx_program.load(path, sample.names), sample).relative < 1e-5
+    path = _written(tmp_path, torchscript, model, rows)
+    assert compared("model.torchscript.pt", torchscript.load(path, sample.names), sample).relative < 1e-5
 
 
 class CountsRows(nn.Linear):
@@ -67,7 +93,7 @@ def test_an_input_that_is_no_name_of_python_is_told():
             return super().forward(named["age-group"])
 
     rows = Split({"age-group": ROWS.inputs}, ROWS.targets)
-    with pytest.raises(FormatError, match="TorchScript has no argument named 'age-group': a name of Python is wanted"):
+    with pytest.raises(FormatError, match="TorchScript has arguments of Python's names, got age-group"):
         torchscript.write(Traced(Named(4, 2).eval(), rows))
 
 
