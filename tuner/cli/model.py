@@ -89,13 +89,16 @@ def export(
         device=device,
         log=settings.log(study=opened.name),
         full_schedule=full_schedule,
-        trial=trial,
+        trial=exported_trial.number,
         epochs=epochs,
         formats=wanted,
         in_fresh_process=True,
     )
     link = link_by_name(target, opened.name) if output is None else None
-    print_exported(settings, engine, opened, exported, as_json=as_json, link=link, trial=exported_trial)
+    is_best = trial is None
+    print_exported(
+        settings, engine, opened, exported, as_json=as_json, link=link, trial=exported_trial, is_best=is_best
+    )
 
 
 @command
@@ -154,6 +157,7 @@ def print_exported(
     as_json: bool,
     link: Path | None = None,
     trial: TrialRecord | None = None,
+    is_best: bool = True,
 ) -> None:
     """Print the best trial or this one, its figures, and where the model lies if there is one, with the link to it."""
     from tuner.cli.reading import best_fields, best_fields_of, print_json
@@ -168,7 +172,7 @@ def print_exported(
         print_json({**best, "test": test, "model": model, "formats": formats, "missing": missing})
         return
     lines: list[tuple[str, Any]] = [
-        ("best trial" if trial is None else "trial", f"{best['number']} of study {study.name}"),
+        ("best trial" if is_best else "trial", f"{best['number']} of study {study.name}"),
         ("params", params_text(best["params"])),
         (f"validation {best['metric']}", number_text(best["value"])),
     ]

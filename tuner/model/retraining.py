@@ -57,8 +57,8 @@ def retrain(
     """Train the trial's model anew, by the schedule of the study's epochs, until the epoch of its best value.
 
     With `full_schedule` it is trained for all of them, or for so many `epochs`: more than there are make the schedule
-    longer. A schedule that follows a metric gives the rates that it gave in
-    the trial, whose `curve` tells them. Raises TunerError that says what went wrong.
+    longer. A schedule that follows a metric gives the rates that it gave in the trial, whose `curve` tells them. Raises
+    TunerError that says what went wrong.
     """
     planned = epochs_of(best.params, study.spec)
     until = epochs or (planned if full_schedule else best_epoch(best, planned))
