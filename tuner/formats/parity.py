@@ -165,8 +165,7 @@ def _differences(
             if not relative <= _tolerance(its):
                 raise FormatError(
                     f"{name} needs to give the model's outputs for {n} rows, got a difference of {absolute:.3g}, which"
-                    f" is {relative:.3g} of the largest and more than {_tolerance(its):.0e}: its forward() does"
-                    " something that the format cannot carry"
+                    f" is {relative:.3g} of the largest and more than {_tolerance(its):.0e}"
                 )
             worst = (max(worst[0], absolute), max(worst[1], relative))
     return worst

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 from safetensors import SafetensorError
@@ -18,6 +18,9 @@ from tuner.objective import Objective, Params
 from tuner.slot.where import with_line
 from tuner.study.registry import build_objective, find_objective, is_objective_class
 from tuner.training.compiled import load_state, uncompiled
+
+REBUILT: Final = "rebuild"
+"""What the manifest's `missing` calls a model that its objective does not build again."""
 
 
 def rebuild(
@@ -46,7 +49,7 @@ def rebuild(
             f"{path} was made by code with the sha256 {manifest.code_hash[:12]}, {source.file} has {found[:12]};"
             " take the file of then, or allow_code_change=True"
         )
-    if lost := [name for name in manifest.missing if name.startswith(f"{WEIGHTS}: ")]:
+    if lost := [name for name in manifest.missing if name == REBUILT or name.startswith(f"{WEIGHTS}: ")]:
         raise TunerError(f"{path} cannot be rebuilt, it lacks {lost[0]}: {manifest.missing[lost[0]]}")
     kind = source.load()
     if not is_objective_class(kind):

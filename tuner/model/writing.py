@@ -20,7 +20,7 @@ from tuner.formats.program import Traced
 from tuner.formats.weights import WEIGHTS, differing, weights_file
 from tuner.model.loading import LOADERS
 from tuner.model.manifest import FormatCheck, TensorDescription
-from tuner.model.rebuilding import built
+from tuner.model.rebuilding import REBUILT, built
 from tuner.objective import Objective, Params
 from tuner.slot.preflight import exported_form
 
@@ -30,8 +30,6 @@ WRITERS: Final[Mapping[str, Callable[[Traced], bytes]]] = {
     "torchscript": torchscript.write,
     "aoti": aoti.write,
 }
-REBUILT: Final = "rebuild"
-"""What the manifest's `missing` calls a model that its objective does not build again."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +69,11 @@ def write_formats(
             weights = load((directory / WEIGHTS).read_bytes())
             again = exported_form(built(objective, params, weights), objective)
             written.formats["safetensors"] = _check(WEIGHTS, directory, compared(REBUILT, again, sample), sample)
+        except FormatError as error:
+            written.missing[REBUILT] = (
+                f"{error}: build_model draws something that is not in its state_dict, as register_buffer would put it"
+                " there"
+            )
         except TunerError as error:
             written.missing[REBUILT] = str(error)
     traced = Traced(shown, rows)

@@ -126,6 +126,27 @@ def test_a_model_is_rebuilt_to_be_trained_further(every):
     assert tuner.rebuild(every.output, objective=reference, allow_code_change=True)
 
 
+def test_a_model_that_is_built_otherwise_each_time_is_not_rebuilt(exporting):
+    more = """
+        class Drawn(Model):
+            def forward(self, x):
+                return self.layers(x) + self.drawn
+
+        def build_model(self, params):
+            model = Drawn(4)
+            model.drawn = torch.rand(())
+            return model
+
+        Signs.build_model = build_model
+    """
+    exporting.start(code(more=more))
+    manifest = exporting().manifest
+    assert list(manifest.missing) == ["rebuild"]
+    assert list(manifest.formats) == ["pt2"]
+    with pytest.raises(TunerError, match=r"cannot be rebuilt, it lacks rebuild: .*: build_model draws something that"):
+        tuner.rebuild(exporting.output, objective=f"{exporting.path}:Signs")
+
+
 OWN_OPERATOR = """
     @torch.library.custom_op("signs::twice", mutates_args=())
     def twice(x: torch.Tensor) -> torch.Tensor:
