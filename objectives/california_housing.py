@@ -38,7 +38,7 @@ class CaliforniaHousing(Tabular):
     metric = "rmse"
     direction = "minimize"
     epochs = 30
-
+    data_license = "none is stated: published by StatLib, from the US census of 1990"
     min_layers: ClassVar[int] = 0  # linear regression
 
     max_layers: int = Field(default=3, ge=0)

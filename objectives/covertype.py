@@ -36,6 +36,8 @@ COVERS = (
 class Covertype(Tabular):
     """Classify which trees cover a patch of forest; the accuracy on the validation split is maximized."""
 
+    data_license = "CC-BY-4.0"  # UCI
+
     def suggest(self, trial: optuna.Trial) -> None:
         suggest_hidden_layers(trial, layers=(1, 3), units=(32, 512))
         trial.suggest_float("class_balance", 0.0, 1.0)

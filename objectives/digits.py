@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 class Digits(Objective):
     """Classify a digit from its 64 pixels; the accuracy on the validation split is maximized."""
 
+    data_license = "CC-BY-4.0"  # UCI
+
     max_layers: PositiveInt = 2
     max_units: PositiveInt = 512
 

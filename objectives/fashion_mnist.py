@@ -9,14 +9,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-import torch
 from torch import nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torchvision import datasets
-from torchvision.transforms import v2
 
-from objectives.layers import hidden_layers, suggest_hidden_layers
+from objectives.layers import Pixels, hidden_layers, suggest_hidden_layers
 from tuner.data import Data, Split, downloading, split_in_two
 from tuner.objective import Objective, Params, fastest
 
@@ -30,6 +28,7 @@ OPTIMIZERS: dict[str, type[Optimizer]] = {"sgd": SGD, "momentum": SGD, "adam": A
 class FashionMNIST(Objective):
     """Classify a piece of clothing from its image; the accuracy on the validation split is maximized."""
 
+    data_license = "MIT"
     epochs = 15
 
     models: Literal["all", "mlp"] = "all"
@@ -64,11 +63,10 @@ class FashionMNIST(Objective):
         return Data(rows, valid, Split(test.data.unsqueeze(1), test.targets), tuple(train.classes))
 
     def build_model(self, params: Params) -> nn.Module:
-        pixels = v2.ToDtype(torch.float32, scale=True)  # 0 to 255 become 0 to 1
         if params.get("model") == "cnn":
-            return nn.Sequential(pixels, *_convolutions(params["channels"], params["dropout"]))
+            return nn.Sequential(Pixels(), *_convolutions(params["channels"], params["dropout"]))
         layers, width = hidden_layers(28 * 28, {"layers": 2, **params})
-        return nn.Sequential(pixels, nn.Flatten(), *layers, nn.Linear(width, 10))
+        return nn.Sequential(Pixels(), nn.Flatten(), *layers, nn.Linear(width, 10))
 
     def build_optimizer(self, model: nn.Module, params: Params) -> Optimizer:
         settings = {name: params[name] for name in ("lr", "weight_decay", "momentum") if name in params}

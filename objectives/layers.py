@@ -4,12 +4,21 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from tuner.objective import Params
 
 if TYPE_CHECKING:
     import optuna
+
+
+class Pixels(nn.Module):
+    """Images in uint8, 0 to 255, as floats from 0 to 1."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the images as floats."""
+        return images.to(torch.float32) / 255
 
 
 def suggest_hidden_layers(

@@ -33,13 +33,10 @@ class Standardize(nn.Module):
     changes is only centred.
     """
 
-    mean: Tensor
-    std: Tensor
-
     def __init__(self, n_features: int) -> None:
         super().__init__()
-        self.register_buffer("mean", torch.zeros(n_features))
-        self.register_buffer("std", torch.ones(n_features))
+        self.mean = nn.Buffer(torch.zeros(n_features))
+        self.std = nn.Buffer(torch.ones(n_features))
 
     def learn(self, features: Tensor) -> None:
         """Take over mean and standard deviation of `features`, (n, n_features)."""

@@ -1,8 +1,8 @@
 """tuner: hyperparameter search for PyTorch, from the first trial to the exported model.
 
 The command line is the main way in (`tuner --help`). From Python: `Objective` is the base class of what to
-search, `load_model` gives an exported model back, `TunerError` is what both raise for what a user can mend; `curves`
-gives the learning curves of a study.
+search, `load_model` gives an exported model back and `rebuild` the model itself, to train it further; `TunerError` is
+what they raise for what a user can mend; `curves` gives the learning curves of a study.
 """
 
 from __future__ import annotations
@@ -12,14 +12,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from tuner.errors import TunerError
     from tuner.model.loading import load_model
+    from tuner.model.rebuilding import rebuild
     from tuner.objective import Objective
     from tuner.study.curves import curves
 
-__all__ = ["Objective", "TunerError", "curves", "load_model"]
+__all__ = ["Objective", "TunerError", "curves", "load_model", "rebuild"]
 
 
 def __getattr__(name: str) -> Any:
-    # Both import torch, which commands that train nothing never need.
+    # Most import torch, which commands that train nothing never need.
     if name == "Objective":
         from tuner.objective import Objective
 
@@ -28,6 +29,10 @@ def __getattr__(name: str) -> Any:
         from tuner.model.loading import load_model
 
         return load_model
+    if name == "rebuild":
+        from tuner.model.rebuilding import rebuild
+
+        return rebuild
     if name == "curves":
         from tuner.study.curves import curves
 

@@ -166,9 +166,11 @@ def test_another_spec_is_refused_and_the_difference_shown(job: Finished, tuner: 
 
 
 def test_the_exported_model_predicts_the_same_in_a_fresh_process(job: Finished, tuner: Tuner, home: Path) -> None:
-    exported = tuner("export", "digits", "--output", "model/", "--json")
+    exported = tuner("export", "digits", "--output", "model/", "--formats", "pt2,onnx,torchscript", "--json")
     assert exported.code == 0, exported.stderr
     result = exported.json()
+    assert list(result["formats"]) == ["safetensors", "pt2", "onnx", "torchscript"]
+    assert [its["fresh_process"] for its in result["formats"].values()] == [False, True, True, True]
     assert Path(result["model"]) == home / "model"
     done = subprocess.run(
         [sys.executable, "-c", _SERVE, str(home / "model")], capture_output=True, text=True, check=True, cwd=home
@@ -179,8 +181,10 @@ def test_the_exported_model_predicts_the_same_in_a_fresh_process(job: Finished, 
     assert sorted(path.name for path in (home / "model").iterdir()) == [
         "README.md",
         "manifest.json",
+        "model.onnx",
         "model.pt2",
         "model.safetensors",
+        "model.torchscript.pt",
     ]
     test = Digits().load_data(home).test
     np.save(home / "test.npy", test.inputs.numpy())

@@ -24,6 +24,10 @@ ALLOWED = {
     ("tuner/study/by_path.py", "import_module"): "a file that the command line named",
     ("tuner/study/registry.py", "import_module"): "an installed objective, or one that the command line named",
     ("storage/__init__.py", "import_module"): "our own modules, by a table",
+    ("tuner/formats/torchscript.py", "torch.jit.load"): "a format that the caller named: load_model loads no other",
+    ("tuner/formats/aoti.py", "aoti_load_package"): "a format that the caller named: load_model loads no other",
+    ("tuner/formats/fresh.py", "torch.jit.load"): "the file that this export has just written",
+    ("tuner/formats/fresh.py", "aoti_load_package"): "the file that this export has just written",
 }
 
 # What we call of other packages, and the files of it that unpickle or evaluate.
@@ -53,6 +57,7 @@ KNOWN = {
     "torchvision/datasets/lsun.py": "a data set that no objective here asks for",
     "torch/_export/serde/serialize.py": "gets an archive of what tuner/formats/plain_program.py has checked",
     "torch/export/_unlift.py": "makes code of names, which tuner/formats/plain_program.py has checked",
+    "torch/serialization.py": "loads TorchScript in the place of weights, and refuses that with weights_only",
     "torch/export/pt2_archive/": "reads an archive in which tuner/formats/plain_program.py has refused pickles",
 }
 
@@ -87,6 +92,10 @@ def _called(node: ast.AST) -> list[str]:
             return [name]
         case ast.Call(func=ast.Attribute(value=ast.Name(id="os"), attr="system" | "popen" as name)):
             return [f"os.{name}"]
+        case ast.Call(func=ast.Attribute(value=ast.Attribute(attr="jit"), attr="load")):
+            return ["torch.jit.load"]
+        case ast.Call(func=ast.Name(id="aoti_load_package") | ast.Attribute(attr="aoti_load_package")):
+            return ["aoti_load_package"]
         case ast.Call(func=ast.Attribute(value=ast.Name(id="torch"), attr="load"), keywords=given):
             return [] if _has(given, "weights_only", True) else ["torch.load without weights_only"]
         case ast.Call(func=ast.Attribute(value=ast.Name(id="yaml"), attr=name)) if "safe" not in name:
@@ -111,6 +120,9 @@ def _has(keywords: list[ast.keyword], name: str, value: object) -> bool:
         "import os\nos.system('x')",
         "import torch\ntorch.load('x')",
         "import torch\ntorch.load('x', weights_only=False)",
+        "import torch\ntorch.jit.load('x')",
+        "from torch._inductor import aoti_load_package\naoti_load_package('x')",
+        "import torch._inductor\ntorch._inductor.aoti_load_package('x')",
         "import yaml\nyaml.load('x')",
         "import numpy\nnumpy.load('x', allow_pickle=True)",
         "import subprocess\nsubprocess.run('x', shell=True)",

@@ -9,7 +9,7 @@ from tuner import Objective, training
 
 
 def test_the_public_surface_is_what_all_says():
-    assert tuner.__all__ == ["Objective", "TunerError", "curves", "load_model"]
+    assert tuner.__all__ == ["Objective", "TunerError", "curves", "load_model", "rebuild"]
     assert [getattr(tuner, name).__name__ for name in tuner.__all__] == tuner.__all__
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from tuner.cli.options import check_positive
 from tuner.cli.settings import Settings, command
 from tuner.cli.streams import say
 from tuner.errors import TunerError, UsageError
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from sqlalchemy import Engine
 
     from tuner.model.export import Exported
-    from tuner.model.manifest import Manifest
+    from tuner.model.manifest import FormatCheck, Manifest
     from tuner.study.joining import Study
 
 
@@ -36,9 +37,18 @@ def export(
         typer.Option(metavar="path/to/file.py:NAME", help=OBJECTIVE_HELP),
     ] = None,
     device: Annotated[str | None, typer.Option(help="cuda, xpu, mps or cpu (default: the best there is).")] = None,
+    formats: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME,...", help="What to write: safetensors (always), pt2, onnx, torchscript, aoti (compiled)."
+        ),
+    ] = "safetensors,pt2",
     trial: Annotated[
         int | None,
         typer.Option(metavar="NUMBER", help="Export this trial (default: the confirmed one, else the best)."),
+    ] = None,
+    epochs: Annotated[
+        int | None, typer.Option(help="Epochs to train for (default: until the best one of the trial).")
     ] = None,
     full_schedule: Annotated[
         bool,
@@ -54,11 +64,18 @@ def export(
 
     Where tuner confirm has chosen one, it is that.
     """
+    from tuner.formats.names import chosen, require
     from tuner.model.output import check_output, link_by_name
     from tuner.study.confirming import choose
     from tuner.study.joining import check_code, open_study
     from tuner.study.registry import find_objective
 
+    wanted = chosen(formats)
+    if epochs is not None:
+        check_positive("--epochs", epochs)
+        if full_schedule:
+            raise UsageError("--epochs and --full-schedule both say how long to train: give one of them")
+    require(wanted)
     engine = settings.open()
     opened = open_study(engine, study)
     choose(engine, opened, trial)  # before torch is imported for the rest
@@ -78,9 +95,12 @@ def export(
         log=settings.log(study=opened.name),
         full_schedule=full_schedule,
         trial=trial,
+        epochs=epochs,
+        formats=wanted,
+        in_fresh_process=True,
     )
     link = link_by_name(target, opened.name) if output is None else None
-    print_exported(settings, engine, opened, exported, as_json=as_json, link=link)
+    print_exported(settings, engine, opened, exported, as_json=as_json, link=link, with_formats=True)
 
 
 @command
@@ -157,11 +177,12 @@ def print_exported(
     *,
     as_json: bool,
     link: Path | None = None,
+    with_formats: bool = False,
     confirmation: dict[str, Any] | None = None,
 ) -> None:
     """Print the exported trial or else the best one, its figures, and where the model lies, with the `link` to it.
 
-    With `--json` the `confirmation` that came before, too.
+    If so it is wanted, how each format compares, too. With `--json` the `confirmation` that came before, too.
     """
     from tuner.cli.reading import best_fields, best_fields_of, print_json
     from tuner.text import number_text, params_text
@@ -176,7 +197,8 @@ def print_exported(
         model = None if exported is None else str(exported.directory)
         missing = None if exported is None else exported.manifest.missing
         chosen = None if confirmed is None else confirmed.model_dump(mode="json")
-        fields = {**best, "test": test, "model": model, "missing": missing, "confirmed": chosen}
+        formats = None if exported is None else exported.manifest.model_dump(mode="json")["formats"]
+        fields = {**best, "test": test, "model": model, "formats": formats, "missing": missing, "confirmed": chosen}
         print_json(fields if confirmation is None else {**fields, "confirmation": confirmation})
         return
     lines: list[tuple[str, Any]] = [
@@ -195,11 +217,20 @@ def print_exported(
         lines.append(("model", exported.directory))
         if link is not None:
             lines.append(("as well", link))
+        if with_formats:
+            lines += [(its.file, _format_text(its)) for its in exported.manifest.formats.values()]
         lines += [(f"without {name}", reason) for name, reason in exported.manifest.missing.items()]
     lines.append(("dashboard", f"tuner dashboard{settings.options()}"))
     width = max(len(name) for name, _ in lines) + 2
     for name, value in lines:
         say(f"{name:<{width}}{value}")
+
+
+def _format_text(its: FormatCheck) -> str:
+    from tuner.text import number_text
+
+    took = " and ".join(f"{number_text(ms)} ms for {rows}" for rows, ms in its.latency_ms.items())
+    return f"{its.bytes} bytes, differs by {number_text(its.relative_difference)} at most, {took} rows"
 
 
 def _test_text(manifest: Manifest, name: str) -> str:

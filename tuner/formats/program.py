@@ -3,30 +3,40 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import io
+import keyword
 import logging
 import re
 import threading
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
+from torch.export import ExportedProgram
 
 from tuner import training
 from tuner.data import Inputs, Rows, Tensors, tensors
 from tuner.errors import FormatError, TunerError
+from tuner.formats.calling import Names, names_of
+from tuner.formats.names import FILES
 from tuner.formats.plain_program import plain_archive
 from tuner.places import own_place, place_of
 from tuner.training.steps import call
 
-PROGRAM = "model.pt2"
+PROGRAM: Final = FILES["pt2"]
 CHECKED_ROWS = 256
 """How many rows a program that was read back is compared with the model on."""
 MAX_REASON_CHARS = 600
+RANDOM: Final = (
+    "the model gives other outputs for the same rows each time, in eval mode too, so that no program can be compared"
+    " with it: let it be random only while self.training"
+)
 
 _SHAPES = "torch.fx.experimental.symbolic_shapes"
 """The logger by which torch tells of each condition on a size at the moment that the code makes it (2.10 to 2.15)."""
@@ -50,15 +60,70 @@ class Predictor(nn.Module):
         return self._prediction(self.model(*args, **named))
 
 
-def program_file(model: nn.Module, rows: Rows) -> bytes:
-    """Return the file of the model's program, which was read back and gives the model's outputs on these rows.
+def with_arguments(model: nn.Module, names: Sequence[str], *, by_name: bool) -> nn.Module | None:
+    """Return a model whose forward has exactly these arguments, as traces take names and order of them from it.
 
-    The model is in eval mode, and on the CPU as the rows are. Raises FormatError with torch's reason and the line of
-    the user's that it is about, where torch tells or shows it.
+    The model gets them by name or in order. None where one cannot be the name of an argument.
     """
-    data = _traced(model, rows.rows(torch.arange(4) % len(rows)).inputs)  # one row would be taken for a fixed size
-    _compare(load_program(io.BytesIO(data), PROGRAM), model, rows.rows(slice(0, CHECKED_ROWS)).inputs)
+    if any(not name.isidentifier() or keyword.iskeyword(name) for name in names):
+        return None
+
+    def forward(this: Predictor, *values: Any, **named: Any) -> Any:
+        named |= dict(zip(names, values, strict=False))
+        return Predictor.forward(this, **named) if by_name else Predictor.forward(this, *map(named.get, names))
+
+    its = [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in ("self", *names)]
+    forward.__signature__ = inspect.Signature(its)  # type: ignore[attr-defined]
+    kind = type("Predictor", (Predictor,), {"forward": forward})
+    parts = (model.model, model._prediction) if isinstance(model, Predictor) else (model, _same)
+    made: Predictor = kind(*parts)
+    return made.train(model.training)
+
+
+def _same(outputs: Any) -> Any:
+    return outputs
+
+
+class Traced:
+    """A model and rows, and what was made of them for several formats: the program of `torch.export`, traced once.
+
+    The model is in eval mode, and on the CPU as the rows are.
+    """
+
+    def __init__(self, model: nn.Module, rows: Rows) -> None:
+        self.model = model
+        self.rows = rows
+        self.inputs = rows.rows(torch.arange(4) % len(rows)).inputs  # one row would be taken for a fixed size
+
+    @cached_property
+    def names(self) -> Names:
+        """What the model takes and gives is called. Raises FormatError if it cannot be called."""
+        try:
+            outputs = training.predict(self.model, self.inputs)
+        except Exception as error:
+            raise FormatError(reason_of(error)) from error
+        return Names(inputs=names_of(self.inputs), outputs=names_of(outputs))
+
+    @cached_property
+    def program(self) -> ExportedProgram:
+        """The program. Raises FormatError with torch's reason and the line of the user's that it is about."""
+        return _traced(self.model, self.inputs)
+
+
+def write(traced: Traced) -> bytes:
+    """Return the file of the model's program, which was read back and gives the model's outputs on its rows.
+
+    Raises FormatError with torch's reason and the line of the user's that it is about, where torch tells or shows it.
+    """
+    data = _saved(traced.program)
+    inputs = traced.rows.rows(slice(0, CHECKED_ROWS)).inputs
+    _compare(load_program(io.BytesIO(data), PROGRAM), traced.model, inputs)
     return data
+
+
+def program_file(model: nn.Module, rows: Rows) -> bytes:
+    """Return the file of the program of a model that is nothing else's, as `write` does."""
+    return write(Traced(model, rows))
 
 
 def load_program(file: Path | io.BytesIO, name: str | None = None) -> nn.Module:
@@ -95,20 +160,39 @@ def _restore_gradient_mode(*_: Any) -> None:
         torch.set_grad_enabled(before)
 
 
-def _traced(model: nn.Module, inputs: Inputs) -> bytes:
+def _traced(model: nn.Module, inputs: Inputs) -> ExportedProgram:
     args, kwargs = ((), inputs) if isinstance(inputs, dict) else (tensors(inputs), {})
     sizes = {0: torch.export.Dim("batch", min=1)}
     shapes: Any = dict.fromkeys(inputs, sizes) if isinstance(inputs, dict) else tuple(sizes for _ in tensors(inputs))
-    if isinstance(model, Predictor) and not isinstance(inputs, dict):
-        shapes = (shapes,)  # its arguments are one, named args
-    buffer = io.BytesIO()  # torch's own writer ends the process on a full disk (torch 2.15, 2026-11)
+    if any(its.kind in (its.VAR_POSITIONAL, its.VAR_KEYWORD) for its in _arguments(model)):
+        # What torch makes of a program for ONNX finds no argument that is one of *args or **named (2.14, 2026-11).
+        names = [*inputs] if isinstance(inputs, dict) else [f"input_{number}" for number, _ in enumerate(args)]
+        model = with_arguments(model, names, by_name=isinstance(inputs, dict)) or model
     with _watching_sizes() as conditions:
         try:
-            program = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
-            program.example_inputs = None  # they would be pickled
-            torch.export.save(program, buffer)
+            return torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
         except Exception as error:
-            raise FormatError(_why_not(error, conditions)) from error
+            raise FormatError(reason_of(error, conditions)) from error
+
+
+def _arguments(model: nn.Module) -> list[inspect.Parameter]:
+    try:
+        return list(inspect.signature(model.forward).parameters.values())
+    except (TypeError, ValueError):  # written in C
+        return []
+
+
+def _saved(program: ExportedProgram) -> bytes:
+    buffer = io.BytesIO()  # torch's own writer ends the process on a full disk (torch 2.15, 2026-11)
+    examples = program.example_inputs
+    program.example_inputs = None  # they would be pickled
+    try:
+        with _watching_sizes() as conditions:
+            torch.export.save(program, buffer)
+    except Exception as error:
+        raise FormatError(reason_of(error, conditions)) from error
+    finally:
+        program.example_inputs = examples
     return buffer.getvalue()
 
 
@@ -118,12 +202,9 @@ def _compare(program: nn.Module, model: nn.Module, inputs: Inputs) -> None:
         with torch.no_grad():
             found = call(program, inputs)
     except Exception as error:
-        raise FormatError(_why_not(error, [])) from error
+        raise FormatError(reason_of(error)) from error
     if not _is_close(again, wanted):
-        raise FormatError(
-            "the model gives other outputs for the same rows each time, in eval mode too, so that no program can be"
-            " compared with it: let it be random only while self.training"
-        )
+        raise FormatError(RANDOM)
     if _shapes(found) != _shapes(wanted):
         raise FormatError(f"{PROGRAM} gives outputs of shape {_shapes(found)}, the model of {_shapes(wanted)}")
     if not _is_close(found, wanted):
@@ -178,7 +259,7 @@ def _watching_sizes() -> Iterator[list[str]]:
         logger.removeFilter(watch)
 
 
-def _why_not(error: Exception, conditions: list[str]) -> str:
+def reason_of(error: Exception, conditions: Sequence[str] = ()) -> str:
     """Return torch's first reason in one line, with the line of the user's that it is about."""
     if isinstance(error, TunerError):
         return str(error)

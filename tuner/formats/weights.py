@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
 
 import torch
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
+from tuner.formats.names import FILES
 from tuner.training.compiled import state_of
 
-WEIGHTS = "model.safetensors"
+WEIGHTS: Final = FILES["safetensors"]
 
 
 def weights_file(model: nn.Module) -> tuple[bytes, dict[str, str]]:

@@ -6,10 +6,17 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
+from tuner.formats.calling import Names, onnx_names
+from tuner.formats.names import FILES
 from tuner.model.manifest import Manifest
 from tuner.text import duration, number_text, params_text, printable
 
 SPLITS = ("train", "valid", "test")
+_OTHERS = {
+    "onnx": ("import numpy, onnxruntime", "session = onnxruntime.InferenceSession({})"),
+    "torchscript": ("import torch", "model = torch.jit.load({})"),
+    "aoti": ("import torch, torch._inductor", "model = torch._inductor.aoti_load_package({})"),
+}
 _ZEROS = "torch.zeros({shape}, dtype=torch.{dtype})"
 
 
@@ -38,7 +45,31 @@ def loading_lines(manifest: Manifest) -> dict[str, list[str]]:
             'weights = load_file("model.safetensors")',
             "print({name: tuple(tensor.shape) for name, tensor in weights.items()})",
         ]
+    if is_program(manifest) and ":" not in manifest.objective:  # another is a file, wherever its owner has it
+        lines["model.safetensors, to train it further"] = [
+            "import torch, tuner",
+            'model = tuner.rebuild(".")',
+            f"outputs = model({_call(manifest)})",
+        ]
+    for name, (imports, loading) in _OTHERS.items():
+        if (file := FILES[name]) in manifest.files:
+            outputs = f"session.run(None, {_fed(manifest)})" if name == "onnx" else f"model({_call(manifest)})"
+            lines[file] = [imports, loading.format(json.dumps(file)), f"outputs = {outputs}"]
     return lines
+
+
+def is_program(manifest: Manifest) -> bool:
+    """Whether any of the export's files can be called."""
+    return any(name != "safetensors" and file in manifest.files for name, file in FILES.items())
+
+
+def _fed(manifest: Manifest) -> str:
+    """Return two rows of zeros by the names that the inputs have in ONNX."""
+    names = onnx_names(Names(inputs=tuple(its.name for its in manifest.inputs), outputs=())).inputs
+    fed = []
+    for name, its in zip(names, manifest.inputs, strict=True):
+        fed.append(f'{json.dumps(name)}: numpy.zeros({(2, *its.shape)}, dtype="{its.dtype}")')
+    return f"{{{', '.join(fed)}}}"
 
 
 def _call(manifest: Manifest) -> str:
@@ -80,6 +111,12 @@ def _text(manifest: Manifest) -> Iterator[str]:
         yield from ("", f"`{name}`:", "", "```python", *lines, "```")
     for what, why in manifest.missing.items():
         yield from ("", f"There is no {_code(what)}: {_line(why)}")
+    if manifest.formats:
+        yield from ("", "Compared with the model on real rows, in batches of 1, 2 and 257:", "")
+        yield from ("| file | bytes | differs by at most | ms for 1 row | ms for 256 |", "|---|---|---|---|---|")
+        for check in manifest.formats.values():
+            took = " | ".join(number_text(check.latency_ms[n]) for n in ("1", "256") if n in check.latency_ms)
+            yield f"| `{check.file}` | {check.bytes} | {number_text(check.relative_difference)} | {took} |"
     yield from ("", "## What it takes and gives", "", "A batch of any size of:", "")
     for kind, described in (("input", manifest.inputs), ("output", manifest.outputs)):
         for number, its in enumerate(described):

@@ -6,7 +6,7 @@ import datetime as dt
 import json
 import math
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -21,20 +21,21 @@ from storage.coordination.records import TrialRecord
 from storage.trials.curves import curves
 from tuner import cores, training
 from tuner.caches import keep_compiled_apart
-from tuner.data import ClassNames, Data, Rows, Split, Tensors, tensors
+from tuner.data import ClassNames, Data, Split
 from tuner.errors import FormatError, TunerError
-from tuner.formats.program import PROGRAM, program_file
-from tuner.formats.weights import WEIGHTS, differing, weights_file
+from tuner.formats.names import DEFAULT, FILES, require
+from tuner.formats.weights import WEIGHTS
 from tuner.log import Log
 from tuner.model.card import card
 from tuner.model.confirmed import confirmed_by
 from tuner.model.describing import with_kinds, with_ranges
 from tuner.model.directory import CARD, replacing
-from tuner.model.manifest import MANIFEST, EarlierTest, Manifest, Search, TensorDescription, TestDetails, sha256_of
+from tuner.model.manifest import MANIFEST, EarlierTest, Manifest, Search, TestDetails, sha256_of
 from tuner.model.output import check_output
 from tuner.model.provenance import git_revision, hardware
 from tuner.model.retraining import retrain
 from tuner.model.testing import details_of_test
+from tuner.model.writing import Written, described, write_formats
 from tuner.objective import Objective
 from tuner.seeds import derive_seed, set_deterministic
 from tuner.slot.attempt import load_data
@@ -68,12 +69,17 @@ def export_study(
     log: Log,
     full_schedule: bool = False,
     trial: int | None = None,
+    epochs: int | None = None,
+    formats: Sequence[str] = DEFAULT,
+    in_fresh_process: bool = False,
 ) -> Exported:
-    """Retrain the study's best trial on train + valid, evaluate it once on test, and write it to `output`.
+    """Retrain the study's best trial, or the `trial` of that number, on train + valid, evaluate it once on test, and
+    write it to `output`.
 
     It is the confirmed one, where there is one, or that of the number `trial`, where one is given.
 
-    It is trained until the epoch of its best value, or with `full_schedule` for all of the study's.
+    It is trained until the epoch of its best value, with `full_schedule` for all of the study's, or for so many
+    `epochs`. Each of the `formats` is compared with the model as a process loads it: this one, or a fresh one.
 
     Everything is written aside, loaded back, compared with the model and only then takes the place of `output` as a
     whole; an export that was there before stays until then. What this model cannot have - a program, a figure
@@ -82,6 +88,7 @@ def export_study(
     """
     chosen = choose(engine, study, trial)
     best = chosen.trial
+    require(formats)
     objective = _objective(study, source)
     check_output(output)
     if chosen.note is not None:
@@ -96,25 +103,38 @@ def export_study(
     with engine.connect() as conn:
         curve = curves(conn, study.study_id, [best.number]).get(best.number, [])
     trained = retrain(
-        objective, study, best, curve, data, full_schedule=full_schedule, seed=seed, device=device_, log=log
+        objective,
+        study,
+        best,
+        curve,
+        data,
+        full_schedule=full_schedule,
+        epochs=epochs,
+        seed=seed,
+        device=device_,
+        log=log,
     )
     model = trained.model.cpu()  # where files are compared with it
     log.event("exporting", f"writing the model to {output}", output=str(output))
     with replacing(output) as directory:
-        missing: dict[str, str] = {}
-        _write_weights(model, directory, missing)
+        written = write_formats(
+            model, objective, best.params, data.valid, directory, formats, in_fresh_process=in_fresh_process
+        )
+        missing = written.missing
         shown = exported_form(model, objective)
-        outputs = with_kinds(_write_program(shown, data.valid, directory, missing), shown, data, objective)
+        outputs = with_kinds(written.outputs, shown, data, objective)
         sha256 = sha256_of(directory / WEIGHTS)
         tested = _Tested()
+        shown = shown.to(device_)
         try:
-            tested = _measured(engine, study, best, shown.to(device_), data, objective, sha256, device_, log)
+            tested = _measured(engine, study, best, shown, data, objective, sha256, device_, log)
         except FormatError as error:
             missing["test"] = str(error)
         if tested.without_details is not None:
             missing["test_details"] = tested.without_details
         for name, reason in missing.items():
-            log.event("missing", f"the export has no {name}: {reason}", name=name)
+            others = f"; it has {_listed(written)}" if name in FILES.values() else ""
+            log.event("missing", f"the export has no {name}: {reason}{others}", name=name)
         manifest = Manifest(
             study=study.name,
             study_id=study.study_id,
@@ -146,12 +166,13 @@ def export_study(
                 "fingerprint": data.fingerprint(),
                 **{name: len(split) for name, split in data.splits()},
             },
-            inputs=with_ranges(_describe(data.train.rows(slice(0, 1)).inputs), data.train),
+            inputs=with_ranges(described(data.train.rows(slice(0, 1)).inputs), data.train),
             outputs=outputs,
             class_names=_class_names(data.class_names),
             versions=versions(),
             created_at=dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
-            files={name: sha256_of(directory / name) for name in (WEIGHTS, PROGRAM) if (directory / name).exists()},
+            files={name: sha256_of(directory / name) for name in FILES.values() if (directory / name).exists()},
+            formats=written.formats,
             missing=missing,
         )
         (directory / CARD).write_text(card(manifest), encoding="utf-8")
@@ -240,25 +261,8 @@ def _search(engine: Engine, study: Study) -> Search:
     return Search(trials=asdict(status.counts), device_s=asdict(status.cost))
 
 
-def _write_weights(model: nn.Module, directory: Path, missing: dict[str, str]) -> None:
-    """Write the weights and read them back. Raises TunerError if the disk does not give them back."""
-    weights, left_out = weights_file(model)
-    missing |= {f"{WEIGHTS}: {name}": reason for name, reason in left_out.items()}
-    (directory / WEIGHTS).write_bytes(weights)
-    if (name := differing((directory / WEIGHTS).read_bytes(), model)) is not None:
-        raise TunerError(f"{WEIGHTS} does not give back the tensor {name!r}: the disk or its driver is at fault")
-
-
-def _write_program(
-    model: nn.Module, example: Rows, directory: Path, missing: dict[str, str]
-) -> list[TensorDescription]:
-    """Write the program, if the model has one, and return what it gives."""
-    try:
-        (directory / PROGRAM).write_bytes(program_file(model, example))
-    except FormatError as error:
-        missing[PROGRAM] = str(error)
-        return []
-    return _describe(training.predict(model, example.rows(slice(0, 2)).inputs))
+def _listed(written: Written) -> str:
+    return ", ".join(dict.fromkeys([WEIGHTS, *(its.file for its in written.formats.values())]))
 
 
 def _class_names(names: ClassNames) -> tuple[str, ...] | dict[str, tuple[str, ...]]:
@@ -267,14 +271,6 @@ def _class_names(names: ClassNames) -> tuple[str, ...] | dict[str, tuple[str, ..
     if isinstance(names, Mapping):
         return {str(target): tuple(its) for target, its in names.items()}
     return tuple(map(str, names))
-
-
-def _describe(inputs: Tensors) -> list[TensorDescription]:
-    names = list(inputs) if isinstance(inputs, dict) else [None] * len(tensors(inputs))
-    return [
-        TensorDescription(name=name, shape=tuple(tensor.shape[1:]), dtype=str(tensor.dtype).removeprefix("torch."))
-        for name, tensor in zip(names, tensors(inputs), strict=True)
-    ]
 
 
 def _finite(value: float | None) -> float | None:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import nn
 
 from tuner.data import Tensors
 from tuner.errors import TunerError
+from tuner.formats import aoti, onnx_program, torchscript
+from tuner.formats.calling import Names
+from tuner.formats.names import DATA, FILES
 from tuner.formats.program import PROGRAM, load_program
 from tuner.formats.weights import WEIGHTS
 from tuner.model.directory import current
@@ -61,13 +65,30 @@ class LoadedModel(nn.Module):
         return self
 
 
-def load_model(path: str | Path, device: str | torch.device = "cpu") -> LoadedModel:
+def load_model(
+    path: str | Path,
+    device: str | torch.device = "cpu",
+    format: str | None = None,  # noqa: A002 - as `tuner export --formats` calls it
+) -> LoadedModel:
     """Return the exported model in directory `path`, in eval mode, without unpickling anything.
 
-    Each file is checked against the manifest's sha256 first. Raises TunerError if the directory holds no
-    export, one that is damaged or incomplete, or one without a program, as its model has none.
+    Each file is checked against the manifest's sha256 first. `format` is `pt2`, or `onnx` where there is no program,
+    unless it says otherwise; `torchscript` and `aoti` are code of whoever made the file, and are loaded only when they
+    are named. ONNX and AOTInductor compute on the processor, whatever the `device`. Raises TunerError if the directory
+    holds no export, one that is damaged or incomplete, or one without the format.
     """
-    directory = current(Path(path))
+    directory, manifest = checked(Path(path))
+    name = _format(directory, manifest, format)
+    names = Names(
+        inputs=tuple(its.name for its in manifest.inputs), outputs=tuple(its.name for its in manifest.outputs)
+    )
+    model = LOADERS[name](directory / FILES[name], names)
+    return LoadedModel(model, manifest).to(device).requires_grad_(False)
+
+
+def checked(path: Path) -> tuple[Path, Manifest]:
+    """Return where an export lies and its manifest. Raises TunerError if a file of it is not the manifest's."""
+    directory = current(path)
     manifest = read_manifest(directory)
     for name, expected in manifest.files.items():
         found = sha256_of(directory / name)
@@ -76,9 +97,35 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> LoadedMo
                 f"{directory / name} needs the sha256 {expected[:12]} of its manifest, got {found[:12]}:"
                 " the export is damaged or incomplete; run 'tuner export' again"
             )
-    if PROGRAM not in manifest.files:
+    return directory, manifest
+
+
+LOADERS: Final[Mapping[str, Callable[[Path, Names], nn.Module]]] = {
+    "pt2": lambda path, _: load_program(path),
+    "onnx": onnx_program.load,
+    "torchscript": torchscript.load,
+    "aoti": aoti.load,
+}
+
+
+def _format(directory: Path, manifest: Manifest, wanted: str | None) -> str:
+    """Return the format to load. Raises TunerError if the export does not have it."""
+    there = [name for name in LOADERS if FILES[name] in manifest.files]
+    if wanted is None:
+        for name in DATA:
+            if name in there:
+                return name
+        code = f"; to run the code of who made it: format={there[0]!r}" if there else ""
         raise TunerError(
             f"{directory} has no {PROGRAM} that could be called ({manifest.missing.get(PROGRAM, 'it was left out')});"
-            f" its weights are in {WEIGHTS}, for a model that {manifest.objective} builds from the manifest's params"
+            f" its weights are in {WEIGHTS}, for a model that {manifest.objective} builds from the manifest's params,"
+            f" as tuner.rebuild does{code}"
         )
-    return LoadedModel(load_program(directory / PROGRAM), manifest).to(device).requires_grad_(False)
+    if wanted == "safetensors":
+        raise TunerError(f"{WEIGHTS} holds weights and no program: tuner.rebuild({str(directory)!r}) builds the model")
+    if wanted not in LOADERS:
+        raise TunerError(f"the format needs to be one of {', '.join(LOADERS)}, got {wanted!r}")
+    if wanted not in there:
+        why = manifest.missing.get(FILES[wanted], "it was not asked for")
+        raise TunerError(f"{directory} has no {FILES[wanted]} ({why}); it has: {', '.join(there) or 'no program'}")
+    return wanted

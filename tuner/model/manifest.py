@@ -86,6 +86,25 @@ class TestDetails(BaseModel):
     residuals: dict[str, list[list[float]]] = {}
 
 
+class FormatCheck(BaseModel):
+    """How a format compared with the model on real rows, in batches of 1, 2 and 257.
+
+    `relative_difference` is the largest one's share of the largest value of its output, and at most `tolerance`.
+    `latency_ms` is a call's time by its rows, on the processor that the model was exported on. In a `fresh_process`
+    nothing of tuner was there, nor of the objective; for the weights it is the model rebuilt by the objective.
+    """
+
+    file: FileName
+    bytes: int
+    difference: float
+    relative_difference: float
+    tolerance: float
+    latency_ms: dict[str, float]
+    fresh_process: bool
+    opset: int | None = None
+    """Of ONNX."""
+
+
 class EarlierTest(BaseModel):
     """An earlier use of the test split for the study: of which trial, and of which weights."""
 
@@ -168,6 +187,8 @@ class Manifest(BaseModel):
     created_at: str
     files: dict[FileName, str]
     """The sha256 of each file beside the manifest, in hexadecimal."""
+    formats: dict[str, FormatCheck] = {}
+    """By the names of `tuner export --formats`; empty in an export of before 0.2."""
     missing: dict[str, str] = {}
     """What this export lacks, and why: a file, `test` where it could not be evaluated, or a tensor of the weights."""
 

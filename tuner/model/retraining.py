@@ -49,17 +49,20 @@ def retrain(
     data: Data,
     *,
     full_schedule: bool,
+    epochs: int | None,
     seed: int,
     device: torch.device,
     log: Log,
 ) -> Retrained:
     """Train the trial's model anew, by the schedule of the study's epochs, until the epoch of its best value.
 
-    With `full_schedule` it is trained for all of them. A schedule that follows a metric gives the rates that it gave in
-    the trial, whose `curve` tells them. Raises TunerError that says what went wrong.
+    With `full_schedule` it is trained for all of them, or for so many `epochs`: more than there are make the schedule
+    longer. A schedule that follows a metric gives the rates that it gave in the trial, whose `curve` tells them. Raises
+    TunerError that says what went wrong.
     """
     planned = epochs_of(best.params, study.spec)
-    until = planned if full_schedule else best_epoch(best, planned)
+    until = epochs or (planned if full_schedule else best_epoch(best, planned))
+    planned = max(planned, until)
     shown = f"{until} epochs" if until == planned else f"{until} of {planned} epochs"
     log.event("retraining", f"retraining trial {best.number} on train + valid for {shown}", trial=best.number)
     notes: list[str] = []

@@ -215,7 +215,8 @@ def test_a_model_that_cannot_be_carried_by_torch_export_keeps_its_weights(export
         tuner.load_model(exporting.output)
     assert str(caught.value) == (
         f"{exporting.output} has no model.pt2 that could be called ({reason});"
-        " its weights are in model.safetensors, for a model that signs.py:Signs builds from the manifest's params"
+        " its weights are in model.safetensors, for a model that signs.py:Signs builds from the manifest's params,"
+        " as tuner.rebuild does"
     )
 
 
