@@ -66,6 +66,7 @@ _PANELS: dict[str, dict[str, Callable[..., None]]] = {
         "best": reading.best,
         "report": reporting.report,
         "importance": reporting.importance,
+        "confirm": confirming.confirm,
         "export": model.export,
         "verify": model.verify,
         "predict": predicting.predict,

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, Final, NoReturn
 
 from tuner.exits import OF_SIGNAL, handle_until_fork
-from tuner.slot.preparing import prepare
+from tuner.slot.preparing import AS_READ, listen
 
 MAX_REQUEST_BYTES: Final = 1 << 16
 _N_STREAMS: Final = 3
@@ -195,7 +195,7 @@ def _become_slot(request: dict[str, Any], streams: list[int]) -> NoReturn:
         from tuner.slot import slot
 
         _open_streams()
-        prepare()
+        listen()
         slot.main()
     finally:
         _end(0)
@@ -203,12 +203,13 @@ def _become_slot(request: dict[str, Any], streams: list[int]) -> NoReturn:
 
 def _open_streams() -> None:
     """Have what this process writes to be other kinds of files than before; an objective's own streams stay."""
-    for number, name in ((1, "stdout"), (2, "stderr")):
-        was_own = getattr(sys, name) is getattr(sys, f"__{name}__")
+    for number, names in ((1, ("stdout", "__stdout__")), (2, ("stderr", "__stderr__"))):
         stream = os.fdopen(number, "w", closefd=False)
-        setattr(sys, f"__{name}__", stream)
-        if was_own:
-            setattr(sys, name, stream)
+        stream.reconfigure(**AS_READ)
+        for name in names:
+            with suppress(OSError, ValueError, AttributeError):  # the objective closed it, or has another kind there
+                if getattr(sys, name).fileno() == number:
+                    setattr(sys, name, stream)
 
 
 def _end(code: int) -> NoReturn:
