@@ -19,6 +19,7 @@ from storage.database.errors import InvalidWriteError, StorageError
 from tuner.cli import (
     cleaning,
     comparing,
+    confirming,
     control,
     db,
     growing,
