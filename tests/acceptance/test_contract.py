@@ -61,7 +61,7 @@ def test_the_contract_holds_under_faults_at_random(
 ) -> None:
     soak = request.config.getoption("--soak")
     seed = int(request.config.getoption("--soak-seed"))
-    duration_s = seconds("--soak", soak or "60s")
+    duration_s = seconds("--soak", soak or "40s")
     budget = max(20, int(duration_s * (TRIALS_A_SECOND_OF_A_SOAK if soak else TRIALS_A_SECOND)))
     tuner = Tuner({"TUNER_STORAGE": server.url(), "TUNER_DATA_DIR": str(tmp_path / "here")}, tmp_path)
     (tmp_path / "mine.py").write_text(OBJECTIVE)

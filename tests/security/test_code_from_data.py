@@ -23,6 +23,7 @@ ALLOWED = {
     ("tuner/study/cmaes.py", "pickle.Unpickler"): "knows the classes of numbers and arrays, and no other",
     ("tuner/study/by_path.py", "import_module"): "a file that the command line named",
     ("tuner/study/registry.py", "import_module"): "an installed objective, or one that the command line named",
+    ("tuner/imports.py", "import_module"): "torchvision, by the names of two modules",
     ("storage/__init__.py", "import_module"): "our own modules, by a table",
     ("tuner/formats/torchscript.py", "torch.jit.load"): "a format that the caller named: load_model loads no other",
     ("tuner/formats/aoti.py", "aoti_load_package"): "a format that the caller named: load_model loads no other",

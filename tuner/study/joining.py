@@ -358,18 +358,6 @@ def best_of(engine: Engine, study: AnyStudy) -> TrialRecord:
     return best
 
 
-def complete_trial(engine: Engine, study: AnyStudy, number: int) -> TrialRecord:
-    """Return the study's trial of that number. Raises TunerError if there is none, or none that is complete."""
-    found = records.find_trial(engine, study.study_id, number)
-    if found is None or found.state != "COMPLETE":
-        what = "there is none" if found is None else f"it is {found.state.lower()}"
-        raise TunerError(
-            f"trial {number} of study {study.name!r} needs to be complete, {what};"
-            f" 'tuner trials {study.name}' shows which are"
-        )
-    return found
-
-
 def plan(
     source: ObjectiveSource,
     kind: ObjectiveKind,

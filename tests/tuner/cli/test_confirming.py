@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 import pytest
@@ -13,6 +14,7 @@ from tuner.errors import TunerError, UsageError
 from tuner.study.confirmation import Candidate, Confirmation
 from tuner.study.confirming import find_companion
 from tuner.study.registry import find_objective
+from tuner.worker.processes import Slots
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -26,8 +28,9 @@ def test_params_that_the_code_here_does_not_suggest_are_told_before_anything_is_
     later.write_text(code().replace('"lr"', '"rate"'))
     reference = f"{later}:Signs"
     arguments = (Settings(), made.engine, made.study, find_objective(reference), reference, Runs(top=3, seeds=5))
+    start = partial(Slots, [], reference, "worker", tmp_path, imports_here=True)
     with pytest.raises(TunerError, match=r"trial 1 of study 'signs' cannot be run again by .* suggest its lr"):
-        confirm_here(*arguments, [], allow_code_change=True)
+        confirm_here(*arguments, start, allow_code_change=True)
     assert find_companion(made.engine, made.study) is None
     made.engine.dispose()
 

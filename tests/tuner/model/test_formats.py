@@ -190,7 +190,7 @@ def test_a_trial_and_epochs_of_choice_are_exported(exporting):
     assert manifest.retraining.schedule_epochs == 25
     assert list(manifest.formats) == ["safetensors", "pt2"]
     assert not manifest.formats["pt2"].fresh_process
-    with pytest.raises(TunerError, match="trial 7 of study 'signs' needs to be complete, there is none; 'tuner trials"):
+    with pytest.raises(TunerError, match="study 'signs' has no such trial; 'tuner trials signs' lists them"):
         exporting(trial=7)
 
 
