@@ -15,12 +15,14 @@ import os
 import pwd
 import secrets
 import shlex
+import shutil
 import stat
 import tempfile
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
-from typing import BinaryIO, Final
+from typing import BinaryIO, Final, TextIO
 
 TRUSTED: Final = "TUNER_TRUSTED_DIRECTORIES"
 """The variable that names directories, separated as in PATH, that are taken for own with all that is in them."""
@@ -109,6 +111,33 @@ def replace(path: Path, data: bytes | memoryview, mode: int = 0o600) -> None:
         with suppress(OSError):
             aside.unlink()
         raise
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[TextIO]:
+    """Yield a file to be written as UTF-8, which takes the place of the one that is there once the block has ended.
+
+    It may be in any directory, and keeps the mode of that one. A link is followed, and what is no file, as /dev/stdout,
+    is written to. Raises OSError; then, and if the block fails, that one stays as it was and nothing beside it.
+    """
+    place = Path(os.path.realpath(path))
+    if place.exists() and not place.is_file():
+        with place.open("w", encoding="utf-8") as special:
+            yield special
+        return
+    aside = place.with_name(f".tuner-{secrets.token_hex(8)}")
+    try:
+        with open(new_file(aside, 0o666), "w", encoding="utf-8") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        if place.exists():
+            shutil.copymode(place, aside)
+        os.replace(aside, place)
+        sync_directory(place.parent)
+    finally:
+        with suppress(OSError):  # it is in its place, or was never made
+            aside.unlink()
 
 
 def new_file(name: str | Path, mode: int = 0o600, *, folder: int | None = None) -> int:

@@ -5,12 +5,9 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
-import secrets
-import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
@@ -176,31 +173,15 @@ def _output(path: Path | None) -> Iterator[Callable[[list[str]], None]]:
     if path is None:
         yield lambda lines: say(*lines)
         return
-    from storage.files import new_file, sync_directory
+    from storage.files import whole_file
 
-    place = Path(os.path.realpath(path))
-    if place.is_dir():
+    if path.is_dir():
         raise UsageError(f"--output needs a file, got the directory {path}")
-    is_whole = place.is_file() or not place.exists()  # and no device or pipe
-    aside = place.with_name(f".tuner-{secrets.token_hex(8)}") if is_whole else place
     try:
-        descriptor = new_file(aside, 0o666) if is_whole else os.open(place, os.O_WRONLY)
-        with open(descriptor, "w", encoding="utf-8") as file:
+        with whole_file(path) as file:
             yield lambda lines: file.writelines(f"{line}\n" for line in lines)
-            file.flush()
-            if is_whole:
-                os.fsync(file.fileno())
-        if is_whole:
-            if place.exists():
-                shutil.copymode(place, aside)
-            os.replace(aside, place)
-            sync_directory(place.parent)
     except OSError as error:
         raise TunerError(f"cannot write to {path}: {error.strerror or error}; choose another --output") from error
-    finally:
-        if is_whole:
-            with suppress(OSError):  # it is in its place, or was never made
-                aside.unlink()
 
 
 def _is_same(output: Path, text: str) -> bool:

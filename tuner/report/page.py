@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 import secrets
-import stat
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from plotly.offline import get_plotlyjs
 
-from storage.files import new_file, sync_directory
+from storage.files import whole_file
 from tuner.errors import TunerError
 from tuner.report import figures
 from tuner.report.audit import MIGHT_SHARE, MIN_COMPLETE
@@ -69,24 +66,9 @@ def write_page(path: Path, text: str) -> None:
 
     What is no file, as /dev/stdout, is written to.
     """
-    place = Path(os.path.realpath(path))
     try:
-        if place.exists() and not stat.S_ISREG(place.stat().st_mode):
-            with place.open("w", encoding="utf-8") as special:
-                special.write(text)
-            return
-        aside = place.with_name(f".{place.name[:200]}.{secrets.token_hex(8)}")
-        try:
-            with open(new_file(aside, 0o666), "w", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(aside, place)
-            sync_directory(place.parent)
-        except OSError:
-            with suppress(OSError):
-                aside.unlink()
-            raise
+        with whole_file(path) as file:
+            file.write(text)
     except OSError as error:
         raise TunerError(
             f"cannot write the report to {path}: {error.strerror or error}; choose another file with --output"

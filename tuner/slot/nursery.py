@@ -11,6 +11,7 @@ from __future__ import annotations
 import atexit
 import gc
 import json
+import multiprocessing.util
 import os
 import selectors
 import signal
@@ -19,6 +20,7 @@ import sys
 import threading
 import traceback
 import warnings
+import weakref
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -55,6 +57,7 @@ def forked_from_here() -> socket.socket:
         its.close()
         return ours
     try:
+        _forget_ends()
         os.setsid()  # a Ctrl-C at the terminal reaches the worker alone
         handle_until_fork([number for number in OF_SIGNAL if number != signal.SIGINT], lambda *_: None)
         ours.close()
@@ -185,6 +188,7 @@ def _can_compute() -> bool:
 def _become_slot(request: dict[str, Any], streams: list[int]) -> NoReturn:
     """Be what `tuner.slot.start` is with these standard streams."""
     try:
+        _forget_ends()
         os.setsid()
         for number, stream in enumerate(streams):
             os.dup2(stream, number)
@@ -199,6 +203,14 @@ def _become_slot(request: dict[str, Any], streams: list[int]) -> NoReturn:
         slot.main()
     finally:
         _end(0)
+
+
+def _forget_ends() -> None:
+    """Leave what is to be done at the end to the process that imported it, as to delete a temporary directory."""
+    atexit._clear()
+    weakref.finalize._registry.clear()  # type: ignore[attr-defined]
+    weakref.finalize._registered_with_atexit = False  # type: ignore[attr-defined]
+    atexit.register(multiprocessing.util._exit_function)  # type: ignore[attr-defined]  # as multiprocessing does
 
 
 def _open_streams() -> None:

@@ -24,7 +24,6 @@ from typing import Any, Literal
 import optuna
 import torch
 from optuna.exceptions import UpdateFinishedTrialError
-from optuna.pruners import BasePruner, PercentilePruner
 from optuna.trial import TrialState
 from pydantic import BaseModel, ConfigDict, ValidationError
 from sqlalchemy import Engine
@@ -36,7 +35,6 @@ from storage.coordination.delivery import Result
 from storage.database.engine import is_outage
 from storage.database.errors import InvalidWriteError, LeaseLostError, StorageError, StudyHaltedError
 from storage.database.sessions import OUTAGE_S, Backoff, Sessions
-from storage.optuna_storage.pruning import IndexedPercentilePruner
 from storage.optuna_storage.storage import PostgresStorage
 from storage.trials.curves import CurvePoint, finite
 from tuner import cores
@@ -58,14 +56,13 @@ from tuner.slot.ending import end_group, end_in_time, exit_again
 from tuner.slot.lease import Lease
 from tuner.slot.orders import Orders
 from tuner.slot.preflight import preflight, refuse_leak
+from tuner.slot.pruning import pruner_on
 from tuner.slot.reports import Reports
 from tuner.slot.shared_checkpoints import shared_checkpoint, sweep
 from tuner.slot.spool import Spool
-from tuner.spec import PrunerSpec
 from tuner.study.history import samplers
 from tuner.study.joining import Study, check_code, checkpoint_directory, open_study
 from tuner.study.registry import build_objective, find_objective, is_objective_class
-from tuner.study.sampling import build_pruner
 from tuner.training import Interrupted, choose_device
 from tuner.training.memory import free_memory
 
@@ -449,15 +446,6 @@ class Slot:
         if now - self._alive_at >= ALIVE_S:
             self._alive_at = now
             self._emit(Event(event=how))
-
-
-def pruner_on(storage: PostgresStorage, study_id: int, spec: PrunerSpec) -> BasePruner:
-    """Return the study's pruner; for `median` and `percentile` one that decides the same, and reads less."""
-    pruner = build_pruner(spec)  # refuses settings that Optuna's does not have
-    if not isinstance(pruner, PercentilePruner):
-        return pruner
-    settings: dict[str, Any] = {"percentile": 50.0, **spec.settings}
-    return IndexedPercentilePruner(storage, study_id, **settings)
 
 
 def _first_line(error: BaseException) -> str:

@@ -15,6 +15,9 @@ from typing import IO, Protocol
 
 from tuner.slot import nursery
 
+END_S = 1.0
+"""How long a nursery may take to end."""
+
 
 class Running(Protocol):
     """A process that was started, as `subprocess.Popen` is one."""
@@ -86,9 +89,13 @@ class Nursery:
     def close(self) -> None:
         """End the process; slots that still run notice it and end."""
         self._requests.close()
-        if self._process is not None and self._process.poll() is None:
+        if self._process is None:
+            return
+        try:
+            self._process.wait(END_S)  # it may have to delete what the objective made as it was imported
+        except subprocess.TimeoutExpired:
             with suppress(ProcessLookupError, PermissionError):
-                os.killpg(self._process.pid, signal.SIGKILL)  # it may be importing
+                os.killpg(self._process.pid, signal.SIGKILL)  # it is importing
             self._process.wait()
 
 

@@ -11,7 +11,8 @@ from storage import PostgresStorage
 from storage.optuna_storage.pruning import IndexedPercentilePruner
 from tuner.errors import UsageError
 from tuner.slot.orders import Orders
-from tuner.slot.slot import Slot, SlotConfig, pruner_on
+from tuner.slot.pruning import pruner_on
+from tuner.slot.slot import Slot, SlotConfig
 from tuner.spec import ObjectiveSpec, PrunerSpec
 from tuner.study.joining import Study
 from tuner.study.sampling import build_pruner, pruner_spec

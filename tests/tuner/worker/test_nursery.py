@@ -19,9 +19,11 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 OBJECTIVE = """
-import os
+import atexit, os, tempfile
 
-os.write(2, b"imported\\n")
+MADE = tempfile.TemporaryDirectory()
+atexit.register(os.write, 2, b"ended\\n")
+os.write(2, f"imported {MADE.name}\\n".encode())
 
 def objective(trial):
     return 0.0
@@ -68,7 +70,12 @@ def test_slots_are_forked_end_by_themselves_or_are_killed_and_the_objective_is_i
     os.kill(other.pid, signal.SIGKILL)
     assert other.wait() == -signal.SIGKILL
     assert os.read(streams.events, 1) == b""  # nobody else holds the pipe
-    assert LINES == ["imported"]
+    (imported,) = LINES
+    made = imported.removeprefix("imported ")
+    assert os.path.isdir(made)  # it is not a slot's to delete
+    nursery.close()
+    assert not os.path.exists(made)
+    wait_for(lambda: LINES[1:] == ["ended"], "the end is told once")
 
 
 @pytest.mark.slow
