@@ -48,7 +48,8 @@ def can_fork() -> bool:
 
 
 def forked_from_here() -> socket.socket:
-    """Fork a nursery from this process, and return the socket that takes requests. The process may have no threads."""
+    """Fork a nursery from this process, and return the socket that takes requests."""
+    why_not = _with_threads()  # a process that is forked knows of no others than its own
     ours, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with suppress(OSError, ValueError, AttributeError):  # nobody reads it, or the objective did away with it
         sys.stdout.flush()
@@ -61,16 +62,19 @@ def forked_from_here() -> socket.socket:
         os.setsid()  # a Ctrl-C at the terminal reaches the worker alone
         handle_until_fork([number for number in OF_SIGNAL if number != signal.SIGINT], lambda *_: None)
         ours.close()
-        serve(its)
+        serve(its, why_not)
     finally:
         _end(0)
 
 
-def serve(requests: socket.socket) -> None:
-    """Fork a slot for each request, until nobody can make any more: slots that are left then notice by their parent."""
+def serve(requests: socket.socket, why_not: str | None = None) -> None:
+    """Fork a slot for each request, until nobody can make any more: slots that are left then notice by their parent.
+
+    None is forked if there is something against it: `why_not`, or what is found here.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     gc.freeze()  # what is there is shared with the slots, which a look for garbage would write to
-    _Nursery(requests, _unsuited()).run()
+    _Nursery(requests, why_not or _with_threads() or _unsuited()).run()
 
 
 class _Nursery:
@@ -146,11 +150,15 @@ def _fork() -> int:
         return os.fork()
 
 
-def _unsuited() -> str | None:
-    """Return why a process that is forked from here might not work."""
+def _with_threads() -> str | None:
     others = [thread.name for thread in threading.enumerate() if thread is not threading.main_thread()]
-    if others:
-        return f"importing it starts the thread {others[0]!r}, which a process that is forked would lack"
+    return (
+        f"importing it starts the thread {others[0]!r}, which a process that is forked would lack" if others else None
+    )
+
+
+def _unsuited() -> str | None:
+    """Return why a process that is forked from here might not work, whatever its threads."""
     for descriptor in Path("/proc/self/fd").iterdir():
         with suppress(OSError):  # the one that lists them
             if os.readlink(descriptor).startswith(_DEVICES):

@@ -49,7 +49,7 @@ class Slots:
             self._start_all()
 
     def has_imported(self) -> None:
-        """Start the slots, if they wait for this process to import the objective; it may have no threads now."""
+        """Start the slots, if they wait for this process to import the objective."""
         if not self.all:
             self._nursery = self._new_nursery(None)
             self._start_all()

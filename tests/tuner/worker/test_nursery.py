@@ -117,6 +117,19 @@ def test_an_objective_that_leaves_what_no_fork_takes_along_is_not_forked(tmp_pat
     assert why in reason
 
 
+def test_a_thread_of_the_process_that_is_copied_is_noticed_there() -> None:
+    script = """
+import os, threading
+threading.Thread(target=threading.Event().wait, daemon=True, name="pool").start()
+from tuner.worker.nursery import Nursery
+print(Nursery(None, {}, ".", print).fork({}, (0, 1, 2), print))
+"""
+    done = subprocess.run([sys.executable, "-P", "-c", script], capture_output=True, text=True, check=False)
+    told, forked = done.stdout.splitlines()
+    assert "starts the thread 'pool'" in told
+    assert forked == "None"
+
+
 def test_torchvision_is_imported_by_who_uses_what_torchmetrics_has_of_it() -> None:
     script = """
 from tuner.imports import quick_imports
