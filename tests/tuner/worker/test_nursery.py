@@ -130,13 +130,15 @@ print(Nursery(None, {}, ".", print).fork({}, (0, 1, 2), print))
     assert forked == "None"
 
 
-def test_torchvision_is_imported_by_who_uses_what_torchmetrics_has_of_it() -> None:
+def test_torchvision_and_scipy_are_imported_by_who_uses_what_torchmetrics_has_of_them() -> None:
     script = """
 from tuner.imports import quick_imports
 import sys
 with quick_imports():
     import torchmetrics
-assert not {"torchvision", "torchvision.models", "torch._dynamo"} & set(sys.modules)
+assert not {"torchvision", "torchvision.models", "torch._dynamo", "scipy.signal"} & set(sys.modules)
+import scipy.signal
+assert scipy.signal.hamming is scipy.signal.windows.hamming and scipy.signal.find_peaks
 images = sys.modules["torchmetrics.functional.image.arniqa"]
 print(images.resnet50(weights=None).__class__.__name__, images.transforms.Normalize.__name__)
 assert sys.modules["torchvision.models"].resnet50
