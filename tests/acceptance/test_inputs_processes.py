@@ -8,15 +8,17 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import optuna
 import pytest
-from command import Finished
+from command import Finished, Running
 
 from storage import open_storage, parse_url
 
@@ -95,17 +97,22 @@ def test_paths_are_those_of_the_directory_in_which_the_command_was_started(tuner
 
 def shell(tuner: Tuner, line: str, **environment: str) -> Finished:
     """Run a line of the shell, in which `tuner` is the command."""
+    with started_by_shell(tuner, line, **environment) as process:
+        stdout, stderr = process.communicate()
+    return Finished(process.returncode, stdout, stderr)
+
+
+def started_by_shell(tuner: Tuner, line: str, **environment: str) -> subprocess.Popen[str]:
     command = str(Path(sys.executable).with_name("tuner"))
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("TUNER_", "PG"))}
-    done = subprocess.run(
+    return subprocess.Popen(
         ["bash", "-c", line.replace("tuner ", f"{command} ")],
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        check=False,
         env={**clean, **tuner.environment, **environment},
         cwd=tuner.directory,
     )
-    return Finished(done.returncode, done.stdout, done.stderr)
 
 
 def test_streams_that_are_closed_full_or_in_ascii(tuner: Tuner) -> None:
@@ -129,9 +136,11 @@ def test_streams_that_are_closed_full_or_in_ascii(tuner: Tuner) -> None:
         assert done.code == 1
         assert "Traceback" not in done.stderr
         assert "Exception ignored" not in done.stderr
-    done = shell(here, "timeout --preserve-status -s INT 8 tuner dashboard --port 0 <&- >&-")
-    assert done.code == 0, done.stderr
-    assert "dashboard on http" in done.stderr
+    running = Running(started_by_shell(here, "exec tuner dashboard --port 0 <&- >&-"))
+    with closing(running):
+        running.wait_for_line("dashboard on http")
+        running.process.send_signal(signal.SIGINT)
+        assert running.finish().code == 0
     assert shell(here, "tuner status $'\\xff'").error().endswith("give text in UTF-8")
 
 

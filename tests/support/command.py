@@ -1,4 +1,4 @@
-"""The command line as a user starts it: a process of its own."""
+"""The command line as a user starts it: a process of its own (`preloaded` says what is left out)."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import preloaded
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -43,7 +45,7 @@ class Finished:
 class Running:
     """A command that runs; its stderr is read as it comes."""
 
-    def __init__(self, process: subprocess.Popen[str]) -> None:
+    def __init__(self, process: subprocess.Popen[str] | preloaded.Process) -> None:
         self.process = process
         self.lines: list[str] = []
         self._reader = threading.Thread(target=self._read, daemon=True)
@@ -94,16 +96,22 @@ class Tuner:
     def start(self, *arguments: str | Path, **environment: str) -> Iterator[Running]:
         """Start a command; it is killed at the end of the block if it still runs."""
         clean = {name: value for name, value in os.environ.items() if not name.startswith(("TUNER_", "PG"))}
-        process = subprocess.Popen(
-            [*self.within, str(Path(sys.executable).with_name("tuner")), *map(str, arguments)],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env={**clean, **self.environment, **environment},
-            cwd=self.directory,
-        )
-        running = Running(process)
+        command = [*self.within, str(Path(sys.executable).with_name("tuner")), *map(str, arguments)]
+        its_own = {**self.environment, **environment}
+        if not self.within and preloaded.may_fork(its_own):
+            running = Running(preloaded.start(command, {**clean, **its_own}, self.directory))
+        else:
+            running = Running(
+                subprocess.Popen(
+                    command,
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.PIPE,
+                    text=True,
+                    env={**clean, **its_own},
+                    cwd=self.directory,
+                )
+            )
         try:
             yield running
         finally:

@@ -263,28 +263,29 @@ def worker(
     plans = plan_slots(slots, device, at_most=trials, threads=threads)
     if tensorboard is not None:
         check_tensorboard(tensorboard)
-    engine = settings.open_for_work()
-    joined = open_study(engine, study)
-    if (why := why_failed(engine, joined)) is not None:  # whatever code is here
-        raise StudyFailedError(why)
-    reference = objective or installed_name(joined)
-    source = find_objective(reference)
-    check_code(joined, source, allow_code_change=allow_code_change)
-    log = settings.log(worker=worker_name(), study=joined.name)
-    log.event("study", f"joined study {joined.name}: {_outline(joined)}")
-    _tell_unwritable(log, settings, joined)
-    _drop_left_checkpoints(log, settings, engine, joined)
-    config = slot_config(
-        settings,
-        joined,
-        source,
-        reference,
-        allow_code_change=allow_code_change,
-        preflight=not no_preflight,
-        allow_leak=allow_leak,
-    )
-    processes = Slots(plans, reference, worker_name(), settings.data_dir)
+    processes = Slots(plans, None, worker_name(), settings.data_dir)
     try:
+        engine = settings.open_for_work()
+        joined = open_study(engine, study)
+        if (why := why_failed(engine, joined)) is not None:  # whatever code is here
+            raise StudyFailedError(why)
+        reference = objective or installed_name(joined)
+        source = find_objective(reference)
+        check_code(joined, source, allow_code_change=allow_code_change)
+        processes.load(reference)
+        log = settings.log(worker=worker_name(), study=joined.name)
+        log.event("study", f"joined study {joined.name}: {_outline(joined)}")
+        _tell_unwritable(log, settings, joined)
+        _drop_left_checkpoints(log, settings, engine, joined)
+        config = slot_config(
+            settings,
+            joined,
+            source,
+            reference,
+            allow_code_change=allow_code_change,
+            preflight=not no_preflight,
+            allow_leak=allow_leak,
+        )
         with follow(engine, joined, tensorboard, lambda line: log.event("note", line)) as on_trial:
             Worker(engine, joined, processes, config, log, limits, on_trial).run()
     finally:

@@ -1,6 +1,7 @@
 """Forks slots from a process that has imported all that they need, which takes seconds: each starts in a moment, and
 what was imported is in memory once.
 
+That process is forked itself: from one that has imported the objective, or from a worker that has not, and never will.
 A request comes over a socket, with the ends of the slot's standard streams and of a socket to answer it: `Request` as
 JSON. The answers are lines of JSON: the slot's `pid`, and when it has ended its `code`, as of `Popen.returncode`; or
 why no slot can be forked from here, `unsuited`.
@@ -21,6 +22,7 @@ import threading
 import traceback
 import warnings
 import weakref
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -28,7 +30,7 @@ from pathlib import Path
 from typing import Any, Final, NoReturn
 
 from tuner.exits import OF_SIGNAL, handle_until_fork
-from tuner.slot.preparing import AS_READ, listen
+from tuner.slot.preparing import AS_READ, import_objective, import_torch, listen, prepare
 
 MAX_REQUEST_BYTES: Final = 1 << 16
 _N_STREAMS: Final = 3
@@ -47,27 +49,59 @@ def can_fork() -> bool:
     return True
 
 
-def forked_from_here() -> socket.socket:
-    """Fork a nursery from this process, and return the socket that takes requests."""
+def forked_from_here() -> tuple[int, socket.socket]:
+    """Fork a nursery from this process, which has imported the objective.
+
+    Returns the number of the process, and the socket that takes requests.
+    """
     why_not = _with_threads()  # a process that is forked knows of no others than its own
+    return _forked(lambda requests: _serve(requests, why_not))
+
+
+def forked_to_import(environment: dict[str, str], directory: str, printed: int) -> tuple[int, socket.socket]:
+    """Fork a process that imports torch, and once that is known, the objective that the first request names.
+
+    Then it is a nursery. It prints to the descriptor `printed`, and has this environment and directory. Returns as
+    `forked_from_here` does.
+    """
+    why_not = _with_threads()
+
+    def import_and_serve(requests: socket.socket) -> None:
+        nothing = os.open(os.devnull, os.O_RDWR)
+        for number, stream in enumerate((nothing, nothing, printed)):
+            os.dup2(stream, number)
+        os.close(nothing)
+        os.close(printed)
+        os.environ.update(environment)
+        os.chdir(directory)
+        prepare()
+        import_torch()
+        if reference := requests.recv(MAX_REQUEST_BYTES).decode():
+            import_objective(reference)
+            _serve(requests, why_not)
+
+    return _forked(import_and_serve)
+
+
+def _forked(serve: Callable[[socket.socket], None]) -> tuple[int, socket.socket]:
     ours, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with suppress(OSError, ValueError, AttributeError):  # nobody reads it, or the objective did away with it
         sys.stdout.flush()
         sys.stderr.flush()
-    if _fork():
+    if pid := _fork():
         its.close()
-        return ours
+        return pid, ours
     try:
         _forget_ends()
         os.setsid()  # a Ctrl-C at the terminal reaches the worker alone
         handle_until_fork([number for number in OF_SIGNAL if number != signal.SIGINT], lambda *_: None)
         ours.close()
-        serve(its, why_not)
+        serve(its)
     finally:
         _end(0)
 
 
-def serve(requests: socket.socket, why_not: str | None = None) -> None:
+def _serve(requests: socket.socket, why_not: str | None = None) -> None:
     """Fork a slot for each request, until nobody can make any more: slots that are left then notice by their parent.
 
     None is forked if there is something against it: `why_not`, or what is found here.

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import signal
 import socket
-import subprocess
-import sys
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -29,36 +28,40 @@ class Running(Protocol):
 
 
 class Nursery:
-    """Forks slots for as long as it lives: from a process of its own, or from a copy of this one."""
+    """Forks slots for as long as it lives, from a process that is forked from this one.
 
-    def __init__(
-        self, objective: str | None, environment: dict[str, str], directory: str, on_line: Callable[[str], None]
-    ) -> None:
-        """Start a process that imports the objective; or with None copy this one, which has imported it.
+    That has imported what slots need here (`copied`), or begins with it now (`importing`), until it has to `load` the
+    objective.
+    """
 
-        `on_line` gets each line that is printed meanwhile.
-        """
-        self._process: subprocess.Popen[str] | None = None
-        if objective is None:
-            self._requests = nursery.forked_from_here()
-            return
-        self._requests, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with its:
-            self._process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "tuner.slot.start", objective, str(its.fileno())],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.PIPE,
-                env=environment,
-                cwd=directory,
-                pass_fds=[its.fileno()],
-                start_new_session=True,  # a Ctrl-C at the terminal reaches the worker alone
-                encoding="utf-8",
-                errors="replace",
-            )
+    def __init__(self, pid: int, requests: socket.socket) -> None:
+        self._pid = pid
+        self._requests = requests
+        self._is_importing = False
 
-        assert self._process.stderr is not None
-        threading.Thread(target=_forward, args=(self._process.stderr, on_line), daemon=True).start()
+    @classmethod
+    def copied(cls) -> Nursery:
+        """Copy this process, which has imported the objective."""
+        return cls(*nursery.forked_from_here())
+
+    @classmethod
+    def importing(cls, environment: dict[str, str], directory: str, on_line: Callable[[str], None]) -> Nursery:
+        """Start to import, with this environment and in this directory; `on_line` gets each line that is printed."""
+        printed, its_prints = os.pipe()
+        try:
+            made = cls(*nursery.forked_to_import(environment, directory, its_prints))
+        finally:
+            os.close(its_prints)
+        made._is_importing = True
+        stream = os.fdopen(printed, encoding="utf-8", errors="replace")
+        threading.Thread(target=_forward, args=(stream, on_line), daemon=True).start()
+        return made
+
+    def load(self, objective: str) -> None:
+        """Have the objective imported."""
+        self._is_importing = False
+        with suppress(OSError):  # it has ended, which is found by who wants a slot
+            self._requests.send(objective.encode())
 
     def fork(
         self, environment: dict[str, str], streams: Sequence[int], refused: Callable[[str], None]
@@ -88,15 +91,17 @@ class Nursery:
 
     def close(self) -> None:
         """End the process; slots that still run notice it and end."""
+        if self._requests.fileno() < 0:
+            return  # it was closed before
         self._requests.close()
-        if self._process is None:
-            return
+        ended = os.pidfd_open(self._pid)
         try:
-            self._process.wait(END_S)  # it may have to delete what the objective made as it was imported
-        except subprocess.TimeoutExpired:
-            with suppress(ProcessLookupError, PermissionError):
-                os.killpg(self._process.pid, signal.SIGKILL)  # it is importing
-            self._process.wait()
+            # It may have to delete what the objective made as it was imported.
+            if self._is_importing or not select.select([ended], [], [], END_S)[0]:
+                os.kill(self._pid, signal.SIGKILL)
+        finally:
+            os.close(ended)
+        os.waitpid(self._pid, 0)
 
 
 class _Forked:

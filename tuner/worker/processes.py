@@ -23,35 +23,48 @@ from tuner.worker.slots import SlotPlan
 class Slots:
     """The slots of a worker, started before the study is known so that importing torch overlaps with the rest.
 
-    So does importing `objective`, an installed one's name or `path/to/file.py:NAME`. Both are imported once, and slots
-    are forked from the process that did: one of its own, or this one if it `imports_here`, which then says when it
-    `has_imported`. Where that cannot be, each slot imports them.
+    So does importing `objective`, an installed one's name or `path/to/file.py:NAME`; None if only the study knows it,
+    which is then to be told by `load`. Both are imported once, and slots are forked from the process that did: one of
+    its own, or this one if it `imports_here`, which then says when it `has_imported`. Where that cannot be, each slot
+    imports them.
     """
 
     def __init__(
-        self, plans: Sequence[SlotPlan], objective: str, worker: str, data_dir: Path, *, imports_here: bool = False
+        self,
+        plans: Sequence[SlotPlan],
+        objective: str | None,
+        worker: str,
+        data_dir: Path,
+        *,
+        imports_here: bool = False,
     ) -> None:
         """`worker` is this worker's name, and `data_dir` where others that share the cores look for it."""
         keep_compiled_apart()
         self._seat = cores.Seat(worker, len(plans), data_dir)
         self._share = partial(cores.share, worker, len(plans), data_dir)
         self._plans = plans
-        self._objective = objective
+        self._objective = objective or ""
         self._directory = current_directory()
         self._nursery: Nursery | None = None
         self._is_told = threading.Lock()
         self.inbox: Inbox = queue.SimpleQueue()
         self.all: list[KnownSlot] = []
-        if not can_fork():
-            self._start_all()
-        elif not imports_here:
-            self._nursery = self._new_nursery(objective)
-            self._start_all()
+        if can_fork() and not imports_here:
+            self._nursery = Nursery.importing(self.environment(), self._directory, self._tell_printed)
+        if objective is not None and not (can_fork() and imports_here):
+            self.load(objective)
+
+    def load(self, objective: str) -> None:
+        """Import the objective, and start the slots."""
+        self._objective = objective
+        if self._nursery is not None:
+            self._nursery.load(objective)
+        self._start_all()
 
     def has_imported(self) -> None:
         """Start the slots, if they wait for this process to import the objective."""
         if not self.all:
-            self._nursery = self._new_nursery(None)
+            self._nursery = Nursery.copied()
             self._start_all()
 
     def environment(self) -> dict[str, str]:
@@ -78,12 +91,6 @@ class Slots:
             self._nursery.close()
         self._seat.close()
 
-    def _new_nursery(self, objective: str | None) -> Nursery:
-        def tell(line: str) -> None:
-            self.inbox.put(Message(kind="stderr", slot=0, text=line))
-
-        return Nursery(objective, self.environment(), self._directory, tell)
-
     def _start_all(self) -> None:
         self.all = [KnownSlot(plan=plan, process=self.start(plan), device=plan.shown) for plan in self._plans]
 
@@ -103,6 +110,9 @@ class Slots:
             cwd=self._directory,  # that of the first ones: an objective may have changed this one's
             start_new_session=True,  # a Ctrl-C at the terminal reaches the worker alone, which drains its slots
         )
+
+    def _tell_printed(self, line: str) -> None:
+        self.inbox.put(Message(kind="stderr", slot=0, text=line))
 
     def _tell_unsuited(self, why: str) -> None:
         if self._is_told.acquire(blocking=False):  # once: it is never let go

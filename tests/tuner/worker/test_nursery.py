@@ -45,11 +45,18 @@ class Streams:
             os.close(stream)
 
 
+def importing(objective: str, directory: Path) -> Nursery:
+    """A nursery that imports this objective."""
+    nursery = Nursery.importing(dict(os.environ), str(directory), LINES.append)
+    nursery.load(objective)
+    return nursery
+
+
 @pytest.fixture
 def nursery(tmp_path: Path) -> Iterator[Nursery]:
     LINES.clear()
     (tmp_path / "plain.py").write_text(OBJECTIVE)
-    nursery = Nursery(f"{tmp_path / 'plain.py'}:objective", dict(os.environ), str(tmp_path), LINES.append)
+    nursery = importing(f"{tmp_path / 'plain.py'}:objective", tmp_path)
     try:
         yield nursery
     finally:
@@ -105,7 +112,7 @@ def test_an_objective_that_leaves_what_no_fork_takes_along_is_not_forked(tmp_pat
     if "/dev/dri" in text and not os.path.isdir("/dev/dri"):
         pytest.skip("there is no such device")
     (tmp_path / "odd.py").write_text(OBJECTIVE + text)
-    nursery = Nursery(f"{tmp_path / 'odd.py'}:objective", dict(os.environ), str(tmp_path), LINES.append)
+    nursery = importing(f"{tmp_path / 'odd.py'}:objective", tmp_path)
     streams = Streams()
     told: list[str] = []
     try:
@@ -122,7 +129,7 @@ def test_a_thread_of_the_process_that_is_copied_is_noticed_there() -> None:
 import os, threading
 threading.Thread(target=threading.Event().wait, daemon=True, name="pool").start()
 from tuner.worker.nursery import Nursery
-print(Nursery(None, {}, ".", print).fork({}, (0, 1, 2), print))
+print(Nursery.copied().fork({}, (0, 1, 2), print))
 """
     done = subprocess.run([sys.executable, "-P", "-c", script], capture_output=True, text=True, check=False)
     told, forked = done.stdout.splitlines()
