@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any, Final, NoReturn
 
 from tuner.exits import OF_SIGNAL, handle_until_fork
-from tuner.slot.preparing import AS_READ, import_objective, import_torch, listen, prepare
+from tuner.slot.preparing import AS_READ, import_objective, import_torch, listen
 
 MAX_REQUEST_BYTES: Final = 1 << 16
 _N_STREAMS: Final = 3
@@ -74,7 +74,8 @@ def forked_to_import(environment: dict[str, str], directory: str, printed: int) 
         os.close(printed)
         os.environ.update(environment)
         os.chdir(directory)
-        prepare()
+        _open_streams()
+        listen()
         import_torch()
         if reference := requests.recv(MAX_REQUEST_BYTES).decode():
             import_objective(reference)

@@ -11,12 +11,15 @@ from typing import TYPE_CHECKING
 import pytest
 from command import wait_for
 from processes import children
+from tqdm import tqdm
 
 from tuner.worker.nursery import Nursery
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
+
+    from command import Tuner
 
 OBJECTIVE = """
 import atexit, os, tempfile
@@ -43,6 +46,14 @@ class Streams:
     def hand_over(self) -> None:
         for stream in self.its:
             os.close(stream)
+
+
+@pytest.fixture(autouse=True)
+def without_tqdms_thread() -> None:
+    """End what a progress bar of another test has left running here, where it would count as the worker's own."""
+    if tqdm.monitor is not None:
+        tqdm.monitor.exit()
+        tqdm.monitor = None
 
 
 def importing(objective: str, directory: Path) -> Nursery:
@@ -122,6 +133,20 @@ def test_an_objective_that_leaves_what_no_fork_takes_along_is_not_forked(tmp_pat
         nursery.close()
     (reason,) = told
     assert why in reason
+
+
+@pytest.mark.slow
+def test_a_worker_whose_output_is_a_file_has_its_slots_forked(tuner: Tuner, tmp_path: Path) -> None:
+    (tmp_path / "plain.py").write_text("def objective(trial):\n    return 0.0\n")
+    assert tuner("create", "plain.py:objective", "--trials", "1", "--direction", "minimize").code == 0
+    log = tmp_path / "log"
+    environment = {**os.environ, **tuner.environment}
+    worker = [sys.executable, "-P", "-m", "tuner", "worker", "plain", "--objective", "plain.py:objective"]
+    with log.open("w") as file:
+        subprocess.run(worker, stdout=file, stderr=file, check=True, env=environment, cwd=tmp_path)
+    assert "trial 0 complete" in log.read_text()
+    assert "Traceback" not in log.read_text()
+    assert "imports plain.py:objective itself" not in log.read_text()
 
 
 def test_a_thread_of_the_process_that_is_copied_is_noticed_there() -> None:
