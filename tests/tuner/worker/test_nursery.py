@@ -3,111 +3,32 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from command import wait_for
-from processes import children
-from tqdm import tqdm
-
-from tuner.worker.nursery import Nursery
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-    from pathlib import Path
-
     from command import Tuner
 
-OBJECTIVE = """
-import atexit, os, tempfile
-
-MADE = tempfile.TemporaryDirectory()
-atexit.register(os.write, 2, b"ended\\n")
-os.write(2, f"imported {MADE.name}\\n".encode())
-
-def objective(trial):
-    return 0.0
-"""
+SCRIPT = Path(__file__).parents[2] / "support" / "nurseries.py"
 
 
-LINES: list[str] = []
-
-
-class Streams:
-    """The standard streams of a slot."""
-
-    def __init__(self) -> None:
-        (stdin, self.orders), (self.events, stdout) = os.pipe(), os.pipe()
-        self.its = (stdin, stdout, os.open(os.devnull, os.O_WRONLY))
-
-    def hand_over(self) -> None:
-        for stream in self.its:
-            os.close(stream)
-
-
-@pytest.fixture(autouse=True)
-def without_tqdms_thread() -> None:
-    """End what a progress bar of another test has left running here, where it would count as the worker's own."""
-    if tqdm.monitor is not None:
-        tqdm.monitor.exit()
-        tqdm.monitor = None
-
-
-def importing(objective: str, directory: Path) -> Nursery:
-    """A nursery that imports this objective."""
-    nursery = Nursery.importing(dict(os.environ), str(directory), LINES.append)
-    nursery.load(objective)
-    return nursery
-
-
-@pytest.fixture
-def nursery(tmp_path: Path) -> Iterator[Nursery]:
-    LINES.clear()
-    (tmp_path / "plain.py").write_text(OBJECTIVE)
-    nursery = importing(f"{tmp_path / 'plain.py'}:objective", tmp_path)
-    try:
-        yield nursery
-    finally:
-        nursery.close()
+def in_a_process_of_its_own(*arguments: str | Path) -> str:
+    """What a function of that script prints; a process that has run other tests has threads."""
+    environment = {**os.environ, "PYTHONPATH": f"{SCRIPT.parent}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
+    command = [sys.executable, "-P", SCRIPT, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 @pytest.mark.slow
-def test_slots_are_forked_end_by_themselves_or_are_killed_and_the_objective_is_imported_once(nursery: Nursery) -> None:
-    streams, others = Streams(), Streams()
-    slot = nursery.fork({}, streams.its, pytest.fail)
-    other = nursery.fork({}, others.its, pytest.fail)
-    assert slot is not None
-    assert other is not None
-    for each in (streams, others):
-        each.hand_over()
-    os.close(streams.orders)
-    assert slot.wait() == 0
-    os.kill(other.pid, signal.SIGKILL)
-    assert other.wait() == -signal.SIGKILL
-    assert os.read(streams.events, 1) == b""  # nobody else holds the pipe
-    (imported,) = LINES
-    made = imported.removeprefix("imported ")
-    assert os.path.isdir(made)  # it is not a slot's to delete
-    nursery.close()
-    assert not os.path.exists(made)
-    wait_for(lambda: LINES[1:] == ["ended"], "the end is told once")
-
-
-@pytest.mark.slow
-def test_a_nursery_that_was_killed_forks_no_more_and_its_slots_count_as_killed(nursery: Nursery) -> None:
-    streams = Streams()
-    slot = nursery.fork({}, streams.its, pytest.fail)
-    assert slot is not None
-    (pid,) = (child for child in children(os.getpid()) if slot.pid in children(child))
-    os.kill(pid, signal.SIGKILL)
-    assert slot.wait() == -signal.SIGKILL
-    assert nursery.fork({}, streams.its, pytest.fail) is None
-    streams.hand_over()
-    os.close(streams.orders)
-    wait_for(lambda: not os.path.exists(f"/proc/{slot.pid}"), "the slot ends")
+@pytest.mark.parametrize("function", ["fork_and_kill_slots", "kill_the_nursery"])
+def test_slots_end_by_themselves_or_are_killed_alone_or_with_their_nursery(tmp_path: Path, function: str) -> None:
+    assert in_a_process_of_its_own(function, tmp_path) == "all as it should\n"
 
 
 @pytest.mark.slow
@@ -122,17 +43,7 @@ def test_a_nursery_that_was_killed_forks_no_more_and_its_slots_count_as_killed(n
 def test_an_objective_that_leaves_what_no_fork_takes_along_is_not_forked(tmp_path: Path, text: str, why: str) -> None:
     if "/dev/dri" in text and not os.path.isdir("/dev/dri"):
         pytest.skip("there is no such device")
-    (tmp_path / "odd.py").write_text(OBJECTIVE + text)
-    nursery = importing(f"{tmp_path / 'odd.py'}:objective", tmp_path)
-    streams = Streams()
-    told: list[str] = []
-    try:
-        assert nursery.fork({}, streams.its, told.append) is None
-        assert nursery.fork({}, streams.its, pytest.fail) is None
-    finally:
-        nursery.close()
-    (reason,) = told
-    assert why in reason
+    assert why in in_a_process_of_its_own("import_odd", tmp_path, text)
 
 
 @pytest.mark.slow
