@@ -8,17 +8,23 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
-def test_main_job_prints_seconds_and_accuracy() -> None:
-    arguments = ["--runs", "1", "--trials", "2", "--epochs", "1"]
+def test_main_job_prints_its_phases_and_accuracy_beside_another_checkouts() -> None:
+    arguments = ["--runs", "1", "--trials", "2", "--epochs", "1", "--against", BENCHMARKS.parent]
     done = subprocess.run(
         [sys.executable, BENCHMARKS / "main_job.py", *arguments], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    assert re.search(r"seconds +\d+\.\d+ +\d+\.\d+ +\d+\.\d+", done.stdout)
-    assert re.search(r"test accuracy +0\.\d+", done.stdout)
+    found = {name: float(value) for name, value in re.findall(r"^  (\D+?) +(\d+\.\d+)", done.stdout, re.M)}
+    phases = [found[name] for name in ("first trial", "search", "export")]
+    assert min(phases) > 0
+    assert sum(phases) == pytest.approx(found["seconds"], abs=0.01)
+    assert 0 < found["test accuracy, there"] <= 1
+    assert found["seconds, ratio"] == pytest.approx(found["seconds"] / found["seconds, there"], abs=0.01)
 
 
 def test_storage_scale_prints_both_sides_and_their_ratio(database: str) -> None:
