@@ -195,13 +195,14 @@ def test_the_build_sees_the_sources_and_nothing_else() -> None:
 # --- its commands
 
 
-@dataclass(frozen=True)
+@dataclass
 class Team:
     """What Compose would start, on this machine: a server with the file's roles, and files for its secrets."""
 
     postgres_port: int
     dashboard_port: int
     directory: Path
+    admin_url: str = ""
 
     def secret(self, name: str) -> str:
         return (self.directory / name).read_text().strip()
@@ -282,8 +283,8 @@ def team(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Team]:
         script = directory / "roles.sql"
         script.write_text(team.here((ROOT / compose()["configs"]["roles"]["file"]).read_text()))
         psql = [bundled_programs()[0].path("psql"), "--no-psqlrc", "--quiet", "-v", "ON_ERROR_STOP=1"]
-        admin_url = server.admin_url().replace("/tuner?", "/postgres?")
-        subprocess.run([*psql, "-d", admin_url, "-f", script], check=True)
+        team.admin_url = server.admin_url().replace("/tuner?", "/postgres?")
+        subprocess.run([*psql, "-d", team.admin_url, "-f", script], check=True)
         yield team
     finally:
         server.destroy()
@@ -361,3 +362,16 @@ def test_the_workers_role_is_no_superuser(team: Team) -> None:
 def test_the_superuser_cannot_get_in_over_the_network(team: Team, password: str) -> None:
     with pytest.raises(psycopg2.OperationalError, match="password"):
         psycopg2.connect(team.url("postgres", password))
+
+
+def test_what_removes_it_all_by_hand_leaves_no_role(team: Team) -> None:
+    team.run("setup")
+    [line] = re.findall(r"`(DROP DATABASE [^`]+)`", (ROOT / "docs" / "operations.md").read_text())
+    connection = psycopg2.connect(team.admin_url)
+    connection.autocommit = True
+    with connection.cursor() as cursor:
+        for statement in line.rstrip(";").split("; "):
+            cursor.execute(statement)
+        cursor.execute("SELECT count(*) FROM pg_roles WHERE rolname LIKE 'tuner%'")
+        assert cursor.fetchone() == (0,)
+    connection.close()

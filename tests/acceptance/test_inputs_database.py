@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,9 +28,10 @@ from storage.embedded.programs import bundled_programs, reachable_by
 from storage.embedded.server import SHARED_DIRECTORY
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 INPUTS = Path(__file__).parents[1] / "inputs"
+PAGE = Path(__file__).parents[2] / "docs" / "operations.md"
 
 
 @pytest.fixture(scope="module")
@@ -91,13 +93,15 @@ def test_secrets_that_change_under_load_keep_neither_workers_nor_a_dashboard_out
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     server.start(f"127.0.0.1:{port}")
-    file = tmp_path / "password"
+    (tmp_path / "secrets").mkdir()
+    file = tmp_path / "secrets" / "postgres_password"
     file.touch(0o600)
     file.write_text(server.password_file.read_text())
-    token = tmp_path / "token"
+    change, take_over, new_token = _rotation(server, tmp_path)
+    token = tmp_path / "secrets" / "dashboard_token"
     token.touch(0o600)
     token.write_text(TOKEN)
-    first, second = ({"Authorization": f"Bearer {its}"} for its in (TOKEN, TOKEN[::-1]))
+    first = {"Authorization": f"Bearer {TOKEN}"}
     tuner = Tuner(
         {
             "TUNER_STORAGE": f"postgresql://tuner@127.0.0.1:{port}/tuner",
@@ -119,9 +123,11 @@ def test_secrets_that_change_under_load_keep_neither_workers_nor_a_dashboard_out
             assert watching.process.stdout.readline()  # it has looked; nobody reads the rest before the end
             wait_for(lambda: {event["slot"] for event in worker.events("report")} == {0, 1, 2}, "they train", 120)
             assert (client.ask("/api/studies", headers=first).status, client.ask("/healthz").status) == (200, 200)
-            token.write_text(TOKEN[::-1])
+            new_token()
+            second = {"Authorization": f"Bearer {token.read_text().strip()}"}
             assert client.ask("/api/studies", headers=first).status == 401
-            _change_password(server, "second")
+            change()
+            _as_admin(server, "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = 'tuner'")
             for running in (watching, worker):
                 running.wait_for_line("password authentication failed")
             for path in ("/api/studies", "/api/studies/1", "/csv/1"):
@@ -131,7 +137,7 @@ def test_secrets_that_change_under_load_keep_neither_workers_nor_a_dashboard_out
             assert (client.ask("/healthz").status, client.ask("/healthz").body) == (503, b'{"database": "away"}\n')
             refused = tuner("best", "search")
             assert (refused.code, "password authentication failed" in refused.error()) == (4, True)
-            file.write_text("second\n")
+            take_over()
             assert worker.finish().code == 0
             assert watching.finish().code == 0
             assert client.ask("/api/studies", headers=second).status == 200
@@ -255,10 +261,16 @@ def _attempts(server: EmbeddedServer) -> list[str]:
     return found
 
 
-def _change_password(server: EmbeddedServer, password: str) -> None:
-    """Change the role's password, and end its sessions so that they meet the new one."""
-    _as_admin(
-        server,
-        f"ALTER ROLE tuner PASSWORD '{password}'",
-        "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = 'tuner'",
-    )
+def _rotation(server: EmbeddedServer, directory: Path) -> list[Callable[[], None]]:
+    """What the page has operators type: the database's new password, then the file's; and the dashboard's new token."""
+    section = PAGE.read_text().partition("\n## Rotation\n")[2].partition("\n## ")[0]
+    make, alter, write = re.findall(r"^    (\S.*)$", section, re.M)
+    [new_token] = re.findall(r"`(openssl .* > secrets/dashboard_token)`", section)
+    psql = f"{bundled_programs()[0].path('psql')} -d '{server.admin_url()}' "
+    by_compose = "docker compose exec -T postgres psql -U postgres "
+    assert by_compose in alter
+
+    def run(line: str) -> None:
+        subprocess.run(["bash", "-e", "-o", "pipefail", "-c", line], cwd=directory, check=True)
+
+    return [partial(run, f"{make}\n{alter.replace(by_compose, psql)}"), partial(run, write), partial(run, new_token)]

@@ -9,9 +9,10 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
+from command import Tuner
 
 from storage import PostgresStorage
 from storage.coordination import control
@@ -19,9 +20,6 @@ from tuner.exits import ExitCode
 from tuner.slot import left_checkpoints
 from tuner.spec import Spec
 from tuner.study.joining import checkpoint_directory, create_study
-
-if TYPE_CHECKING:
-    from command import Tuner
 
 PAGE = Path(__file__).parents[2] / "docs/operations.md"
 UNITS = dict(re.findall(r"^```ini\n# /etc/systemd/system/([\w@.-]+)\n(.*?)^```$", PAGE.read_text(), re.M | re.S))
@@ -110,3 +108,22 @@ def test_the_page_s_lines_read_what_a_worker_logs_and_what_a_study_tells(
         f"digits: 2 trials wait for a worker since {status['last_seen']}",
         "digits: idle for 1000000 s",
     ]
+
+
+def test_the_page_s_lines_remove_a_study_and_a_machine(tmp_path: Path) -> None:
+    section = PAGE.read_text().partition("\n## Removal\n")[2].partition("\n## ")[0]
+    lines = re.findall(r"`(tuner [^`]+)`", section)
+    wanted = ["stop STUDY", "delete STUDY --yes", "clean", "clean --dry-run", "worker STUDY", "db delete"]
+    assert lines == [f"tuner {line}" for line in wanted]
+    stop, delete, _, look, _, delete_database = (line.split()[1:] for line in lines)
+    machine = Tuner({"TUNER_DATA_DIR": str(tmp_path / "data")}, tmp_path)
+    assert machine("create", "digits", "--study", "STUDY", "--trials", "9").code == 0
+    try:
+        for command in (stop, delete, look):
+            done = machine(*command)
+            assert done.code == 0, done.stderr
+        assert machine("studies", "--json").json() == []
+    finally:
+        assert machine(*delete_database, "--yes").code == 0
+    assert machine("db", "list", "--json").json() == []
+    shutil.rmtree(tmp_path / "data")
