@@ -372,6 +372,6 @@ def test_what_removes_it_all_by_hand_leaves_no_role(team: Team) -> None:
     with connection.cursor() as cursor:
         for statement in line.rstrip(";").split("; "):
             cursor.execute(statement)
-        cursor.execute("SELECT count(*) FROM pg_roles WHERE rolname LIKE 'tuner%'")
-        assert cursor.fetchone() == (0,)
+        cursor.execute("SELECT rolname FROM pg_roles WHERE rolname IN ('tuner', 'tuner_reader')")
+        assert cursor.fetchall() == []
     connection.close()

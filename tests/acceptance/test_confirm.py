@@ -62,6 +62,19 @@ def test_the_confirmed_trial_is_exported_and_the_manifest_tells_by_what(tuner: T
     assert [trial["params"] for trial in trials if trial["user_attrs"]["confirms"] == choice["number"]] == (
         [choice["params"]] * 2
     )
+
+    report = tuner("report", "signs", "-o", "report.html", "--model", "model", "--json").json()
+    repeated = report["confirmation"]["repeated"]
+    assert report["confirmation"]["study"] == "signs/confirm"
+    assert [(its["params"], sorted(its["values"])) for its in repeated] == (
+        [(its["params"], sorted(its["values"])) for its in (choice, other)]
+    )
+    assert repeated[0]["mean"] == manifest["confirmed"]["mean"]
+    assert report["model"] == manifest
+    assert "signs/confirm" in (tmp_path / "report.html").read_text()
+    other_study = tuner("report", "signs/confirm", "-o", "other.html", "--model", "model")
+    assert (other_study.code, "--model needs an export of 'signs/confirm'" in other_study.error()) == (2, True)
+
     deleted = tuner("delete", "signs", "--yes")
     assert "its confirmation signs/confirm stays: 'tuner delete signs/confirm' deletes it, too" in deleted.stderr
 

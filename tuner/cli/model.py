@@ -107,6 +107,13 @@ def export(
 def verify(
     settings: Settings,
     directory: Annotated[Path, typer.Argument(metavar="DIRECTORY", help="An export's.")],
+    formats: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME,...",
+            help="Call these against model.pt2, too: torchscript, aoti, which run code of who made the export.",
+        ),
+    ] = "",
     metrics: Annotated[
         bool,
         typer.Option("--metrics", help="Evaluate on the test split again, by the objective's code and data."),
@@ -121,13 +128,15 @@ def verify(
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print what was checked as JSON.")] = False,
 ) -> None:
-    """Check the export in DIRECTORY against its manifest: hashes, weights against program, and calls of it."""
+    """Check the export in DIRECTORY against its manifest: hashes, weights against program, and calls of each format."""
     from tuner.cli.reading import print_json
+    from tuner.formats.names import chosen
     from tuner.model.verifying import verify as verify_
 
     if objective is not None and not metrics:
         raise UsageError("--objective is for --metrics, which runs its code; without it none is run")
-    checks = verify_(directory)
+    named = [name for name in chosen(formats) if name not in ("safetensors", "pt2")] if formats else []
+    checks = verify_(directory, named)
     if metrics and all(check.problem is None for check in checks):
         from tuner.model.measuring import measure, source_of
 

@@ -1,8 +1,13 @@
-"""Whether an export is what its manifest says, without its data: hashes, weights against program, and calls of it."""
+"""Whether an export is what its manifest says, without its data.
+
+Hashes, weights against program, calls of it, and what other formats give against what it gives.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -10,11 +15,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import nn
 
-from tuner.data import Inputs, tensors
-from tuner.errors import TunerError, first_line
+from tuner.data import Inputs, Split, tensors
+from tuner.errors import FormatError, TunerError, first_line
+from tuner.formats.names import FILES
+from tuner.formats.parity import Sample, compared
 from tuner.formats.program import PROGRAM, load_program
 from tuner.formats.weights import WEIGHTS
 from tuner.model.directory import current
+from tuner.model.loading import LoadedModel, load_model
 from tuner.model.manifest import Manifest, read_manifest, sha256_of
 from tuner.training.steps import call
 
@@ -29,10 +37,17 @@ class Check:
     problem: str | None
 
 
-def verify(path: Path) -> list[Check]:
-    """Return what was checked of the export in a directory. Raises TunerError if there is none."""
+def verify(path: Path, formats: Sequence[str] = ()) -> list[Check]:
+    """Return what was checked of the export in a directory. Raises TunerError if there is none.
+
+    ONNX is compared with the program wherever it can be run; `formats` are those to compare beside it, which may be
+    code of who made the export.
+    """
     directory = current(path)
     manifest = read_manifest(directory)
+    for name in formats:
+        if FILES[name] not in manifest.files:
+            raise TunerError(f"{directory} has no {FILES[name]}; it has: {', '.join(sorted(manifest.files))}")
     checks = [
         Check(name=f"sha256 of {name}", problem=_hash(directory / name, its))
         for name, its in sorted(manifest.files.items())
@@ -44,8 +59,45 @@ def verify(path: Path) -> list[Check]:
     except TunerError as error:
         return [*checks, Check(name=f"{PROGRAM} can be loaded", problem=str(error))]
     checks.append(Check(name=f"{PROGRAM} has the weights of {WEIGHTS}", problem=_weights(program, directory / WEIGHTS)))
-    checks += [Check(name=f"{PROGRAM} on {n} rows", problem=_call(program, manifest, n)) for n in BATCH_SIZES]
-    return checks
+    calls = [Check(name=f"{PROGRAM} on {n} rows", problem=_call(program, manifest, n)) for n in BATCH_SIZES]
+    others = [name for name in FILES if name in formats or (name == "onnx" and _can_run_onnx(manifest))]
+    if others and not any(check.problem for check in calls):
+        sample = Sample(LoadedModel(program, manifest), Split(_drawn(manifest), torch.zeros(max(BATCH_SIZES))))
+        calls += [
+            Check(name=f"{FILES[name]} against {PROGRAM}", problem=_compare(directory, name, sample)) for name in others
+        ]
+    return [*checks, *calls]
+
+
+def _can_run_onnx(manifest: Manifest) -> bool:
+    return FILES["onnx"] in manifest.files and find_spec("onnxruntime") is not None and find_spec("onnx") is not None
+
+
+def _compare(directory: Path, name: str, sample: Sample) -> str | None:
+    try:
+        compared(FILES[name], load_model(directory, format=name).program, sample)
+    except (FormatError, TunerError) as error:
+        return str(error)
+    return None
+
+
+def _drawn(manifest: Manifest) -> Inputs:
+    """Return rows of the inputs' shapes: numbers around zero, any bytes, and zeros where only some may be meant."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(size: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        if dtype.is_floating_point:
+            return torch.randn(size, generator=generator).to(dtype)
+        return torch.randint(256 if dtype == torch.uint8 else 1, size, generator=generator, dtype=dtype)
+
+    return _inputs(manifest, [draw((max(BATCH_SIZES), *its.shape), _dtype(its.dtype)) for its in manifest.inputs])
+
+
+def _inputs(manifest: Manifest, rows: list[torch.Tensor]) -> Inputs:
+    names = [its.name for its in manifest.inputs if its.name is not None]
+    if names:
+        return dict(zip(names, rows, strict=True))
+    return rows[0] if len(rows) == 1 else tuple(rows)
 
 
 def _hash(path: Path, expected: str) -> str | None:
@@ -73,10 +125,8 @@ def _weights(program: nn.Module, path: Path) -> str | None:
 def _call(program: nn.Module, manifest: Manifest, n_rows: int) -> str | None:
     try:
         rows = [torch.zeros(n_rows, *its.shape, dtype=_dtype(its.dtype)) for its in manifest.inputs]
-        names = [its.name for its in manifest.inputs if its.name is not None]
-        inputs: Inputs = dict(zip(names, rows, strict=True)) if names else tuple(rows)
         with torch.no_grad():
-            outputs = call(program, inputs)
+            outputs = call(program, _inputs(manifest, rows))
     except (RuntimeError, ValueError, TypeError) as error:
         return f"{type(error).__name__}: {first_line(error)}"
     wanted = [[n_rows, *its.shape] for its in manifest.outputs]

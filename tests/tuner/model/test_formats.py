@@ -3,6 +3,7 @@
 import re
 import shutil
 
+import onnx
 import pytest
 import torch
 from command import Tuner
@@ -13,7 +14,8 @@ from tuner.errors import TunerError
 from tuner.formats.names import FILES
 from tuner.model.card import loading_lines
 from tuner.model.directory import CARD
-from tuner.model.manifest import MANIFEST, read_manifest
+from tuner.model.manifest import MANIFEST, read_manifest, sha256_of
+from tuner.model.verifying import verify
 
 FORMATS = ("safetensors", "pt2", "onnx", "torchscript")
 
@@ -124,6 +126,26 @@ def test_a_model_is_rebuilt_to_be_trained_further(every):
     with pytest.raises(TunerError, match="take the file of then, or allow_code_change=True"):
         tuner.rebuild(every.output, objective=reference)
     assert tuner.rebuild(every.output, objective=reference, allow_code_change=True)
+
+
+@pytest.mark.slow
+def test_verify_calls_the_formats_against_each_other(every):
+    checks = {check.name: check.problem for check in verify(every.output, ["torchscript"])}
+    assert set(checks.values()) == {None}
+    assert {"model.onnx against model.pt2", "model.torchscript.pt against model.pt2"} < set(checks)
+    path = every.output / FILES["onnx"]
+    model = onnx.load(path)
+    for weight in model.graph.initializer:
+        weight.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(weight) * 2, weight.name))
+    onnx.save(model, path)
+    manifest = read_manifest(every.output)
+    files = {**manifest.files, FILES["onnx"]: sha256_of(path)}
+    (every.output / MANIFEST).write_text(manifest.model_copy(update={"files": files}).model_dump_json())
+    (wrong,) = [check for check in verify(every.output) if check.problem is not None]
+    assert wrong.name == "model.onnx against model.pt2"
+    assert "needs to give the model's outputs for 1 rows, got a difference of" in wrong.problem
+    with pytest.raises(TunerError, match=r"has no model\.aoti\.pt2; it has: .*model\.onnx"):
+        verify(every.output, ["aoti"])
 
 
 def test_a_model_that_is_built_otherwise_each_time_is_not_rebuilt(exporting):
