@@ -64,6 +64,8 @@ class Objective(BaseModel, ABC, metaclass=_ObjectiveType):
     """Epochs of a trial, unless `--epochs` says otherwise, or the param `epochs` where suggested."""
     data_license: ClassVar[str | None] = None
     """The licence of the data, for the card of an exported model: an SPDX identifier, such as `CC-BY-4.0`, or text."""
+    show_rows: ClassVar[bool] = True
+    """Whether an export's manifest may hold some rows of the test split, for its report to show."""
     readers: ClassVar[int | None] = None
     """Processes that read `Samples` in each slot, unless `--readers` says otherwise: 0 for none, None for as many as
     it has cores."""

@@ -71,7 +71,12 @@ def test_the_confirmed_trial_is_exported_and_the_manifest_tells_by_what(tuner: T
     )
     assert repeated[0]["mean"] == manifest["confirmed"]["mean"]
     assert report["model"] == manifest
-    assert "signs/confirm" in (tmp_path / "report.html").read_text()
+    page = (tmp_path / "report.html").read_text()
+    assert "signs/confirm" in page
+    rows = manifest["test_details"]
+    for heading, its in (("Where it errs", rows["wrong"][""]), ("Some rows that it got right", rows["right"][""])):
+        assert (f"<h3>{heading}</h3>" in page) == bool(its)
+    assert rows["right"][""] or rows["wrong"][""]
     other_study = tuner("report", "signs/confirm", "-o", "other.html", "--model", "model")
     assert (other_study.code, "--model needs an export of 'signs/confirm'" in other_study.error()) == (2, True)
 

@@ -39,7 +39,10 @@ def show(
         if as_json:
             print_json(manifest.model_dump(mode="json"))
         else:
-            _print_rows(list(_leaves(manifest.model_dump(mode="json", exclude={"learning_curve"}), at_top=())))
+            told = manifest.model_dump(mode="json", exclude={"learning_curve"})
+            for of_test in ("wrong", "right"):
+                (told["test_details"] or {}).pop(of_test, None)
+            _print_rows(list(_leaves(told, at_top=())))
         return
     from tuner.study.joining import find_study
 

@@ -241,7 +241,7 @@ def _measured(
         with _of_test(objective), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # such as of a resample without a class
             names, seed = _class_names(data.class_names), derive_seed(study.spec.seed, "resamples", best.number)
-            details = details_of_test(model, test, data, metrics, names, seed)
+            details = details_of_test(model, test, data, metrics, names, seed, show_rows=objective.show_rows)
     except FormatError as error:
         return _Tested(metrics=found, before=before, without_details=str(error))
     why = "there are too many predictions to keep" if details is None else None

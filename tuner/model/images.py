@@ -1,7 +1,8 @@
-"""Image files as rows of a model's input, with Pillow, which torchvision brings."""
+"""Image files as rows of a model's input, and rows as images, with Pillow, which torchvision brings."""
 
 from __future__ import annotations
 
+import io
 import math
 import warnings
 from pathlib import Path
@@ -18,6 +19,10 @@ if TYPE_CHECKING:
 SUFFIXES = (".png", ".jpg", ".jpeg")
 WHITES = (1.0, 16.0, 255.0)
 """What white may be in the objective's data, whose black is 0."""
+MIN_SIDE = 8
+"""A flat input of fewer pixels is no image."""
+MAX_DRAWN = 64 * 64
+"""Pixels of a row that is drawn."""
 _NEARLY = 0.9
 _MODES = ("1", "L", "LA", "P", "RGB", "RGBA")
 
@@ -59,6 +64,28 @@ def read_image(path: Path, its: TensorDescription, *, resize: bool) -> np.ndarra
         pixels = pixels.transpose(2, 0, 1)
     row = pixels.reshape(its.shape)
     return row if white == 255 else row * np.float32(white / 255)
+
+
+def png_of(row: np.ndarray[Any, Any], its: TensorDescription) -> bytes | None:
+    """Return a row of an input as a PNG; None if it is no image, or has more than `MAX_DRAWN` pixels."""
+    try:
+        (channels, size), white = _layout(its), _white(its)
+    except TunerError:
+        return None
+    if size is None:
+        side = math.isqrt(its.shape[0])
+        if side * side != its.shape[0] or side < MIN_SIDE:
+            return None
+        size = side, side
+    if size[0] * size[1] > MAX_DRAWN:
+        return None
+    from PIL import Image
+
+    scaled = np.asarray(row, dtype=np.float32).reshape(channels, size[1], size[0]) * (255 / white)
+    pixels = np.rint(scaled).clip(0, 255).astype(np.uint8)
+    written = io.BytesIO()
+    Image.fromarray(pixels[0] if channels == 1 else pixels.transpose(1, 2, 0)).save(written, "PNG")
+    return written.getvalue()
 
 
 def _layout(its: TensorDescription) -> tuple[int, tuple[int, int] | None]:

@@ -16,6 +16,8 @@ FileName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-
 """A file's in the export's directory, and of no other: who writes a manifest may not have any file read."""
 
 
+Base64 = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9+/]+={0,2}$")]
+
 Kind = Literal["classes", "binary", "multilabel", "number"]
 """What a target is: one of several classes, one of two by a single output, any of several, or numbers."""
 
@@ -70,12 +72,28 @@ class ClassDetails(BaseModel):
     calibration_error: float
 
 
+class TestedRow(BaseModel):
+    """A row of the test split, counted from 0: what was `wanted` and `given`, and for a class how sure the model was.
+
+    `image` is the row as a PNG in base64, where an input is a small image; otherwise `values` are its inputs in their
+    order, where they are few.
+    """
+
+    row: int
+    wanted: str | float
+    given: str | float
+    confidence: float | None = None
+    image: Base64 | None = None
+    values: list[float] = []
+
+
 class TestDetails(BaseModel):
     """How sure the figures of the test split are, and where the model errs; each target by its name, "" for the only.
 
     `intervals` hold 95 % of the figures of as many `resamples` of the rows, drawn with replacement from `seed`; None
     where some are no numbers. `residuals` are what was given less what was wanted, for each output at the quantiles
-    0, 5, 25, 50, 75, 95 and 100 %.
+    0, 5, 25, 50, 75, 95 and 100 %. `wrong` are the rows where the model was surest of another class, or the furthest
+    off; `right` are some of those whose class it found, or of all where it gives numbers.
     """
 
     rows: int
@@ -84,6 +102,8 @@ class TestDetails(BaseModel):
     intervals: dict[str, tuple[float, float] | None]
     classes: dict[str, ClassDetails] = {}
     residuals: dict[str, list[list[float]]] = {}
+    wrong: dict[str, list[TestedRow]] = {}
+    right: dict[str, list[TestedRow]] = {}
 
 
 class FormatCheck(BaseModel):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import closing
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,7 +15,10 @@ from torchmetrics.regression import MeanAbsoluteError, MeanSquaredError
 
 from tuner.data import Data, Split, Tensors, map_inputs, tensors
 from tuner.labels import Labels, LabelsOfEach
+from tuner.model.describing import with_ranges
 from tuner.model.manifest import ClassDetails, OfClass, TestDetails
+from tuner.model.samples import N_EACH, Samples
+from tuner.model.writing import described
 from tuner.training.evaluation import Evaluation, device_of
 
 RESAMPLES = 1000
@@ -29,11 +33,19 @@ _AT_ONCE = 1 << 24
 
 
 def details_of_test(
-    model: nn.Module, test: Split, data: Data, metrics: Mapping[str, Metric], class_names: Any, seed: int
+    model: nn.Module,
+    test: Split,
+    data: Data,
+    metrics: Mapping[str, Metric],
+    class_names: Any,
+    seed: int,
+    *,
+    show_rows: bool = True,
 ) -> TestDetails | None:
     """Return the details of a model's predictions on the test split; None where they are too many to be kept.
 
-    `metrics` lie on the rows' device and are used up. The rows are drawn again, with replacement, as `seed` says.
+    `metrics` lie on the rows' device and are used up. The rows are drawn again, with replacement, as `seed` says. Some
+    of them are among the details if they may be shown.
     """
     evaluation = Evaluation(model, test, device_of(model, test))
     with closing(evaluation):
@@ -41,6 +53,8 @@ def details_of_test(
         if len(test) * sum(part.numel() for part in tensors(one)) > MAX_VALUES:
             return None
         predicted = map_inputs(lambda part: part.float() if part.is_floating_point() else part, evaluation.predicted())
+    inputs = with_ranges(described(data.train.rows(slice(0, 1)).inputs), data.train)
+    samples = Samples(test, inputs, seed, n_each=N_EACH if show_rows else 0)
     resamples, intervals = _bootstrap(metrics, predicted, test.targets, len(test), seed)
     details = TestDetails(rows=len(test), seed=seed, resamples=resamples, intervals=intervals)
     labels = data.train.labels
@@ -50,15 +64,22 @@ def details_of_test(
         targets: Any = test.targets if target == "" else test.targets[target]  # type: ignore[index]
         if isinstance(its, Labels):
             names = class_names[str(target)] if isinstance(class_names, Mapping) else class_names
-            if (found := _of_classes(outputs.cpu(), targets.cpu(), its, names)) is not None:
-                details.classes[str(target)] = found
+            if (judged := _judged(outputs.cpu(), targets.cpu(), its)) is not None:
+                details.classes[str(target)] = _of_classes(judged, its, names)
+                if targets.ndim == 1:
+                    found = samples.of_classes(judged.rows, judged.wanted, judged.given, judged.confidence, names)
+                    details.wrong[str(target)], details.right[str(target)] = found
         elif isinstance(outputs, Tensor) and isinstance(targets, Tensor) and outputs.numel() == targets.numel():
             residuals = (outputs.reshape(targets.shape) - targets).cpu().double().reshape(len(test), -1)
             if residuals.isfinite().all():
                 # torch.quantile takes 16 million numbers at most.
                 drawn = residuals[:: max(1, residuals.numel() >> 23)]
-                found_ = torch.quantile(drawn, torch.tensor(QUANTILES, dtype=drawn.dtype), dim=0).T.tolist()
-                details.residuals[str(target)] = found_
+                quantiles = torch.quantile(drawn, torch.tensor(QUANTILES, dtype=drawn.dtype), dim=0).T.tolist()
+                details.residuals[str(target)] = quantiles
+                if residuals.shape[1] == 1:
+                    wanted = targets.cpu().double().flatten()
+                    found = samples.of_numbers(wanted, wanted + residuals.flatten())
+                    details.wrong[str(target)], details.right[str(target)] = found
     return details
 
 
@@ -135,8 +156,18 @@ def _means(metric: Metric, of_row: Tensor, weights: Tensor, generator: torch.Gen
     return _figure(metric, torch.cat(drawn))
 
 
-def _of_classes(outputs: Tensor, targets: Tensor, labels: Labels, names: Any) -> ClassDetails | None:
-    """Return the details of logits, or probabilities, (n, classes, ...) and the numbers of classes (n, ...)."""
+@dataclass(frozen=True, kw_only=True)
+class _Judged:
+    """What a classifier gives for the rows whose class is known: numbers of classes, and how sure it is."""
+
+    rows: Tensor
+    wanted: Tensor
+    given: Tensor
+    confidence: Tensor
+
+
+def _judged(outputs: Tensor, targets: Tensor, labels: Labels) -> _Judged | None:
+    """Return it for logits, or probabilities, (n, classes, ...) and the numbers of classes (n, ...)."""
     if labels.form != "one" or outputs.ndim != targets.ndim + 1 or outputs.shape[1] != labels.n_classes:
         return None
     shown = outputs.movedim(1, -1).reshape(-1, labels.n_classes).double()
@@ -147,7 +178,12 @@ def _of_classes(outputs: Tensor, targets: Tensor, labels: Labels, names: Any) ->
         return None
     is_share = bool(((shown >= 0) & (shown <= 1)).all()) and torch.allclose(shown.sum(1), torch.ones(1).double())
     confidence, given = (shown if is_share else shown.softmax(1)).max(1)
-    n = labels.n_classes
+    rows = torch.arange(len(known))[known]
+    return _Judged(rows=rows, wanted=wanted, given=given, confidence=confidence)
+
+
+def _of_classes(judged: _Judged, labels: Labels, names: Any) -> ClassDetails:
+    n, wanted, given = labels.n_classes, judged.wanted, judged.given
     confusion = torch.bincount(wanted * n + given, minlength=n * n).reshape(n, n)
     hits, of_class, as_class = confusion.diagonal(), confusion.sum(1), confusion.sum(0)
     by_class = {}
@@ -159,8 +195,8 @@ def _of_classes(outputs: Tensor, targets: Tensor, labels: Labels, names: Any) ->
             precision=right / called if called else None,
             f1=2 * right / (rows + called) if rows + called else None,
         )
-    bins = (confidence * BINS).long().clamp(max=BINS - 1)
-    gaps = torch.zeros(BINS, dtype=torch.float64).index_add_(0, bins, (given == wanted).double() - confidence)
+    bins = (judged.confidence * BINS).long().clamp(max=BINS - 1)
+    gaps = torch.zeros(BINS, dtype=torch.float64).index_add_(0, bins, (given == wanted).double() - judged.confidence)
     return ClassDetails(
         by_class=by_class,
         confusion=confusion.tolist() if n <= MAX_CONFUSED else None,

@@ -1,7 +1,11 @@
 """What is told of the test split: against figures that are known, and other ways to the same ones."""
 
+import base64
+import io
+
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 from torchmetrics.classification import MulticlassAccuracy
 from torchmetrics.regression import MeanAbsoluteError, MeanSquaredError, R2Score
@@ -29,6 +33,32 @@ def test_a_classifier_is_told_by_class_and_by_its_confidence():
     assert (its.by_class["a"].recall, its.by_class["a"].precision) == (pytest.approx(2 / 3), pytest.approx(2 / 3))
     assert (its.by_class["c"].recall, its.by_class["c"].precision, its.by_class["c"].f1) == (0, None, 0)
     assert details.residuals == {}
+    assert [(its.row, its.wanted, its.given) for its in details.wrong[""]] == [(2, "a", "b"), (5, "c", "a")]
+    assert [(its.row, its.given) for its in details.right[""]] == [(0, "a"), (1, "a"), (3, "b"), (4, "b")]
+    surest = details.wrong[""][0]
+    assert (surest.confidence, surest.image) == (pytest.approx(0.8), None)
+    assert surest.values == pytest.approx(shares.log()[2].tolist())
+
+
+def test_rows_that_are_images_are_drawn_as_they_are():
+    pixels = torch.zeros(20, 1, 9, 12, dtype=torch.uint8)
+    pixels[3, 0, 4, 7] = 255
+    pixels[0] = 255
+    outputs = torch.nn.functional.one_hot(torch.arange(20) % 2).float() * 9
+
+    class Constant(nn.Module):
+        def forward(self, rows):
+            return outputs[: len(rows)]
+
+    targets = torch.zeros(20, dtype=torch.long)
+    data = Data(*(Split(pixels, targets) for _ in range(3)), class_names=("0", "1"))
+    metrics = {"accuracy": MulticlassAccuracy(2, average="micro")}
+    details = details_of_test(Constant(), Split(pixels, targets), data, metrics, data.class_names, 0)
+    assert [its.row for its in details.wrong[""]] == [1, 3, 5, 7, 9, 11, 13, 15]
+    drawn = Image.open(io.BytesIO(base64.b64decode(details.wrong[""][1].image)))
+    hidden = details_of_test(Constant(), Split(pixels, targets), data, metrics, data.class_names, 0, show_rows=False)
+    assert (hidden.wrong, hidden.right, hidden.classes) == ({"": []}, {"": []}, details.classes)
+    assert (drawn.size, drawn.mode, drawn.getpixel((7, 4)), drawn.getextrema()) == ((12, 9), "L", 255, (0, 255))
 
 
 def test_a_regression_is_told_by_its_residuals():
@@ -38,6 +68,9 @@ def test_a_regression_is_told_by_its_residuals():
     )
     assert details.residuals[""] == [pytest.approx([2 * share - 1 for share in QUANTILES], abs=1e-4)]
     assert details.classes == {}
+    assert {its.row for its in details.wrong[""]} == {*range(4), *range(997, 1001)}
+    assert all(its.given - its.wanted == pytest.approx(float(errors[its.row]), abs=1e-6) for its in details.right[""])
+    assert len({its.row for its in (*details.wrong[""], *details.right[""])}) == 16
 
 
 @pytest.mark.parametrize(
