@@ -18,7 +18,7 @@ from sqlalchemy.exc import DataError, DBAPIError, OperationalError, SQLAlchemyEr
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
 from storage.database.engine import full_disk, is_full, is_outage
-from storage.database.errors import BusyError, InvalidWriteError, StorageError, UnreachableError
+from storage.database.errors import BusyError, InvalidWriteError, StorageError, Told, UnreachableError
 from storage.database.url import mask_url
 from storage.database.variables import in_the_way
 
@@ -49,7 +49,7 @@ class Backoff:
     """Calls again while the database is away, with growing pauses, each shortened at random.
 
     Gives up after `limit_s` seconds, or once `stop` is set, and raises what the last call did. `notice` is told of
-    the first error of an outage; it is logged where there is none.
+    the first error of an outage, and of the first by which we are not let in; they are logged where there is none.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class Backoff:
         """Return `call()`. Raises at once what is no outage."""
         if getattr(self._of_thread, "at_once", False):
             return call()
-        pause_s, gives_up_at = _FIRST_PAUSE_S, None
+        pause_s, gives_up_at, told = _FIRST_PAUSE_S, None, Told()
         while True:
             try:
                 return call()
@@ -88,6 +88,7 @@ class Backoff:
                     raise
                 if gives_up_at is None:
                     gives_up_at = time.monotonic() + self._limit_s
+                if told.is_news(error):
                     self._notice(error)
                 left_s = gives_up_at - time.monotonic()
                 if left_s <= 0 or self._stop.wait(min(left_s, pause_s * random.uniform(0.5, 1.0))):  # noqa: S311

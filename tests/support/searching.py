@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import optuna
 import torch
+from hypothesis import strategies as st
 from optuna.samplers import RandomSampler
 
 from tuner.data import Data, Split, tensors
@@ -18,6 +19,10 @@ if TYPE_CHECKING:
 
     from tuner.objective import Params
     from tuner.training import Epoch
+
+
+SCALARS = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text()
+"""What a choice of a categorical param may be."""
 
 
 class Untrained(Objective):

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING
 from sqlalchemy.exc import SQLAlchemyError
 
 from storage.database.engine import is_outage
-from storage.database.errors import StorageError
+from storage.database.errors import StorageError, Told
 from tuner.cli.status_view import lines, show
+from tuner.errors import first_line
 from tuner.log import Log
 from tuner.text import duration, printable
 
@@ -46,7 +47,7 @@ def follow(look: Callable[[], Status], log: Log, *, as_json: bool, interval_s: f
             if isinstance(answer, Exception):
                 if not is_outage(answer):
                     raise answer
-                view.show_outage(str(answer).partition("\n")[0])
+                view.show_outage(answer)
             elif answer is not None:
                 found = answer
                 view.show(found)
@@ -95,21 +96,21 @@ class _Lines:
     def __init__(self, log: Log, *, as_json: bool) -> None:
         self._log = log
         self._as_json = as_json
-        self._is_first, self._is_away = True, False
+        self._is_first, self._told = True, Told()
 
     def show(self, found: Status) -> None:
-        if self._is_away:
+        if self._told:
             self._log.event("database_back", "the database is back")
+            self._told.over()
         if not self._as_json and not self._is_first:
             print()
-        self._is_first, self._is_away = False, False
+        self._is_first = False
         show(found, as_json=self._as_json)
         sys.stdout.flush()
 
-    def show_outage(self, error: str) -> None:
-        if not self._is_away:
-            self._log.event("database_away", f"{error}; trying again")
-        self._is_away = True
+    def show_outage(self, error: Exception) -> None:
+        if self._told.is_news(error):
+            self._log.event("database_away", f"{first_line(error)}; trying again")
 
     def show_waiting(self) -> None:
         pass
@@ -129,8 +130,8 @@ class _Display:
         self._lines, self._error, self._shown_at = list(lines(found)), None, time.monotonic()
         self._draw(None if _is_over(found) else f"every {self._interval_s:g} s; Ctrl-C ends this")
 
-    def show_outage(self, error: str) -> None:
-        self._error = error
+    def show_outage(self, error: Exception) -> None:
+        self._error = first_line(error)
         self.show_waiting()
 
     def show_waiting(self) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from sqlalchemy.exc import SQLAlchemyError
 
 from storage.database.engine import is_outage
-from storage.database.errors import StorageError
+from storage.database.errors import StorageError, Told
 
 if TYPE_CHECKING:
     from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
@@ -32,29 +32,27 @@ class Outages:
         self._log = log
         self._of_thread = threading.local()
         self._lock = threading.Lock()
-        self._is_away = False
+        self._told = Told()
 
     def __call__(self, call: Callable[[], T], /) -> T:
-        """Return `call()`; the first outage, and the first answer after it, are told in the log."""
+        """Return `call()`; an outage, as `Told` has it, and the first answer after it are told in the log."""
         try:
             result = call()
         except (StorageError, SQLAlchemyError) as error:
             if is_outage(error):
-                self._of_thread.error = " ".join(str(error).split())
-                self._tell(is_away=True)
+                told = self._of_thread.error = " ".join(str(error).split())
+                with self._lock:
+                    is_news = self._told.is_news(error)
+                if is_news:
+                    self._log.event("database_away", f"{told}; trying again at each request")
             raise
-        self._tell(is_away=False)
+        if self._told:
+            with self._lock:
+                was_away = bool(self._told)
+                self._told.over()
+            if was_away:
+                self._log.event("database_back", "the database is back")
         return result
-
-    def _tell(self, *, is_away: bool) -> None:
-        if is_away == self._is_away:
-            return
-        with self._lock:
-            changed, self._is_away = is_away != self._is_away, is_away
-        if changed and is_away:
-            self._log.event("database_away", f"{self._of_thread.error}; trying again at each request")
-        elif changed:
-            self._log.event("database_back", "the database is back")
 
     def error(self) -> str | None:
         """Return what this thread's page met, None if it met no outage."""

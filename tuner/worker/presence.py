@@ -15,7 +15,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from storage.coordination import claims, records, studies, workers
 from storage.coordination.workers import WorkerSeen
 from storage.database.engine import is_outage
-from storage.database.errors import StorageError
+from storage.database.errors import StorageError, Told
 from storage.database.sessions import Sessions
 from storage.trials.curves import slowest_epoch_s
 from tuner.log import Log
@@ -65,7 +65,7 @@ class Presence:
         self._wake = threading.Event()
         self._has_news = threading.Event()
         self._closing = threading.Event()
-        self._is_away = False
+        self._told = Told()
         self._thread = threading.Thread(target=self._run, name="presence", daemon=True)
 
     def start(self) -> None:
@@ -118,7 +118,7 @@ class Presence:
                 if now >= look_at:
                     self.snapshot = self._look()
                     look_at = now + self._progress_s
-                self._is_away = False
+                self._told.over()
             except (StorageError, SQLAlchemyError) as error:
                 if is_closing:
                     return
@@ -126,7 +126,7 @@ class Presence:
                     self._log.event("unseen", f"nobody sees this worker any more: {error}")
                     return  # most likely the study was deleted, as the slots find as well
                 self._note_outage(error)
-            self._wake.wait(_PAUSE_S if self._is_away else max(0.0, min(tell_at, look_at) - time.monotonic()))
+            self._wake.wait(_PAUSE_S if self._told else max(0.0, min(tell_at, look_at) - time.monotonic()))
 
     def _release_dead(self) -> None:
         while self._dead:
@@ -148,10 +148,9 @@ class Presence:
         self._spool.deliver(self._sessions, self._study.study_id, self._study.budget, log)
 
     def _note_outage(self, error: Exception) -> None:
-        if not self._is_away:
+        if self._told.is_news(error):
             reason = str(error).partition("\n")[0]
             self._log.event("database_away", f"{reason}; trying again")
-        self._is_away = True
 
     def _look(self) -> Snapshot:
         study = self._study
