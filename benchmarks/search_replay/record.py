@@ -68,7 +68,10 @@ def record(out: Path, name: str, task: Task, data_dir: Path, n_points: int, shar
     objective = task.build()
     data = task.load(objective, data_dir)
     of_space = points(task, objective, n_points)
-    with (out / f"{name}.{share[0]}-{share[1]}.jsonl").open("a") as file:
+    path = out / f"{name}.{share[0]}-{share[1]}.jsonl"
+    with path.open("a") as file:
+        if path.stat().st_size and not path.read_bytes().endswith(b"\n"):
+            file.write("\n")  # after a line that was cut short
         for point, repeat in missing(out, name, n_points, share):
             seed = derive_seed(repeat, "trial", point)
             curves = recorded(objective, data, of_space[point], task.epochs, seed)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
@@ -129,3 +130,30 @@ def test_retraining_prints_both_ways_and_the_gain(tmp_path: Path) -> None:
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert re.search(r"digits +accuracy +[12],[12]( +0\.\d{4}){2} +[+-]0\.\d{4} \+- 0\.\d{4}   \d/\d/\d\n", done.stdout)
+
+
+def test_recording_goes_on_where_it_was_and_is_packed(tmp_path: Path) -> None:
+    def record(*arguments: str | Path) -> str:
+        command = [sys.executable, "-m", "benchmarks.search_replay.record", "--data-dir", tmp_path, "--tasks", "digits"]
+        done = subprocess.run(
+            [*command, "--out", tmp_path / "curves", *arguments],
+            capture_output=True,
+            text=True,
+            check=False,
+            cwd=BENCHMARKS.parent,
+        )
+        assert (done.returncode, done.stderr) == (0, "")
+        return done.stdout
+
+    record("--points", "1")
+    (first,) = (tmp_path / "curves").iterdir()
+    kept = first.read_text()
+    first.write_text(f'{kept}{{"point": 1, "rep')  # it was killed as it wrote
+    record("--points", "2")
+    assert first.read_text().startswith(kept)
+    assert "6 trainings of 20 epochs" in record("--pack", tmp_path)
+    with np.load(tmp_path / "digits.npz") as packed:
+        assert packed["metric"].shape == packed["seconds"].shape == (6, 20)
+        assert packed["point"].tolist() == [0, 1] * 3
+        assert packed["repeat"].tolist() == [0, 0, 1, 1, 2, 2]
+        assert 0.5 < packed["test"].max() <= 1
