@@ -18,7 +18,8 @@ from sqlalchemy.exc import DataError, DBAPIError, OperationalError, SQLAlchemyEr
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
 from storage.database.engine import full_disk, is_full, is_outage
-from storage.database.errors import BusyError, InvalidWriteError, StorageError, Told, UnreachableError
+from storage.database.errors import BusyError, InvalidWriteError, StorageError, UnreachableError
+from storage.database.outages import Told
 from storage.database.url import mask_url
 from storage.database.variables import in_the_way
 

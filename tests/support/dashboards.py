@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import http.client
 import json
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from socketserver import ThreadingMixIn
 from typing import Any
+from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 
 import optuna
 from optuna.distributions import FloatDistribution
 from optuna.trial import TrialState, create_trial
 
 from storage import open_storage
+from tuner.dashboard.guard import Guard
 
-__all__ = ["STUDY_NAME", "TOKEN", "Answer", "Client", "a_study"]
+__all__ = ["STUDY_NAME", "TOKEN", "Answer", "Client", "a_study", "guarded"]
 
 TOKEN = "0123456789abcdef0123456789abcdef"
 STUDY_NAME = "digits <b>&amp;"
@@ -87,3 +93,35 @@ class Client:
             "Content-Type": "application/json",
         }
         return self.ask(path, method, body=body, headers=ours | headers)
+
+
+class QuietHandler(WSGIRequestHandler):
+    def log_message(self, *_args: object) -> None:
+        pass
+
+
+class ThreadedServer(ThreadingMixIn, WSGIServer):
+    daemon_threads = False
+
+
+@contextmanager
+def guarded(
+    app: Any,
+    *,
+    allow_edit: bool = False,
+    token: str | Callable[[], str] | None = None,
+    hosts: frozenset[str] = frozenset(),
+    check: Callable[[], object] | None = None,
+) -> Iterator[Client]:
+    """The guard and what is behind it on a port of this process."""
+    with ThreadedServer(("127.0.0.1", 0), QuietHandler) as server:
+        client = Client(server.server_port)
+        current = (lambda: token) if isinstance(token, str) else token
+        server.set_app(Guard(app, allow_edit=allow_edit, hosts=hosts | {client.host}, token=current, check=check))
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        try:
+            yield client
+        finally:
+            server.shutdown()
+            thread.join()

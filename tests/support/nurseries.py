@@ -90,6 +90,21 @@ def kill_the_nursery(directory: str) -> None:
     nursery.close()
 
 
+def end_it_while_it_imports(directory: str) -> None:
+    """What the objective has started by then ends with it."""
+    lines: list[str] = []
+    text = """
+import subprocess, threading
+os.write(2, f"{subprocess.Popen(['sleep', '600']).pid}\\n".encode())
+threading.Event().wait()
+"""
+    nursery = importing(Path(directory), lines, text)
+    wait_for(lambda: len(lines) == 2, "the objective has started it")
+    nursery.close()
+    status = Path("/proc", lines[1], "status")
+    wait_for(lambda: not status.exists() or "State:\tZ" in status.read_text(), "it has ended")
+
+
 def import_odd(directory: str, text: str) -> None:
     """Print why no slot is forked, once."""
     nursery = importing(Path(directory), [], text)

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 from sqlalchemy.exc import SQLAlchemyError
 
 from storage.database.engine import is_outage
-from storage.database.errors import StorageError, Told
+from storage.database.errors import StorageError
+from storage.database.outages import Told
 from tuner.cli.status_view import lines, show
 from tuner.errors import first_line
 from tuner.log import Log

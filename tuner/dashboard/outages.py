@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from sqlalchemy.exc import SQLAlchemyError
 
 from storage.database.engine import is_outage
-from storage.database.errors import StorageError, Told
+from storage.database.errors import StorageError
+from storage.database.outages import Told
 
 if TYPE_CHECKING:
     from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment

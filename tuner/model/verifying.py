@@ -17,12 +17,12 @@ from torch import nn
 
 from tuner.data import Inputs, Split, tensors
 from tuner.errors import FormatError, TunerError, first_line
-from tuner.formats.names import FILES
+from tuner.formats.names import DATA, FILES
 from tuner.formats.parity import Sample, compared
-from tuner.formats.program import PROGRAM, load_program
+from tuner.formats.program import PROGRAM
 from tuner.formats.weights import WEIGHTS
 from tuner.model.directory import current
-from tuner.model.loading import LoadedModel, load_model
+from tuner.model.loading import load_model
 from tuner.model.manifest import Manifest, read_manifest, sha256_of
 from tuner.training.steps import call
 
@@ -40,8 +40,8 @@ class Check:
 def verify(path: Path, formats: Sequence[str] = ()) -> list[Check]:
     """Return what was checked of the export in a directory. Raises TunerError if there is none.
 
-    ONNX is compared with the program wherever it can be run; `formats` are those to compare beside it, which may be
-    code of who made the export.
+    The program is called, or where there is none ONNX, and ONNX is compared with it wherever it can be run; `formats`
+    are those to compare beside it, which may be code of who made the export.
     """
     directory = current(path)
     manifest = read_manifest(directory)
@@ -52,25 +52,29 @@ def verify(path: Path, formats: Sequence[str] = ()) -> list[Check]:
         Check(name=f"sha256 of {name}", problem=_hash(directory / name, its))
         for name, its in sorted(manifest.files.items())
     ]
-    if any(check.problem for check in checks) or PROGRAM not in manifest.files:
+    data = [name for name in DATA if FILES[name] in manifest.files and (name != "onnx" or _can_run_onnx())]
+    if any(check.problem for check in checks) or not data:
         return checks
+    base = FILES[data[0]]
     try:
-        program = load_program(directory / PROGRAM)
+        model = load_model(directory, format=data[0])
     except TunerError as error:
-        return [*checks, Check(name=f"{PROGRAM} can be loaded", problem=str(error))]
-    checks.append(Check(name=f"{PROGRAM} has the weights of {WEIGHTS}", problem=_weights(program, directory / WEIGHTS)))
-    calls = [Check(name=f"{PROGRAM} on {n} rows", problem=_call(program, manifest, n)) for n in BATCH_SIZES]
-    others = [name for name in FILES if name in formats or (name == "onnx" and _can_run_onnx(manifest))]
+        return [*checks, Check(name=f"{base} can be loaded", problem=str(error))]
+    if base == PROGRAM:
+        problem = _weights(model.program, directory / WEIGHTS)
+        checks.append(Check(name=f"{PROGRAM} has the weights of {WEIGHTS}", problem=problem))
+    calls = [Check(name=f"{base} on {n} rows", problem=_call(model, manifest, n)) for n in BATCH_SIZES]
+    others = [name for name in FILES if name != data[0] and name in (*formats, *data)]
     if others and not any(check.problem for check in calls):
-        sample = Sample(LoadedModel(program, manifest), Split(_drawn(manifest), torch.zeros(max(BATCH_SIZES))))
+        sample = Sample(model, Split(_drawn(manifest), torch.zeros(max(BATCH_SIZES))))
         calls += [
-            Check(name=f"{FILES[name]} against {PROGRAM}", problem=_compare(directory, name, sample)) for name in others
+            Check(name=f"{FILES[name]} against {base}", problem=_compare(directory, name, sample)) for name in others
         ]
     return [*checks, *calls]
 
 
-def _can_run_onnx(manifest: Manifest) -> bool:
-    return FILES["onnx"] in manifest.files and find_spec("onnxruntime") is not None and find_spec("onnx") is not None
+def _can_run_onnx() -> bool:
+    return all(find_spec(package) is not None for package in ("onnx", "onnxruntime"))
 
 
 def _compare(directory: Path, name: str, sample: Sample) -> str | None:

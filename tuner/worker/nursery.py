@@ -97,8 +97,9 @@ class Nursery:
         ended = os.pidfd_open(self._pid)
         try:
             # It may have to delete what the objective made as it was imported.
-            if self._is_importing or not select.select([ended], [], [], END_S)[0]:
-                os.kill(self._pid, signal.SIGKILL)
+            is_late = self._is_importing or not select.select([ended], [], [], END_S)[0]
+            if is_late and not kill_group(self._pid):  # with what the objective started as it was imported
+                os.kill(self._pid, signal.SIGKILL)  # it was just forked, and has no group of its own yet
         finally:
             os.close(ended)
         os.waitpid(self._pid, 0)
@@ -121,3 +122,12 @@ def _forward(stream: IO[str], on_line: Callable[[str], None]) -> None:
     with stream:
         for line in stream:
             on_line(line.rstrip("\n"))
+
+
+def kill_group(number: int) -> bool:
+    """Kill the processes of a group, and return whether there were any."""
+    try:
+        os.killpg(number, signal.SIGKILL)
+    except (ProcessLookupError, PermissionError):  # nobody is left; macOS says so by the second
+        return False
+    return True

@@ -15,7 +15,8 @@ from sqlalchemy.exc import SQLAlchemyError
 from storage.coordination import claims, records, studies, workers
 from storage.coordination.workers import WorkerSeen
 from storage.database.engine import is_outage
-from storage.database.errors import StorageError, Told
+from storage.database.errors import StorageError
+from storage.database.outages import Told
 from storage.database.sessions import Sessions
 from storage.trials.curves import slowest_epoch_s
 from tuner.log import Log

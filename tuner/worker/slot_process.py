@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from tuner.slot import stacks
-from tuner.worker.nursery import Running
+from tuner.worker.nursery import Running, kill_group
 from tuner.worker.slots import SlotPlan
 
 LAST_OUTPUT_S = 1.0
@@ -69,7 +69,7 @@ class SlotProcess:
             self._is_killed = True
             if self._process is None or self._is_over:
                 return  # it is to come; or its number may be another's by now
-            if not _kill_group(self._process.pid):
+            if not kill_group(self._process.pid):
                 with suppress(ProcessLookupError):  # one that was just forked has no group of its own yet
                     os.kill(self._process.pid, signal.SIGKILL)
 
@@ -115,19 +115,10 @@ class SlotProcess:
             self._code = process.wait()
             with self._lock:
                 self._is_over = True
-            _kill_group(process.pid)  # what an objective started and left behind, which would hold the pipes open
+            kill_group(process.pid)  # what an objective started and left behind, which would hold the pipes open
         finally:
             for stream in streams:
                 os.close(stream)
         for reader in readers:
             reader.join(LAST_OUTPUT_S)
         self._inbox.put(Message(kind="end", slot=self.plan.number))
-
-
-def _kill_group(number: int) -> bool:
-    """Kill the processes of a group, and return whether there were any."""
-    try:
-        os.killpg(number, signal.SIGKILL)
-    except (ProcessLookupError, PermissionError):  # nobody is left; macOS says so by the second
-        return False
-    return True

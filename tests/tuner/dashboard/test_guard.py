@@ -5,26 +5,21 @@ import io
 import json
 import math
 import re
-import threading
-from contextlib import contextmanager
-from socketserver import ThreadingMixIn
 from typing import TYPE_CHECKING, Any
-from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 
 import optuna
 import pytest
 import sqlalchemy
-from dashboards import STUDY_NAME, TOKEN, Client, a_study
+from dashboards import STUDY_NAME, TOKEN, a_study, guarded
 from optuna.artifacts import FileSystemArtifactStore, upload_artifact
 from optuna.trial import TrialState, create_trial
 from optuna_dashboard import wsgi
 
 from storage import StorageError, UnreachableError, open_engine, open_storage
-from tuner.dashboard.guard import Guard
 from tuner.dashboard.tries import OF_ONE_CLIENT
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    pass
 
 
 READING_ROUTES = {
@@ -66,39 +61,9 @@ NEVER_OFFERED_ROUTES = {
     ("POST", "/api/llm/re_generate_plotly_graph_query"),
     ("POST", "/api/llm/trial_filter_query"),
 }
+PLOTS = ("contour", "slice", "parallel_coordinate", "rank", "edf", "timeline")
+"""What optuna-dashboard draws by plotly, on the server."""
 CHANGING_ROUTES = sorted(EDITING_ROUTES | NEVER_OFFERED_ROUTES)
-
-
-class QuietHandler(WSGIRequestHandler):
-    def log_message(self, *_args: object) -> None:
-        pass
-
-
-class ThreadedServer(ThreadingMixIn, WSGIServer):
-    daemon_threads = False
-
-
-@contextmanager
-def guarded(
-    app: Any,
-    *,
-    allow_edit: bool = False,
-    token: str | Callable[[], str] | None = None,
-    hosts: frozenset[str] = frozenset(),
-    check: Callable[[], object] | None = None,
-) -> Iterator[Client]:
-    """The guard and what is behind it on a port of this process."""
-    with ThreadedServer(("127.0.0.1", 0), QuietHandler) as server:
-        client = Client(server.server_port)
-        current = (lambda: token) if isinstance(token, str) else token
-        server.set_app(Guard(app, allow_edit=allow_edit, hosts=hosts | {client.host}, token=current, check=check))
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
-        try:
-            yield client
-        finally:
-            server.shutdown()
-            thread.join()
 
 
 def dashboard_of(database: str, *, allow_edit: bool = False) -> Any:
@@ -126,6 +91,7 @@ def test_a_read_only_connection_is_enough_for_every_page_of_a_study(database: st
             "/api/studies",
             f"/api/studies/{study_id}/param_importances",
             f"/csv/{study_id}",
+            *(f"/api/studies/{study_id}/plot/{plot}" for plot in PLOTS),
         ):
             assert client.ask(path).status == 200, path
             assert client.ask(path, "HEAD").status == 200, path

@@ -146,6 +146,9 @@ def test_verify_calls_the_formats_against_each_other(every):
     assert "needs to give the model's outputs for 1 rows, got a difference of" in wrong.problem
     with pytest.raises(TunerError, match=r"has no model\.aoti\.pt2; it has: .*model\.onnx"):
         verify(every.output, ["aoti"])
+    _without(every.output, "pt2")  # what is left is held against the wrong one
+    (wrong,) = [check for check in verify(every.output, ["torchscript"]) if check.problem is not None]
+    assert wrong.name == "model.torchscript.pt against model.onnx"
 
 
 def test_a_model_that_is_built_otherwise_each_time_is_not_rebuilt(exporting):

@@ -26,8 +26,8 @@ def in_a_process_of_its_own(*arguments: str | Path) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("function", ["fork_and_kill_slots", "kill_the_nursery"])
-def test_slots_end_by_themselves_or_are_killed_alone_or_with_their_nursery(tmp_path: Path, function: str) -> None:
+@pytest.mark.parametrize("function", ["fork_and_kill_slots", "kill_the_nursery", "end_it_while_it_imports"])
+def test_a_nursery_and_its_slots_end_or_are_killed_and_leave_nothing(tmp_path: Path, function: str) -> None:
     assert in_a_process_of_its_own(function, tmp_path) == "all as it should\n"
 
 
