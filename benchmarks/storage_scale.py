@@ -4,7 +4,8 @@
 
 Fills each study by bulk SQL with finished trials of 5 params and up to 20 steps, and then times, in turns, a worker of
 each side that has run a trial before: claim (stock: ask), 5 suggests by the random sampler, 20 times report and
-should_prune with the median pruner, tell. Apart from these: what a new worker takes from nothing to its first trial,
+should_prune with the median pruner, tell. With them runs a worker of ours whose reports leave out what else is kept of
+an epoch, which tells what the curves cost. Apart from these: what a new worker takes from nothing to its first trial,
 the first reading of the study by a new storage object, and what a TPE sampler's suggest takes, which grows with the
 study by itself. Prints median, minimum and maximum in milliseconds, and stock's median over ours. Without --storage,
 starts an embedded PostgreSQL for the time of the run.
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import statistics
 import warnings
 from collections import defaultdict
 
@@ -21,10 +23,13 @@ import optuna
 from filling import N_PARAMS, N_STEPS, fill
 from measuring import Times, database, print_machine, print_sides, timed
 from optuna.samplers import BaseSampler, RandomSampler, TPESampler
-from workers import SIDES, Side
+from workers import SIDES, Side, WithoutCurves
 
 from storage import open_engine
 from storage.coordination import studies
+
+KEEPING = ("report", "report + should_prune", "claim", "tell")
+"""What is looked at for what the curves cost."""
 
 
 def run_trial(side: Side, times: Times) -> None:
@@ -79,6 +84,12 @@ def measure_sampler(url: str, name: str, sampler: BaseSampler, repeats: int, tim
         side.close()
 
 
+def print_curves(ours: Times, without: Times) -> None:
+    """Print what keeping the curves adds to a report, a claim and a trial's end."""
+    added = {what: statistics.median(ours[what]) / statistics.median(without[what]) - 1 for what in KEEPING}
+    print("  curves add to " + ", ".join(f"{what}: {share:+.1%}" for what, share in added.items()), flush=True)
+
+
 def measure(url: str, n_trials: int, options: argparse.Namespace) -> None:
     name = f"scale-{n_trials}-{os.getpid()}"
     times: dict[str, Times] = {side: defaultdict(list) for side in SIDES}
@@ -88,6 +99,8 @@ def measure(url: str, n_trials: int, options: argparse.Namespace) -> None:
     for _ in range(options.firsts):
         measure_first(url, name, times)
     sides = {side_name: make(url, name, RandomSampler()) for side_name, make in SIDES.items()}
+    sides["ours without curves"] = WithoutCurves(url, name, RandomSampler())
+    times["ours without curves"] = defaultdict(list)
     for side in sides.values():
         run_trial(side, defaultdict(list))
     for _ in range(options.repeats):
@@ -100,6 +113,7 @@ def measure(url: str, n_trials: int, options: argparse.Namespace) -> None:
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         measure_sampler(url, name, TPESampler(seed=0, multivariate=False), options.firsts, times)
     print_sides(f"{n_trials} finished trials, ms", times["stock"], times["ours"])
+    print_curves(times["ours"], times["ours without curves"])
     optuna.delete_study(study_name=name, storage=SIDES["ours"](url, name, RandomSampler()).study._storage)
     engine.dispose()
 

@@ -104,4 +104,11 @@ class Ours:
         self._storage.engine.dispose()
 
 
+class WithoutCurves(Ours):
+    """A worker of ours that keeps of an epoch what it reports alone, as one of another program does."""
+
+    def report(self, trial: optuna.Trial, value: float, step: int) -> None:
+        self._storage.report(trial._trial_id, CurvePoint(step=step, value=value))
+
+
 SIDES: dict[str, Callable[[str, str, BaseSampler], Side]] = {"stock": Stock, "ours": Ours}

@@ -36,6 +36,7 @@ def test_storage_scale_prints_both_sides_and_their_ratio(database: str) -> None:
     assert (done.returncode, done.stderr) == (0, "")
     for what in ("first claim", "first read of all trials", "report", "should_prune", "tell", "TPE's first suggest"):
         assert re.search(rf"{what}( +\d+\.\d+){{7}}", done.stdout), what
+    assert re.search(r"curves add to report: [+-]\d+\.\d%, .*tell: [+-]\d+\.\d%\n", done.stdout)
 
 
 def test_reading_prints_both_sides_and_their_ratio(database: str) -> None:
