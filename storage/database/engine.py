@@ -6,7 +6,7 @@ import os
 import re
 import select
 import time
-from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -26,6 +26,7 @@ from storage.database.errors import (
     UnreachableError,
 )
 from storage.database.foreign import json_column
+from storage.database.pooler import connect
 from storage.database.url import FILE_PARAMETER, mask_url, parse_url, read_password
 from storage.database.variables import hidden, in_the_way, is_embedded
 
@@ -144,7 +145,9 @@ class _ConnectionErrors(CreateEnginePlugin):
                 reason = _one_line(context.original_exception)
                 if is_full(context.original_exception):  # it ends all sessions if it cannot write its own log
                     return UnreachableError(full_disk(mask_url(url), reason))
-                return UnreachableError(f"lost the connection to {mask_url(url)}: {reason}; check that the server runs")
+                return _explanation(reason, url) or UnreachableError(
+                    f"lost the connection to {mask_url(url)}: {reason}; check that the server runs"
+                )
             return None
 
         event.listen(engine, "do_connect", _connect)
@@ -162,8 +165,11 @@ def _connect(
             given["password"] = read_password(Path(parameters[FILE_PARAMETER]))
         except StorageError as error:  # it was good when the command started: somebody is writing it, as a rule
             raise NotLetInError(str(error)) from error
-    with hidden() if is_embedded(given.get("host")) else nullcontext():
-        return dialect.connect(*args, **given)
+    if is_embedded(given.get("host")):
+        with hidden():
+            return dialect.connect(*args, **given)
+    session: DBAPIConnection = connect(partial(dialect.connect, *args), given)
+    return session
 
 
 def _listen_to_pool(engine: Engine) -> None:
@@ -229,6 +235,32 @@ _EXPLANATIONS: Final[tuple[tuple[str, type[StorageError], str, str], ...]] = (
         "processes, or start fewer",
     ),
     (
+        r"\(max_\w*client_conn\w*\)",
+        NotReadyError,
+        "no free connection at",
+        f"a tuner process takes {CONNECTIONS_PER_PROCESS}, so raise the pooler's max_client_conn above "
+        f"{CONNECTIONS_PER_PROCESS} x processes, or start fewer",
+    ),
+    (
+        r"query_wait_timeout",
+        NotReadyError,
+        "no free connection at",
+        "the pooler had none to its server in time: check that the server runs and lets the pooler in, or raise its "
+        "default_pool_size",
+    ),
+    (
+        r"statement pooling mode",
+        StorageError,
+        "cannot use",
+        "the pooler ends sessions that begin a transaction: set its pool_mode to transaction",
+    ),
+    (
+        r"unsupported startup parameter",
+        InvalidURLError,
+        "cannot use",
+        "leave it out, or name it in the pooler's ignore_startup_parameters",
+    ),
+    (
         r"invalid (connection option|integer value|port number|require_auth method|\"?\w+\"? value:)"
         r'|value ".*" (is )?invalid|definition of service|service file',
         InvalidURLError,
@@ -275,17 +307,23 @@ _EXPLANATIONS: Final[tuple[tuple[str, type[StorageError], str, str], ...]] = (
     ),
     (
         r"authentication failed|no password supplied|no pg_hba\.conf entry|pg_hba\.conf rejects"
-        r'|role ".*" (does not exist|is not permitted to log in)|permission denied for database',
+        r'|role ".*" (does not exist|is not permitted to log in)|permission denied for database|no such user',
         NotLetInError,
         "not let in at",
         "check the user name and the password (PGPASSWORD, PGPASSFILE or a password file), and the server's "
         "pg_hba.conf",
     ),
     (
-        r'database ".*" does not exist',
+        r'database ".*" does not exist|no such database',
         NoDatabaseError,
         "no such database at",
         "create it (createdb), or correct the name",
+    ),
+    (
+        r"server_login_retry|cannot connect to server",
+        NotReadyError,
+        "not ready yet at",
+        "the pooler cannot log in to its server: check that this runs and lets the pooler in, whose log says more",
     ),
 )
 _HINT: Final = re.compile(r"\s*(Is the server running[^?]*\?|Either provide the file[^.]*verification\.)")
@@ -293,17 +331,26 @@ _HINT: Final = re.compile(r"\s*(Is the server running[^?]*\?|Either provide the 
 
 def _connection_error(error: BaseException, url: URL) -> StorageError:
     shown, reason = mask_url(url), _one_line(error)
-    variables = "" if is_embedded(url.query.get("host")) else in_the_way(_parameters(url))
+    variables = _variables(url)
     if _UNVERIFIED in reason and (by_clock := refused_by_clock(url)) is not None:
         return AuthenticationError(
             f"not trusted: {shown}: {by_clock}; set the clock if it is wrong, else renew the certificate{variables}"
         )
-    for pattern, kind, what, remedy in _EXPLANATIONS:
-        if re.search(pattern, reason):
-            return kind(f"{what} {shown}: {reason}; {remedy}{variables}")
-    return UnreachableError(
+    return _explanation(reason, url) or UnreachableError(
         f"cannot reach PostgreSQL at {shown}: {reason}; check that the server runs, and its host and port{variables}"
     )
+
+
+def _explanation(reason: str, url: URL) -> StorageError | None:
+    """Return the error that one of _EXPLANATIONS makes of the words of libpq, the server or a pooler."""
+    for pattern, kind, what, remedy in _EXPLANATIONS:
+        if re.search(pattern, reason):
+            return kind(f"{what} {mask_url(url)}: {reason}; {remedy}{_variables(url)}")
+    return None
+
+
+def _variables(url: URL) -> str:
+    return "" if is_embedded(url.query.get("host")) else in_the_way(_parameters(url))
 
 
 def _parameters(url: URL) -> set[str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final
 
@@ -139,6 +141,8 @@ _MIGRATIONS: Final[tuple[tuple[str, ...], ...]] = (
 SCHEMA_VERSION: Final = len(_MIGRATIONS)
 
 _LOCK_KEY: Final = 0x74756E6572  # "tuner"; an advisory lock's key is the same for all versions of us
+_WAIT_S: Final = 120.0
+_PAUSE_S: Final = 0.1
 
 
 def ensure_schema(engine: Engine) -> None:
@@ -152,18 +156,36 @@ def ensure_schema(engine: Engine) -> None:
     """
     if _version(engine) == SCHEMA_VERSION:
         return
-    with _explained(engine), engine.begin() as conn:
+    gives_up_at, pause = time.monotonic() + _WAIT_S, threading.Event()
+    with _explained(engine):
+        while not _migrated(engine):
+            if time.monotonic() > gives_up_at:
+                raise StorageError(
+                    f"another session has been at the tables of {mask_url(engine.url)} for {_WAIT_S:.0f} s; "
+                    "pg_stat_activity shows it, end it and try again"
+                )
+            pause.wait(_PAUSE_S)
+
+
+def _migrated(engine: Engine) -> bool:
+    """Migrate if nobody else is at it; return whether the tables have our version now.
+
+    Who waited in a transaction would keep a session of the server, and a pooler may have none beside those of the
+    waiting to give to the one that works.
+    """
+    with engine.begin() as conn:
         if conn.scalar(text("SELECT current_setting('transaction_read_only')")) == "on":
             raise StorageError(
                 f"{mask_url(engine.url)} has no tuner tables of version {SCHEMA_VERSION} and this session is "
                 "read-only; open it once with a role that may write, such as by 'tuner studies'"
             )
-        # The others wait here for as long as the first takes, which imports alembic and may build an index
-        # over a million trials; this transaction idles while Optuna works on connections of its own.
-        conn.execute(text("SET LOCAL lock_timeout = '2min'"))
+        if not conn.scalar(select(func.pg_try_advisory_xact_lock(_LOCK_KEY))):
+            return False
+        # This imports alembic and may build an index over a million trials; the transaction idles while Optuna works
+        # on connections of its own.
+        conn.execute(text(f"SET LOCAL lock_timeout = '{_WAIT_S:.0f}s'"))
         conn.execute(text("SET LOCAL statement_timeout = '10min'"))
         conn.execute(text("SET LOCAL idle_in_transaction_session_timeout = 0"))
-        conn.execute(select(func.pg_advisory_xact_lock(_LOCK_KEY)))
         version = _version(engine)
         if version == 0:
             _create_optuna_tables(engine)
@@ -171,6 +193,7 @@ def ensure_schema(engine: Engine) -> None:
             for statement in _MIGRATIONS[number - 1]:
                 conn.execute(text(statement))
             conn.execute(insert(tuner_schema).values(version=number))
+    return True
 
 
 def _version(engine: Engine) -> int:
