@@ -8,80 +8,89 @@ import shutil
 import signal
 import socket
 import subprocess
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import psycopg2
 import pytest
 from command import wait_for
 from sqlalchemy import URL
 
-from storage import EmbeddedServer, parse_url
+from storage import EmbeddedServer
 
-ADMIN = "pooler_admin"
-_PASSWORD = "of the admin"
+_ADMIN, _ADMINS_PASSWORD = "pooler_admin", "of the admin"
 
 
 def free_port() -> int:
+    """Return a port that nobody listened on just now."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port: int = free.getsockname()[1]
         return port
 
 
-class Pooler:
-    """Runs PgBouncer in `directory`, which other users may enter, with these settings in its file.
+class ListeningServer(EmbeddedServer):
+    """An embedded server that listens on TCP whenever it is started: a pooler may not enter its socket's directory."""
 
-    It reaches the server, an embedded one that listens on TCP, by the password of `tuner`. As root it runs as `nobody`.
-    """
-
-    def __init__(self, server: EmbeddedServer, directory: Path, settings: Mapping[str, str]) -> None:
+    def __init__(self, directory: Path) -> None:
+        super().__init__(directory)
         self.port = free_port()
+
+    def start(self, listen: str | None = None, *, idle_exit: str | None = None) -> str:
+        """Start it as it was."""
+        return super().start(listen or f"127.0.0.1:{self.port}", idle_exit=idle_exit)
+
+
+class Pooler:
+    """Runs PgBouncer in `directory` on TCP and on a socket there; it reaches the server by the password of `tuner`."""
+
+    def __init__(self, program: str, server: ListeningServer, directory: Path, settings: Mapping[str, object]) -> None:
+        """`settings` are those of its file, but for where it listens, where its server and who its clients are."""
+        self.port = free_port()
+        self.password = server.password_file.read_text().strip()
+        self.log = directory / "log"
+        self._program = program
         self._server = server
         self._directory = directory
+        self._settings = settings
         self._account = pwd.getpwnam("nobody") if os.geteuid() == 0 else None
         self._process: subprocess.Popen[bytes] | None = None
-        self._users = {"tuner": server.password_file.read_text().strip(), ADMIN: _PASSWORD}
-        self.log = directory / "pgbouncer.log"
-        listen = server.status().listen
-        assert listen is not None
-        host, _, port = listen.rpartition(":")
-        self._databases = {"*": f"host={host} port={port}"}
-        self._settings = {
-            "listen_addr": "127.0.0.1",
-            "listen_port": str(self.port),
-            "unix_socket_dir": "",
-            "auth_type": "scram-sha-256",
-            "auth_file": str(directory / "userlist.txt"),
-            "admin_users": ADMIN,
-            **settings,
-        }
+        if self._account is not None:
+            os.chown(directory, self._account.pw_uid, self._account.pw_gid)
 
     @property
     def url(self) -> URL:
         """The URL of the database `tuner` by way of this pooler."""
-        return URL.create("postgresql", "tuner", self._users["tuner"], "127.0.0.1", self.port, "tuner")
+        return URL.create("postgresql", "tuner", self.password, "127.0.0.1", self.port, "tuner")
 
-    def of(self, url: str) -> URL:
-        """The URL of another database of the server by way of this pooler."""
-        return self.url.set(database=parse_url(url).database)
+    @property
+    def socket_url(self) -> str:
+        """The same, by the socket."""
+        return f"postgresql://tuner:{self.password}@/tuner?host={self._directory}&port={self.port}"
 
     def start(self) -> None:
-        """Start it, and wait until it lets somebody in."""
-        self._write("userlist.txt", "".join(f'"{name}" "{password}"\n' for name, password in self._users.items()))
-        sections = {"databases": self._databases, "pgbouncer": self._settings}
-        lines = [
-            line
-            for section, values in sections.items()
-            for line in (f"[{section}]", *(f"{name} = {value}" for name, value in values.items()))
-        ]
-        config = self._write("pgbouncer.ini", "\n".join(lines) + "\n")
-        program = shutil.which("pgbouncer", path=f"{os.environ.get('PATH', '')}:/usr/sbin")
-        if program is None:
-            pytest.skip("there is no pgbouncer here")
+        """Start it if it does not run, and wait until it lets its admin in."""
+        if self._process is not None:
+            return
+        users = self._write("users", f'"tuner" "{self.password}"\n"{_ADMIN}" "{_ADMINS_PASSWORD}"\n')
+        settings = {
+            "auth_type": "scram-sha-256",
+            **self._settings,
+            "listen_addr": "127.0.0.1",
+            "listen_port": self.port,
+            "unix_socket_dir": self._directory,
+            "auth_file": users,
+            "admin_users": _ADMIN,
+        }
+        lines = [f"{name} = {value}\n" for name, value in settings.items()]
+        head = f"[databases]\n* = host=127.0.0.1 port={self._server.port}\n[pgbouncer]\n"
+        config = self._write("pgbouncer.ini", head + "".join(lines))
         account = self._account
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(
-                [program, "--quiet", config],
+                [self._program, "--quiet", config],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -98,35 +107,31 @@ class Pooler:
             self._process.wait()
             self._process = None
 
-    def reconfigured(self, **settings: str) -> None:
-        """Start it anew with other settings beside."""
+    def restart(self, settings: Mapping[str, object] | None = None) -> None:
+        """Start it anew, with other settings if given."""
         self.stop()
-        self._settings.update(settings)
+        self._settings = settings or self._settings
         self.start()
 
-    def tell_it_that_the_password_is(self, password: str) -> None:
-        """Have it ask its clients for this password, and give it to the server."""
-        self._users["tuner"] = password
-        self._write("userlist.txt", "".join(f'"{name}" "{its}"\n' for name, its in self._users.items()))
-        self.admin("RELOAD")
-
-    def admin(self, command: str) -> list[dict[str, object]]:
-        """Give a command of its console, and return the rows that it shows."""
-        console = psycopg2.connect(host="127.0.0.1", port=self.port, user=ADMIN, password=_PASSWORD, dbname="pgbouncer")
-        console.autocommit = True
-        with console.cursor() as cursor:
-            cursor.execute(command)
-            rows = cursor.fetchall() if cursor.description else []
-            names = [column.name for column in cursor.description or ()]
-        console.close()
-        return [dict(zip(names, row, strict=True)) for row in rows]
+    def command(self, command: str) -> list[dict[str, Any]]:
+        """Give a command to its console, and return the rows that it shows."""
+        console = psycopg2.connect(
+            host="127.0.0.1", port=self.port, user=_ADMIN, password=_ADMINS_PASSWORD, dbname="pgbouncer"
+        )
+        try:
+            console.autocommit = True
+            with console.cursor() as cursor:
+                cursor.execute(command)
+                names = [column.name for column in cursor.description or ()]
+                return [dict(zip(names, row, strict=True)) for row in (cursor.fetchall() if names else ())]
+        finally:
+            console.close()
 
     def _answers(self) -> bool:
         try:
-            self.admin("SHOW VERSION")
+            return bool(self.command("SHOW VERSION"))
         except psycopg2.OperationalError:
             return False
-        return True
 
     def _write(self, name: str, text: str) -> Path:
         path = self._directory / name
@@ -135,3 +140,19 @@ class Pooler:
             os.chown(path, self._account.pw_uid, self._account.pw_gid)
         path.chmod(0o600)
         return path
+
+
+@contextmanager
+def a_pooler(server: ListeningServer, settings: Mapping[str, object]) -> Iterator[Pooler]:
+    """A PgBouncer that runs for the time of the block; the test is skipped where there is none to run."""
+    program = shutil.which("pgbouncer", path=f"{os.environ.get('PATH', '')}:/usr/sbin")
+    if program is None:
+        pytest.skip("there is no pgbouncer here")
+    # Not one of pytest's directories, which the account that it runs as may not enter.
+    with tempfile.TemporaryDirectory(prefix="tuner-pooler-") as directory:
+        pooler = Pooler(program, server, Path(directory), settings)
+        try:
+            pooler.start()
+            yield pooler
+        finally:
+            pooler.stop()
