@@ -1,6 +1,7 @@
 """What the database makes of many workers that report at their own pace, as training ones do.
 
     python benchmarks/report_load.py [--storage URL] [--workers 100] [--seconds 300] [--every 1] [--max-connections N]
+        [--pooler URL]
 
 Each worker does what a real one with one slot does, and trains nothing: it claims a trial, suggests 5 params, reports
 every `--every` seconds and asks whether to prune, which is not followed, and after `--reports` of them tells the result
@@ -13,6 +14,9 @@ connections at a time; the CPU time of server and workers a second, and the log 
 call met a server that was away or full, after which it waits and tries again; and the workers that gave up, or that
 never got in. Without --storage, starts an embedded PostgreSQL for the time of the run, which lets in --max-connections,
 as many as all workers may take unless given.
+
+With --pooler URL, the address of a PgBouncer in front of the database of --storage, the workers connect there, and its
+CPU time is printed too if it runs on this host.
 """
 
 from __future__ import annotations
@@ -250,6 +254,7 @@ class Server:
 
     connections: int
     cpu_s: float | None
+    pooler_cpu_s: float | None
     host_cpu_s: float | None
     wal_bytes: float
 
@@ -261,6 +266,7 @@ class Observer:
         self._conn = engine.connect().execution_options(isolation_level="AUTOCOMMIT")
         self._most = 0
         self._cpu_s = _server_cpu_s(self._conn.scalar(_POSTMASTER))
+        self._pooler_cpu_s = _pooler_cpu_s()
         self._host_cpu_s = _host_cpu_s()
         self._lsn = self._conn.scalar(_LSN)
 
@@ -278,6 +284,7 @@ class Observer:
         return Server(
             connections=self._most,
             cpu_s=_difference(cpu_s, self._cpu_s),
+            pooler_cpu_s=_difference(_pooler_cpu_s(), self._pooler_cpu_s),
             host_cpu_s=_difference(_host_cpu_s(), self._host_cpu_s),
             wal_bytes=float(wal_bytes or 0),
         )
@@ -304,6 +311,12 @@ def _server_cpu_s(backend: int | None) -> float | None:
     return (ticks + sum(map(int, stats[postmaster][11:13]))) / os.sysconf("SC_CLK_TCK")
 
 
+def _pooler_cpu_s() -> float | None:
+    """Return the CPU seconds of all poolers on this host; None if there is none."""
+    names = [path.parent for path in Path("/proc").glob("[0-9]*/comm") if _text(path) == "pgbouncer\n"]
+    return sum(sum(map(int, _stat(name)[11:13])) for name in names) / os.sysconf("SC_CLK_TCK") if names else None
+
+
 def _host_cpu_s() -> float | None:
     """Return the CPU seconds of all that runs on this host; None where the system does not tell."""
     try:
@@ -319,10 +332,14 @@ def _difference(end: float | None, start: float | None) -> float | None:
 
 def _stat(process: Path) -> list[str]:
     """Return a process's state, parent and so on; zeros for one that has ended meanwhile."""
+    return _text(process / "stat").rpartition(")")[2].split() or ["0"] * 20
+
+
+def _text(of_process: Path) -> str:
     try:
-        return (process / "stat").read_text().rpartition(")")[2].split()
+        return of_process.read_text()
     except (FileNotFoundError, ProcessLookupError):
-        return ["0"] * 20
+        return ""
 
 
 def run(load: Load, engine: Engine, n_workers: int, n_processes: int, start_within_s: float) -> None:
@@ -368,8 +385,15 @@ def show(outcomes: list[Outcome], load: Load, server: Server, workers_cpu_s: flo
         if len(values) > 1:
             hundredths = statistics.quantiles(values, n=100, method="inclusive")
             print(f"  {call:<14}{hundredths[49]:>10.2f}{hundredths[98]:>10.2f}{max(values):>10.2f}{len(values):>10}")
-    took = {"server": server.cpu_s, "workers": workers_cpu_s, "whole host": server.host_cpu_s}
+    took = {
+        "server": server.cpu_s,
+        "pooler": server.pooler_cpu_s,
+        "workers": workers_cpu_s,
+        "whole host": server.host_cpu_s,
+    }
     cores = ", ".join(f"{who} {s / load.seconds:.2f}" for who, s in took.items() if s is not None)
+    load_average = ", ".join(f"{each:.1f}" for each in os.getloadavg())
+    print(f"  {'load average':<14}    {load_average}")
     print(f"  {'connections':<14}{server.connections:>10} at most")
     print(f"  {'CPU, cores':<14}    {cores}")
     print(f"  {'log':<14}{server.wal_bytes / 1024 / n_reports:>10.2f} KB a report")
@@ -396,9 +420,12 @@ def main() -> None:
     parser.add_argument("--watch", type=float, default=0.0, help="seconds between a supervisor's looks; 0 for none")
     parser.add_argument("--history", type=int, default=10_000, help="finished trials that the study starts with")
     parser.add_argument("--max-connections", type=int, help="of the embedded server (default: enough)")
+    parser.add_argument("--pooler", help="URL by which the workers connect")
     parser.add_argument("--processes", type=int, default=4)
     parser.add_argument("--start-within", type=float, default=300.0, help="seconds to wait until all workers are in")
     options = parser.parse_args()
+    if options.pooler and not options.storage:
+        parser.error("--pooler stands in front of the database of --storage: name that too")
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     enough = CONNECTIONS_PER_PROCESS * PROCESSES_PER_WORKER * max(options.workers) + 20
     with database(options.storage, options.max_connections or enough) as url:
@@ -409,7 +436,7 @@ def main() -> None:
             study = studies.create_study(engine, name, "minimize", {"version": 1}, {}, "value")
             fill(engine, study.study_id, options.history)
             load = Load(
-                url=url,
+                url=options.pooler or url,
                 study=name,
                 seconds=options.seconds,
                 every_s=options.every,

@@ -265,7 +265,8 @@ _EXPLANATIONS: Final[tuple[tuple[str, type[StorageError], str, str], ...]] = (
         r'|value ".*" (is )?invalid|definition of service|service file',
         InvalidURLError,
         "cannot use",
-        "correct the URL's parameters",
+        "correct the URL's parameters, and leave out those of other programs (pgbouncer=true, schema=...): a pooler is "
+        "noticed without, and options=-c search_path=NAME names a schema",
     ),
     (
         r"server certificate for|server's certificate",

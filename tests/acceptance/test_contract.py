@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import configparser
 from collections import Counter, defaultdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ import pytest
 from chaos import OBJECTIVE, Chaos, Machine, run_under_faults
 from command import Tuner
 from optuna.trial import FrozenTrial, TrialState
+from pooler import ListeningServer, a_pooler
 from sqlalchemy import text
 
 from storage import EmbeddedServer, StorageError, open_engine, open_storage
@@ -60,16 +62,57 @@ def test_the_contract_holds_under_faults_at_random(
     request: pytest.FixtureRequest, server: EmbeddedServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     soak = request.config.getoption("--soak")
-    seed = int(request.config.getoption("--soak-seed"))
     duration_s = seconds("--soak", soak or "40s")
     budget = max(20, int(duration_s * (TRIALS_A_SECOND_OF_A_SOAK if soak else TRIALS_A_SECOND)))
-    tuner = Tuner({"TUNER_STORAGE": server.url(), "TUNER_DATA_DIR": str(tmp_path / "here")}, tmp_path)
-    (tmp_path / "mine.py").write_text(OBJECTIVE)
-    options = ("--study", "s", "--trials", str(budget), "--max-failures", "100000", "--pruner", "median")
-    assert tuner("create", f"{tmp_path / 'mine.py'}:objective", *options).code == 0
-
+    create(server.url(), budget, tmp_path)
     machines = [Machine(number, server.url(), tmp_path) for number in range(3)]
+    seed = int(request.config.getoption("--soak-seed"))
     chaos = Chaos(seed, machines, server, longest_s=90 if soak else 10)
+    check_contract(server, machines, chaos, duration_s, budget, tmp_path, capsys)
+
+
+@pytest.mark.timeout(0)
+def test_it_holds_through_a_pooler(
+    request: pytest.FixtureRequest, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One set up as docs/load.md has it, which is restarted as well."""
+    soak = request.config.getoption("--soak")
+    duration_s = seconds("--soak", soak or "10s")
+    budget = max(12, int(duration_s * (TRIALS_A_SECOND_OF_A_SOAK if soak else TRIALS_A_SECOND)))
+    documented = configparser.ConfigParser()
+    documented.read(Path(__file__).parents[2] / "docs" / "pgbouncer.ini")
+    server = ListeningServer(tmp_path / "home")
+    try:
+        server.start()
+        with a_pooler(server, dict(documented["pgbouncer"])) as pooler:
+            create(pooler.url.render_as_string(hide_password=False), budget, tmp_path)
+            machines = [Machine(number, pooler.socket_url, tmp_path) for number in range(2)]
+            chaos = Chaos(
+                int(request.config.getoption("--soak-seed")), machines, server, 90 if soak else 5, pooler=pooler
+            )
+            check_contract(server, machines, chaos, duration_s, budget, tmp_path, capsys)
+    finally:
+        server.destroy()
+
+
+def create(url: str, budget: int, directory: Path) -> None:
+    """Create the study `s` by the command line."""
+    tuner = Tuner({"TUNER_STORAGE": url, "TUNER_DATA_DIR": str(directory / "here")}, directory)
+    (directory / "mine.py").write_text(OBJECTIVE)
+    options = ("--study", "s", "--trials", str(budget), "--max-failures", "100000", "--pruner", "median")
+    assert tuner("create", f"{directory / 'mine.py'}:objective", *options).code == 0
+
+
+def check_contract(
+    server: EmbeddedServer,
+    machines: list[Machine],
+    chaos: Chaos,
+    duration_s: float,
+    budget: int,
+    directory: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Let the machines work under faults, and hold what they were told against the server's database."""
     watch = Watch(server.url())
     try:
         run_under_faults(machines, chaos, duration_s, watch)
@@ -85,7 +128,7 @@ def test_the_contract_holds_under_faults_at_random(
     assert watch.changed == []
     check_study(trials, budget)
     check_attempts(server, trials)
-    check_params(trials, tmp_path / "params")
+    check_params(trials, directory / "params")
     for machine in machines:
         check_told(machine.events(), {trial.number: trial for trial in trials})
     check_ended_once(machines)

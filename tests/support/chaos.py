@@ -18,6 +18,7 @@ from typing import Any
 
 from command import wait_for
 from gate import Gate
+from pooler import Pooler
 from processes import slots_of
 
 from storage import EmbeddedServer
@@ -115,12 +116,20 @@ class Machine:
 class Chaos:
     """Injects faults, one after the other, chosen from a seed."""
 
-    def __init__(self, seed: int, machines: list[Machine], server: EmbeddedServer, longest_s: float) -> None:
+    def __init__(
+        self,
+        seed: int,
+        machines: list[Machine],
+        server: EmbeddedServer,
+        longest_s: float,
+        pooler: Pooler | None = None,
+    ) -> None:
         """A partition or a stop lasts `longest_s` seconds at most."""
         self.injected: Counter[str] = Counter()
         self._random = random.Random(seed)
         self._machines = machines
         self._server = server
+        self._pooler = pooler
         self._longest_s = longest_s
         self._healing: list[threading.Timer] = []
 
@@ -136,7 +145,11 @@ class Chaos:
             "restart of PostgreSQL": lambda _: self._restart(),
             "partition": self._partition,
         }
-        name = self._random.choice(list(faults))
+        names = list(faults)
+        if (pooler := self._pooler) is not None:
+            faults["restart of the pooler"] = lambda _: pooler.restart() is None
+            names += len(names) * ["restart of the pooler"]  # half of all that is injected
+        name = self._random.choice(names)
         self.injected[name] += faults[name](self._random.choice(self._machines))
 
     def heal(self) -> None:

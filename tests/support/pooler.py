@@ -44,13 +44,17 @@ class ListeningServer(EmbeddedServer):
 
 
 class Pooler:
-    """Runs PgBouncer in `directory` on TCP and on a socket there; it reaches the server by the password of `tuner`."""
+    """Runs PgBouncer in `directory` on TCP and on a socket there; it has the password of `tuner`.
+
+    `users` are the lines of its users, and count from its next start.
+    """
 
     def __init__(self, program: str, server: ListeningServer, directory: Path, settings: Mapping[str, object]) -> None:
         """`settings` are those of its file, but for where it listens, where its server and who its clients are."""
         self.port = free_port()
         self.password = server.password_file.read_text().strip()
         self.log = directory / "log"
+        self.users = f'"tuner" "{self.password}"'
         self._program = program
         self._server = server
         self._directory = directory
@@ -74,7 +78,7 @@ class Pooler:
         """Start it if it does not run, and wait until it lets its admin in."""
         if self._process is not None:
             return
-        users = self._write("users", f'"tuner" "{self.password}"\n"{_ADMIN}" "{_ADMINS_PASSWORD}"\n')
+        users = self._write("users", f'{self.users}\n"{_ADMIN}" "{_ADMINS_PASSWORD}"\n')
         settings = {
             "auth_type": "scram-sha-256",
             **self._settings,

@@ -276,7 +276,9 @@ def _role(database, conn):
     return parse_url(database).username or conn.scalar(text("SELECT current_user"))
 
 
-@pytest.mark.parametrize("query", ["sslmod=require", "sslmode=maybe", "connect_timeout=soon", "plugin=none"])
+@pytest.mark.parametrize(
+    "query", ["sslmod=require", "sslmode=maybe", "connect_timeout=soon", "plugin=none", "pgbouncer=true"]
+)
 def test_a_bad_parameter_is_an_error_of_the_url(server_url, engine_of, query):
     name, value = query.split("=")
     url = parse_url(server_url).update_query_dict({name: value}).set(password=SECRET)

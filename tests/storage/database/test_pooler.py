@@ -2,9 +2,11 @@
 
 import io
 import os
+import re
 import signal
 import threading
 from contextlib import contextmanager
+from pathlib import Path
 
 import psycopg2
 import pytest
@@ -166,6 +168,22 @@ def test_who_waits_for_the_tables_leaves_the_poolers_sessions_to_who_makes_them(
         thread.join()
     assert failed == []
     assert one(engines[0], "SELECT max(version) > 0 FROM tuner_schema") is True
+
+
+def test_what_the_server_knows_of_a_password_is_enough_for_the_pooler(server, pooler, engine_of):
+    (query,) = re.findall(r"SELECT format.*pg_authid.*", (Path(__file__).parents[3] / "docs" / "load.md").read_text())
+    plain = pooler.users
+    connection = psycopg2.connect(server.admin_url())
+    with connection.cursor() as cursor:
+        cursor.execute(query.replace("'tuner_reader'", "'nobody'"))
+        ((pooler.users,),) = cursor.fetchall()
+    connection.close()
+    assert pooler.password not in pooler.users
+    try:
+        pooler.restart()
+        assert one(engine_of(pooler.url)) == 1
+    finally:
+        pooler.users = plain
 
 
 def test_a_pooler_without_a_free_connection_says_what_to_raise(pooler, engine_of):
