@@ -17,7 +17,7 @@ from psycopg2.extensions import TRANSACTION_STATUS_IDLE, connection, cursor
 
 # PgBouncer's words, for all options or for one setting in them, and those of Amazon's proxy.
 _TAKES_NO_OPTIONS: Final = re.compile(r"unsupported startup parameter\w*( in options)?: |support command-line options")
-_SETTING: Final = re.compile(r"(?:-c\s*|--)([\w.-]+)=((?:\\.|[^\s\\])*)")
+_SETTING: Final = re.compile(r"(?<!\S)(?:-c\s*|--)([\w.-]+)=((?:\\.|[^\s\\])*)")
 _LIBPQ: Final = "server closed the connection unexpectedly"
 # What a session begins its transactions with, by what one that has begun is told.
 _OF_TRANSACTION: Final = {"default_transaction_read_only": "transaction_read_only"}

@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 TRIALS_A_SECOND, TRIALS_A_SECOND_OF_A_SOAK = 0.7, 1.5
 """What three machines with two slots each manage under faults: less, and more, so that a soak is one to its end."""
 
+PASSES_AT_ONCE = ("restart of the pooler", "restart of PostgreSQL", "SIGKILL of a slot", "SIGTERM of a worker")
+"""Faults after which nobody waits for a lease to run out."""
+
 
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[EmbeddedServer]:
@@ -75,7 +78,7 @@ def test_the_contract_holds_under_faults_at_random(
 def test_it_holds_through_a_pooler(
     request: pytest.FixtureRequest, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """One set up as docs/load.md has it, which is restarted as well."""
+    """By the settings of docs/pgbouncer.ini; restarts of the pooler are among the faults."""
     soak = request.config.getoption("--soak")
     duration_s = seconds("--soak", soak or "10s")
     budget = max(12, int(duration_s * (TRIALS_A_SECOND_OF_A_SOAK if soak else TRIALS_A_SECOND)))
@@ -87,9 +90,9 @@ def test_it_holds_through_a_pooler(
         with a_pooler(server, dict(documented["pgbouncer"])) as pooler:
             create(pooler.url.render_as_string(hide_password=False), budget, tmp_path)
             machines = [Machine(number, pooler.socket_url, tmp_path) for number in range(2)]
-            chaos = Chaos(
-                int(request.config.getoption("--soak-seed")), machines, server, 90 if soak else 5, pooler=pooler
-            )
+            seed = int(request.config.getoption("--soak-seed"))
+            among = () if soak else PASSES_AT_ONCE
+            chaos = Chaos(seed, machines, server, longest_s=90 if soak else 10, pooler=pooler, among=among)
             check_contract(server, machines, chaos, duration_s, budget, tmp_path, capsys)
     finally:
         server.destroy()

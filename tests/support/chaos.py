@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -123,13 +123,15 @@ class Chaos:
         server: EmbeddedServer,
         longest_s: float,
         pooler: Pooler | None = None,
+        among: Collection[str] = (),
     ) -> None:
-        """A partition or a stop lasts `longest_s` seconds at most."""
+        """A partition or a stop lasts `longest_s` seconds at most; the faults are `among` these, or all there are."""
         self.injected: Counter[str] = Counter()
         self._random = random.Random(seed)
         self._machines = machines
         self._server = server
         self._pooler = pooler
+        self._among = among
         self._longest_s = longest_s
         self._healing: list[threading.Timer] = []
 
@@ -145,11 +147,9 @@ class Chaos:
             "restart of PostgreSQL": lambda _: self._restart(),
             "partition": self._partition,
         }
-        names = list(faults)
         if (pooler := self._pooler) is not None:
             faults["restart of the pooler"] = lambda _: pooler.restart() is None
-            names += len(names) * ["restart of the pooler"]  # half of all that is injected
-        name = self._random.choice(names)
+        name = self._random.choice([name for name in faults if not self._among or name in self._among])
         self.injected[name] += faults[name](self._random.choice(self._machines))
 
     def heal(self) -> None:

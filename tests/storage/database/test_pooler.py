@@ -11,6 +11,9 @@ from pathlib import Path
 import psycopg2
 import pytest
 from command import wait_for
+from optuna.exceptions import StorageInternalError
+from optuna.storages import RDBStorage
+from optuna.study import StudyDirection
 from pooler import ListeningServer, a_pooler
 from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
@@ -24,7 +27,7 @@ from storage import (
     ensure_schema,
     open_engine,
 )
-from storage.database.engine import is_outage
+from storage.database.engine import engine_options, is_outage
 from storage.database.errors import NotLetInError
 from storage.database.sessions import Backoff, Sessions
 
@@ -137,8 +140,19 @@ def test_a_read_only_engine_refuses_to_write(pooler, engine_of):
         assert conn.scalar(text("SELECT 1")) == 1
         with pytest.raises(DBAPIError, match=r"read-only transaction"):
             conn.execute(text("CREATE TABLE written ()"))
-    with engine_of(pooler.url).connect() as conn:
-        conn.execute(text("CREATE TEMP TABLE written () ON COMMIT DROP"))
+    # As optuna-dashboard opens it.
+    url = pooler.url.set(drivername="postgresql+psycopg2")
+    ensure_schema(engine_of(url))
+    theirs = RDBStorage(
+        url.render_as_string(hide_password=False),
+        engine_kwargs=engine_options(url, read_only=True, application_name="tuner"),
+        skip_table_creation=True,
+    )
+    assert theirs.get_all_studies() == []
+    with pytest.raises(StorageInternalError):
+        theirs.create_new_study([StudyDirection.MINIMIZE])
+    theirs.remove_session()
+    theirs.engine.dispose()
 
 
 def test_statement_pooling_is_refused_with_what_to_set(pooler, engine_of):
