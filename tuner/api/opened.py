@@ -1,0 +1,83 @@
+"""A study opened from Python."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import optuna
+
+from tuner.api.words import LibraryLog
+from tuner.errors import UsageError
+from tuner.settings import Settings
+
+if TYPE_CHECKING:
+    from sqlalchemy import Engine
+
+    from tuner.study.joining import AnyStudy
+
+
+class PythonSettings(Settings):
+    """Settings whose log is Python's."""
+
+    def log(self, **fields: Any) -> LibraryLog:
+        """Return a log with these fields in every record."""
+        return LibraryLog(**fields)
+
+
+def as_settings(storage: str | None, data_dir: str | Path | None) -> PythonSettings:
+    """Return what is given, and else what the environment says."""
+    environ = os.environ
+    password_file, data_dir = environ.get("TUNER_STORAGE_PASSWORD_FILE"), data_dir or environ.get("TUNER_DATA_DIR")
+    return PythonSettings(
+        storage=storage or environ.get("TUNER_STORAGE") or None,
+        storage_password_file=Path(password_file).absolute() if password_file else None,
+        given_data_dir=Path(data_dir).expanduser().absolute() if data_dir else None,
+    )
+
+
+class OpenedStudy(optuna.Study):
+    """Optuna's study, with the sampler and pruner of its spec, which knows where it is from."""
+
+    def __init__(self, name: str, settings: PythonSettings) -> None:
+        from storage import open_storage
+        from tuner.study.joining import find_study
+        from tuner.study.sampling import build_pruner, build_sampler
+
+        its = open_storage(settings.storage_url())
+        found = find_study(its.engine, name)
+        sampler = pruner = None
+        if (spec := found.spec) is not None:
+            # Another one for each number of trials: those that a study suggests from afresh shall not be the same.
+            sampler = build_sampler(spec.sampler, spec.seed, its.get_n_trials(found.study_id))
+            pruner = build_pruner(spec.pruner)
+        super().__init__(name, its, sampler=sampler, pruner=pruner)
+        self.tuner_settings: Final = settings
+
+
+@contextmanager
+def opened(
+    study: str | optuna.Study, storage: str | None, data_dir: str | Path | None
+) -> Iterator[tuple[PythonSettings, Engine, AnyStudy]]:
+    """Give the settings, the database and the study; `storage` and `data_dir` say where a name is looked for."""
+    from tuner.study.joining import find_study
+
+    if isinstance(study, OpenedStudy):
+        if storage is not None or data_dir is not None:
+            raise UsageError("storage and data_dir are for a study's name: this one knows where it is from")
+        settings, name = study.tuner_settings, study.study_name
+    elif isinstance(study, str):
+        settings, name = as_settings(storage, data_dir), study
+    else:
+        raise UsageError(
+            "a study needs to be its name, or what tuner.run, tuner.create_study or tuner.load_study returned,"
+            f" got {study!r}"
+        )
+    engine = settings.open()
+    try:
+        yield settings, engine, find_study(engine, name)
+    finally:
+        engine.dispose()
