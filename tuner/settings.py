@@ -6,7 +6,7 @@ import os
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any, Self, overload
 
 from tuner.errors import UsageError
 from tuner.log import Log, LogFormat
@@ -41,6 +41,17 @@ class Settings:
             storage_password_file=absolute(storage_password_file),
             given_data_dir=absolute(data_dir),
             given_log_format=formats[log_format],
+        )
+
+    @classmethod
+    def of_environment(cls, storage: str | None = None, data_dir: str | Path | None = None) -> Self:
+        """Return what is given, and else what the variables say that the command line looks at."""
+        environ = os.environ
+        password_file, data_dir = environ.get("TUNER_STORAGE_PASSWORD_FILE"), data_dir or environ.get("TUNER_DATA_DIR")
+        return cls(
+            storage=storage or environ.get("TUNER_STORAGE") or None,
+            storage_password_file=absolute(Path(password_file)) if password_file else None,
+            given_data_dir=absolute(Path(data_dir).expanduser()) if data_dir else None,
         )
 
     def over(self, other: Settings) -> Settings:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,17 +25,6 @@ class PythonSettings(Settings):
     def log(self, **fields: Any) -> LibraryLog:
         """Return a log with these fields in every record."""
         return LibraryLog(**fields)
-
-
-def as_settings(storage: str | None, data_dir: str | Path | None) -> PythonSettings:
-    """Return what is given, and else what the environment says."""
-    environ = os.environ
-    password_file, data_dir = environ.get("TUNER_STORAGE_PASSWORD_FILE"), data_dir or environ.get("TUNER_DATA_DIR")
-    return PythonSettings(
-        storage=storage or environ.get("TUNER_STORAGE") or None,
-        storage_password_file=Path(password_file).absolute() if password_file else None,
-        given_data_dir=Path(data_dir).expanduser().absolute() if data_dir else None,
-    )
 
 
 class OpenedStudy(optuna.Study):
@@ -70,7 +58,7 @@ def opened(
             raise UsageError("storage and data_dir are for a study's name: this one knows where it is from")
         settings, name = study.tuner_settings, study.study_name
     elif isinstance(study, str):
-        settings, name = as_settings(storage, data_dir), study
+        settings, name = PythonSettings.of_environment(storage, data_dir), study
     else:
         raise UsageError(
             "a study needs to be its name, or what tuner.run, tuner.create_study or tuner.load_study returned,"

@@ -20,7 +20,7 @@ from typing_extensions import Unpack
 
 from tuner.api.creating import make_sure, outline, tell_random_start
 from tuner.api.exporting import Wish, export_named
-from tuner.api.opened import OpenedStudy, PythonSettings, as_settings, opened
+from tuner.api.opened import OpenedStudy, PythonSettings, opened
 from tuner.api.reading import BestTrial, best_fields, ran, trial_fields
 from tuner.api.running import n_workers, new_worker_name, prepare, run_trials, slot_config
 from tuner.api.wanted import StudySettings, study_plan
@@ -68,7 +68,7 @@ def create_study(
     the objective, or if workers could not import the objective, storage.StorageError without a database.
     """
     with said_for_python():
-        its = as_settings(storage, data_dir)
+        its = PythonSettings.of_environment(storage, data_dir)
         wanted = _wanted(objective, its, trials=trials, epochs=epochs, options=options, settings=settings)
         engine = its.open()
         try:
@@ -121,7 +121,7 @@ def run(
         from tuner.study.tensorboard import check_tensorboard
         from tuner.worker.slots import plan_slots
 
-        its = as_settings(storage, data_dir)
+        its = PythonSettings.of_environment(storage, data_dir)
         its.own_data_dir()  # before anything starts
         plans = plan_slots(str(n_workers(workers)), device, threads=threads)
         curves_dir = None if tensorboard is None else Path(tensorboard).absolute()
@@ -176,7 +176,7 @@ def load_study(name: str, *, storage: str | None = None, data_dir: str | Path | 
     storage.StorageError without a database.
     """
     with said_for_python():
-        return OpenedStudy(name, as_settings(storage, data_dir))
+        return OpenedStudy(name, PythonSettings.of_environment(storage, data_dir))
 
 
 def best(study: str | optuna.Study, *, storage: str | None = None, data_dir: str | Path | None = None) -> BestTrial:
