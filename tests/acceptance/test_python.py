@@ -166,7 +166,7 @@ def test_what_workers_could_not_have_is_told_before_anything_starts(notebook: No
         "def make():\n    class Inner(Handwriting):\n        pass\n    return Inner\n"
     )
     for objective, message in (
-        ("Held", "objective Held uses 'frame', a DataFrame of this notebook or script"),
+        ("Held", "objective Held uses 'frame' (DataFrame) of this notebook or script"),
         ("make()", "Inner is defined within make, whose variables the process of a worker has not"),
         ("lambda trial: 1.0", "a lambda cannot be an objective"),
     ):

@@ -197,7 +197,7 @@ class _File:
 
     def _refused(self, name: str, found: Any) -> TunerError:
         return TunerError(
-            f"objective {self._name} uses {name!r}, a {type(found).__name__} of this notebook or script, which the"
+            f"objective {self._name} uses {name!r} ({type(found).__name__}) of this notebook or script, which the"
             f" process of a worker has not: make it within {self._name}, or import it from a file"
         )
 

@@ -100,8 +100,8 @@ def test_a_class_without_methods_is_found_in_what_was_typed(cell: Any) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("x = object()\ndef f(trial): return x", "objective f uses 'x', a object of this notebook or script, which"),
-        ("x = list(range(10000))\ndef f(trial): return x", "objective f uses 'x', a list of"),
+        ("x = object()\ndef f(trial): return x", "objective f uses 'x' (object) of this notebook or script, which"),
+        ("x = list(range(10000))\ndef f(trial): return x", "objective f uses 'x' (list) of"),
         ("f = lambda trial: 1.0", "a lambda cannot be an objective"),
         (
             "def make():\n    def g(trial): return 1.0\n    return g\nf = make()",
