@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.timeout(600),  # its first test waits for the whole notebook
     # of nbclient and of what it is built on, which are not ours to mend
     pytest.mark.filterwarnings("default::DeprecationWarning", "default::ResourceWarning", "default::UserWarning"),
 ]
