@@ -1,44 +1,60 @@
 """tuner: hyperparameter search for PyTorch, from the first trial to the exported model.
 
-The command line is the main way in (`tuner --help`). From Python: `Objective` is the base class of what to
-search, `load_model` gives an exported model back and `rebuild` the model itself, to train it further; `TunerError` is
-what they raise for what a user can mend; `curves` gives the learning curves of a study.
+What the command line does (`tuner --help`) can be done from Python, in a script or a notebook: `Objective` is the base
+class of what to search; `run` searches with local workers, `create_study` makes a study for workers elsewhere; `best`,
+`trials` and `curves` tell what came of it, `load_study` gives Optuna's study; `export` makes a model of it, which
+`load_model` gives back, and `rebuild` the model itself, to train it further. `TunerError` is what they raise for what a
+user can mend.
 """
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from tuner.api.python import best, create_study, export, load_study, run, trials
     from tuner.errors import TunerError
     from tuner.model.loading import load_model
     from tuner.model.rebuilding import rebuild
     from tuner.objective import Objective
     from tuner.study.curves import curves
 
-__all__ = ["Objective", "TunerError", "curves", "load_model", "rebuild"]
+__all__ = [
+    "Objective",
+    "TunerError",
+    "best",
+    "create_study",
+    "curves",
+    "export",
+    "load_model",
+    "load_study",
+    "rebuild",
+    "run",
+    "trials",
+]
+
+# Most import torch, which commands that train nothing never need.
+_MODULES = {
+    "Objective": "tuner.objective",
+    "TunerError": "tuner.errors",
+    "best": "tuner.api.python",
+    "create_study": "tuner.api.python",
+    "curves": "tuner.study.curves",
+    "export": "tuner.api.python",
+    "load_model": "tuner.model.loading",
+    "load_study": "tuner.api.python",
+    "rebuild": "tuner.model.rebuilding",
+    "run": "tuner.api.python",
+    "trials": "tuner.api.python",
+}
 
 
 def __getattr__(name: str) -> Any:
-    # Most import torch, which commands that train nothing never need.
-    if name == "Objective":
-        from tuner.objective import Objective
+    if name not in _MODULES:
+        raise AttributeError(f"module 'tuner' has no attribute {name!r}")
+    return getattr(import_module(_MODULES[name]), name)
 
-        return Objective
-    if name == "load_model":
-        from tuner.model.loading import load_model
 
-        return load_model
-    if name == "rebuild":
-        from tuner.model.rebuilding import rebuild
-
-        return rebuild
-    if name == "curves":
-        from tuner.study.curves import curves
-
-        return curves
-    if name == "TunerError":
-        from tuner.errors import TunerError
-
-        return TunerError
-    raise AttributeError(f"module 'tuner' has no attribute {name!r}")
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

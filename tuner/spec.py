@@ -38,6 +38,8 @@ class ObjectiveSpec(_Frozen):
     name: str
     code_hash: str
     options: dict[str, JsonValue] = {}
+    source: str | None = None
+    """The code itself, where it was defined in a notebook or a script. It is for people: no process runs it."""
 
 
 class SamplerSpec(_Frozen):
@@ -128,6 +130,8 @@ class Spec(_Frozen):
 
 
 CODE_HASH = "objective.code_hash"
+_SOURCE = "objective.source"
+"""It goes with the hash."""
 
 
 def parse_spec(stored: object, study_name: str) -> Spec:
@@ -158,7 +162,7 @@ def differences(stored: Spec, wanted: Spec) -> list[str]:
     return [
         f"{name}: the study has {_shown(name, theirs)}, this command says {_shown(name, ours)}"
         for name in sorted(ours.keys() | theirs.keys())
-        if name not in both or ours[name] != theirs[name]
+        if name != _SOURCE and (name not in both or ours[name] != theirs[name])
     ]
 
 

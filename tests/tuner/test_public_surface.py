@@ -9,8 +9,29 @@ from tuner import Objective, training
 
 
 def test_the_public_surface_is_what_all_says():
-    assert tuner.__all__ == ["Objective", "TunerError", "curves", "load_model", "rebuild"]
+    assert tuner.__all__ == [
+        "Objective",
+        "TunerError",
+        "best",
+        "create_study",
+        "curves",
+        "export",
+        "load_model",
+        "load_study",
+        "rebuild",
+        "run",
+        "trials",
+    ]
     assert [getattr(tuner, name).__name__ for name in tuner.__all__] == tuner.__all__
+    assert {*tuner.__all__} <= {*dir(tuner)}
+
+
+def test_the_help_of_tuner_shows_each_name_with_what_it_is_for():
+    told = pydoc.plain(pydoc.render_doc(tuner))
+    for name in tuner.__all__:
+        found = getattr(tuner, name)
+        assert inspect.getdoc(found), name
+        assert re.search(rf"^    (class )?{name}\b", told, re.M), name
 
 
 def test_an_unknown_name_is_an_attribute_error():

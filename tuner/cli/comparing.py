@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tuner.cli.reading import AsJson, best_fields_of, print_json
+from tuner.api.reading import best_fields_of
+from tuner.cli.reading import AsJson, print_json
 from tuner.cli.settings import Settings, command
 from tuner.cli.streams import say
 from tuner.errors import UsageError

@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
-from tuner.cli.model import OBJECTIVE_HELP, installed_name
+from tuner.api.exporting import own_reference
+from tuner.api.running import n_workers, slot_config
+from tuner.cli.model import OBJECTIVE_HELP
 from tuner.cli.options import WORKERS
 from tuner.cli.reading import AsJson, StudyName, print_json
 from tuner.cli.settings import Settings, command
 from tuner.cli.streams import say
-from tuner.cli.workers import AllowCodeChange, Device, Workers, n_workers, slot_config, worker_name
+from tuner.cli.workers import AllowCodeChange, Device, Workers, worker_name
 from tuner.errors import TunerError, UsageError
 from tuner.text import number_text, params_text, table
 
@@ -71,11 +73,11 @@ def confirm(
     plans = plan_slots(str(n_workers(workers)), device)
     engine = settings.open_for_work()
     opened = open_confirmable(engine, study)
-    reference = objective or installed_name(opened)
+    reference = objective or own_reference(settings, opened)
     source = find_objective(reference)
     check_code(opened, source, allow_code_change=allow_code_change)
     start = partial(Slots, plans, reference, worker_name(), settings.data_dir)
-    found = confirm_here(settings, engine, opened, source, reference, runs, start, allow_code_change=allow_code_change)
+    found = confirm_here(settings, engine, opened, source, runs, start, allow_code_change=allow_code_change)
     if (fields := shown(found, as_json=as_json)) is not None:
         print_json(fields)
 
@@ -95,7 +97,6 @@ def confirm_here(
     engine: Engine,
     study: Study,
     source: ObjectiveSource,
-    reference: str,
     runs: Runs | None,
     start: Callable[[], Slots],
     *,
@@ -127,7 +128,7 @@ def confirm_here(
                 settings,
                 companion,
                 source,
-                reference,
+                worker=worker_name(),
                 allow_code_change=allow_code_change,
                 preflight=False,
                 allow_leak=True,

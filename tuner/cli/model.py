@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tuner.cli.options import check_positive
+from tuner.api.exporting import Wish, export_named
+from tuner.api.reading import best_fields, best_fields_of
 from tuner.cli.settings import Settings, command
 from tuner.cli.streams import say
 from tuner.errors import TunerError, UsageError
@@ -64,42 +64,23 @@ def export(
 
     Where tuner confirm has chosen one, it is that.
     """
-    from tuner.formats.names import chosen, require
-    from tuner.model.output import check_output, link_by_name
-    from tuner.study.confirming import choose
-    from tuner.study.joining import check_code, open_study
+    from tuner.study.joining import open_study
     from tuner.study.registry import find_objective
 
-    wanted = chosen(formats)
-    if epochs is not None:
-        check_positive("--epochs", epochs)
-        if full_schedule:
-            raise UsageError("--epochs and --full-schedule both say how long to train: give one of them")
-    require(wanted)
-    engine = settings.open()
-    opened = open_study(engine, study)
-    choose(engine, opened, trial)  # before torch is imported for the rest
-    source = find_objective(objective or installed_name(opened))
-    check_code(opened, source, allow_code_change=allow_code_change)
-    target = output or default_output(settings, opened)
-    check_output(target)
-    from tuner.model.export import export_study
-
-    exported = export_study(
-        engine,
-        opened,
-        source,
-        output=target,
-        data_dir=settings.own_data_dir(),
+    wish = Wish(
+        output=output,
         device=device,
-        log=settings.log(study=opened.name),
-        full_schedule=full_schedule,
+        formats=[name.strip() for name in formats.split(",")],
         trial=trial,
         epochs=epochs,
-        formats=wanted,
-        in_fresh_process=True,
+        full_schedule=full_schedule,
     )
-    link = link_by_name(target, opened.name) if output is None else None
+    wish.check()
+    engine = settings.open()
+    opened = open_study(engine, study)
+    log = settings.log(study=opened.name)
+    source = None if objective is None else find_objective(objective)
+    exported, link = export_named(settings, engine, opened, source, wish, log, allow_code_change=allow_code_change)
     print_exported(settings, engine, opened, exported, as_json=as_json, link=link, with_formats=True)
 
 
@@ -151,33 +132,6 @@ def verify(
         raise TunerError(f"{directory} is not what its manifest says: {wrong[0].name}: {wrong[0].problem}")
 
 
-def installed_name(study: Study) -> str:
-    """Return the name of the study's objective, an installed one. Raises UsageError if it is a file of somebody's.
-
-    What the database names is never imported as a file, though one of that name may lie here.
-    """
-    name = study.spec.objective.name
-    if ":" in name:
-        raise UsageError(
-            f"study {study.name!r} searches {name!r}, a file of the one who created it;"
-            f" give yours: --objective path/to/{name}"
-        )
-    return name
-
-
-def default_output(settings: Settings, study: Study) -> Path:
-    """Return where a study's model goes: numbers make the path, a name is not to be trusted with that.
-
-    Studies of the embedded server and of other servers may have the same number, and do not meet.
-    """
-    name = f"study-{study.study_id}"
-    if settings.storage is not None:
-        url = settings.storage_url()
-        server = f"{url.host} {url.port} {url.database} {dict(url.query).get('host')}"
-        name += f"-{hashlib.sha256(server.encode()).hexdigest()[:8]}"
-    return settings.own_data_dir() / "models" / name
-
-
 def print_exported(
     settings: Settings,
     engine: Engine,
@@ -193,7 +147,7 @@ def print_exported(
 
     If so it is wanted, how each format compares, too. With `--json` the `confirmation` that came before, too.
     """
-    from tuner.cli.reading import best_fields, best_fields_of, print_json
+    from tuner.cli.reading import print_json
     from tuner.text import number_text, params_text
 
     best = found = best_fields(engine, study)

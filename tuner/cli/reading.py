@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from tuner.api.reading import best_fields, ran, trial_fields
 from tuner.cli.one_trial import look
 from tuner.cli.settings import Settings, command
 from tuner.cli.streams import say
@@ -20,8 +21,6 @@ from tuner.errors import UsageError
 from tuner.text import number_text, printable, table
 
 if TYPE_CHECKING:
-    from sqlalchemy import Engine
-
     from storage.coordination.records import TrialRecord
     from tuner.study.joining import AnyStudy
 
@@ -122,7 +121,7 @@ def trials(
     if number is not None:
         one = look(engine, opened, number)
         if as_json:
-            print_json(one.curve_fields() if curve else _trial_fields(one.trial) | {"attempts": one.attempt_fields()})
+            print_json(one.curve_fields() if curve else trial_fields(one.trial) | {"attempts": one.attempt_fields()})
             return
         shown = one.curve_csv() if as_csv else one.curve_lines() if curve else one.lines()
         say(*shown)
@@ -133,8 +132,8 @@ def trials(
         found = trials_view.best_first(found, opened.directions[0])
     if as_json:
         with engine.connect() as conn:
-            ran = last_attempts(conn, opened.study_id)
-        print_json([_trial_fields(trial) | _ran(ran, trial) | _all_values(opened, trial, values) for trial in found])
+            attempts = last_attempts(conn, opened.study_id)
+        print_json([trial_fields(trial) | ran(attempts, trial) | _all_values(opened, trial, values) for trial in found])
         return
     empty = "no trials yet" + ("" if opened.spec is None else f"; '{opened.worker_command}' runs some")
     for line in trials_view.lines(found, values) if found else [empty]:
@@ -194,30 +193,6 @@ def objectives(settings: Settings, as_json: AsJson = False) -> None:  # noqa: AR
     _print_table(["objective", "summary"], [list(row.values()) for row in found], empty="no objectives are installed")
 
 
-def best_fields(engine: Engine, study: AnyStudy) -> dict[str, Any]:
-    """Return the best trial as `tuner best --json` prints it. Raises TunerError if none is complete."""
-    from tuner.study.joining import best_of
-
-    return best_fields_of(study, best_of(engine, study))
-
-
-def best_fields_of(study: AnyStudy, best: TrialRecord) -> dict[str, Any]:
-    """Return the study's best trial as `tuner best --json` prints it."""
-    return {
-        "study": study.name,
-        "number": best.number,
-        "value": best.value,
-        "metric": study.metrics[0],
-        "direction": study.directions[0],
-        "params": best.params,
-        "epoch": best.user_attrs.get("epoch"),
-        "state": best.state,
-        "seed": best.user_attrs.get("seed"),
-        "parameters": best.user_attrs.get("parameters"),
-        "trained_parameters": best.user_attrs.get("trained_parameters"),
-    }
-
-
 def print_json(value: Any) -> None:
     """Print one line of JSON, in which a number that is not finite is null, as JSON has no such numbers."""
     print(json.dumps(_finite(value), allow_nan=False))
@@ -246,28 +221,6 @@ def _check_together(number: int | None, *, curve: bool, as_csv: bool, as_json: b
 def _all_values(study: AnyStudy, trial: TrialRecord, values: dict[int, list[float]]) -> dict[str, Any]:
     """Return the values of a trial that can have several; `value` is the first."""
     return {"values": values.get(trial.number)} if len(study.directions) > 1 else {}
-
-
-def _trial_fields(trial: TrialRecord) -> dict[str, Any]:
-    return {
-        "number": trial.number,
-        "state": trial.state,
-        "value": trial.value,
-        "params": trial.params,
-        "parameters": trial.user_attrs.get("parameters"),
-        "trained_parameters": trial.user_attrs.get("trained_parameters"),
-        "last_step": trial.last_step,
-        "last_value": trial.last_value,
-        "started_at": None if trial.started_at is None else trial.started_at.isoformat(),
-        "ended_at": None if trial.ended_at is None else trial.ended_at.isoformat(),
-        "user_attrs": trial.user_attrs,
-    }
-
-
-def _ran(ran: dict[int, tuple[int, str]], trial: TrialRecord) -> dict[str, Any]:
-    """Return who ran the trial last, and how often it was begun."""
-    attempts, worker = ran.get(trial.number, (0, None))
-    return {"attempts": attempts, "worker": worker, "machine": worker and worker.rpartition(":")[0]}
 
 
 def _variables(params: dict[str, Any], prefix: str) -> dict[str, Any]:

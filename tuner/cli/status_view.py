@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from tuner.cli.reading import best_fields_of, print_json
+from tuner.api.reading import best_fields_of
+from tuner.cli.reading import print_json
 from tuner.cli.streams import say
 from tuner.text import duration, number_text, params_text, printable, table
 

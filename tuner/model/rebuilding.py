@@ -15,8 +15,10 @@ from tuner.errors import TunerError, first_line
 from tuner.formats.weights import WEIGHTS
 from tuner.model.loading import checked
 from tuner.objective import Objective, Params
+from tuner.settings import Settings
 from tuner.slot.where import with_line
-from tuner.study.registry import build_objective, find_objective, is_objective_class
+from tuner.study.registry import build_objective, find_objective, is_objective_class, source_of
+from tuner.study.written import written_here
 from tuner.training.compiled import load_state, uncompiled
 
 REBUILT: Final = "rebuild"
@@ -26,24 +28,31 @@ REBUILT: Final = "rebuild"
 def rebuild(
     path: str | Path,
     *,
-    objective: str | None = None,
+    objective: str | type[Objective] | None = None,
     device: str | torch.device = "cpu",
     allow_code_change: bool = False,
 ) -> nn.Module:
     """Return the model of the export in directory `path`, as its objective builds it, with the exported weights.
 
     It is in eval mode and all of its weights can be trained; its outputs are those of the objective's model, before
-    `prediction`. `objective` is `path/to/file.py:NAME` where it is not an installed one. Code is run: that of the
-    objective, which is never taken from the export. Raises TunerError if the export is damaged or lacks a weight, or
-    if the objective's code is another, unless `allow_code_change`.
+    `prediction`. `objective` is `path/to/file.py:NAME` or the class, where it is neither an installed one nor one that
+    was written on this machine of a notebook or a script. Code is run: that of the objective, which is never taken from
+    the export. Raises TunerError if the export is damaged or lacks a weight, or if the objective's code is another,
+    unless `allow_code_change`.
     """
     directory, manifest = checked(Path(path))
+    data_dir = Settings.of_environment().data_dir
+    if objective is None and ":" in manifest.objective:
+        objective = written_here(data_dir, manifest.objective, manifest.code_hash)
     if objective is None and ":" in manifest.objective:
         raise TunerError(
             f"{path} is a model of {manifest.objective!r}, a file of the one who exported it;"
             f" give yours: rebuild({str(path)!r}, objective='path/to/{manifest.objective}')"
         )
-    source = find_objective(objective or manifest.objective)
+    if objective is None or isinstance(objective, str):
+        source = find_objective(objective or manifest.objective)
+    else:
+        source = source_of(objective, data_dir)
     if not allow_code_change and (found := source.code_hash()) != manifest.code_hash:
         raise TunerError(
             f"{path} was made by code with the sha256 {manifest.code_hash[:12]}, {source.file} has {found[:12]};"

@@ -415,6 +415,7 @@ def plan(
             name=source.name,
             code_hash=source.code_hash(),
             options={} if objective is None else objective.model_dump(mode="json"),
+            source=source.text,
         ),
         metric=metric,
         direction=direction,

@@ -13,7 +13,7 @@ import inspect
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType, ModuleType
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -51,6 +51,13 @@ class ObjectiveSource:
     file: Path
     module: str | None
     attribute: str
+    text: str | None = None
+    """The content of a file that was written of what was defined in a notebook or a script."""
+
+    @property
+    def reference(self) -> str:
+        """What `find_objective` finds it by, in any directory."""
+        return self.name if self.module is not None else f"{self.file}:{self.attribute}"
 
     def code_hash(self) -> str:
         """Return the sha256 of the file that defines the objective, in hexadecimal."""
@@ -131,6 +138,31 @@ def find_objective(reference: str) -> ObjectiveSource:
         f"no objective named {reference!r} is installed; there are: {names};"
         " or give path/to/file.py:NAME or package.module:NAME"
     )
+
+
+def source_of(found: type | Callable[..., Any], data_dir: Path) -> ObjectiveSource:
+    """Return where a class or function lies; one of a notebook or script is written to a file in the data directory.
+
+    Raises TunerError if workers, which are processes of their own, could not import it.
+    """
+    from tuner.study.written import written
+
+    if not (_is_objective_class(found) or inspect.isfunction(found)):
+        raise UsageError(
+            "an objective needs to be a subclass of Objective, a function of a trial, the name of an installed"
+            f" objective or path/to/file.py:NAME, got {found!r}"
+        )
+    module, name = found.__module__, found.__qualname__
+    if module == "__main__":
+        file, text = written(found, data_dir)
+        return replace(_from_file(file, found.__name__), text=text)
+    for source in installed_objectives():
+        if (source.module, source.attribute) == (module, name):
+            return source
+    path = getattr(sys.modules.get(module), "__file__", None)
+    if path is None or not path.endswith(".py") or not name.isidentifier():
+        raise TunerError(f"{name} of {module} is not to be found in a file: define it in one, outside of all else")
+    return _from_file(Path(path), name)
 
 
 def installed_objectives() -> list[ObjectiveSource]:

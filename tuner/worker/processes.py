@@ -37,8 +37,14 @@ class Slots:
         data_dir: Path,
         *,
         imports_here: bool = False,
+        forks: bool = True,
     ) -> None:
-        """`worker` is this worker's name, and `data_dir` where others that share the cores look for it."""
+        """`worker` is this worker's name, and `data_dir` where others that share the cores look for it.
+
+        Without `forks` each slot imports for itself, as where this process is somebody's program or notebook, with
+        threads and devices of its own.
+        """
+        forks = forks and can_fork()
         keep_compiled_apart()
         self._seat = cores.Seat(worker, len(plans), data_dir)
         self._share = partial(cores.share, worker, len(plans), data_dir)
@@ -49,9 +55,9 @@ class Slots:
         self._is_told = threading.Lock()
         self.inbox: Inbox = queue.SimpleQueue()
         self.all: list[KnownSlot] = []
-        if can_fork() and not imports_here:
+        if forks and not imports_here:
             self._nursery = Nursery.importing(self.environment(), self._directory, self._tell_printed)
-        if objective is not None and not (can_fork() and imports_here):
+        if objective is not None and not (forks and imports_here):
             self.load(objective)
 
     def load(self, objective: str) -> None:

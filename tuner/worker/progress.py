@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import html
 import time
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from rich.live import Live
 from rich.progress_bar import ProgressBar
@@ -93,6 +94,51 @@ class Progress:
             failed=counts.failed,
             left_s=snapshot.left_s,
         )
+
+
+class NotebookProgress(Progress):
+    """Shows them below a notebook's cell, each in the place of the one before."""
+
+    def __init__(self, log: Log) -> None:
+        super().__init__(log)
+        self._handle: Any = None
+
+    @property
+    def is_live(self) -> bool:
+        """Whether there is a display that follows: always."""
+        return True
+
+    def show(self, snapshot: Snapshot, *, last: bool = False) -> None:  # noqa: ARG002 - none is left out
+        """Show the snapshot at once."""
+        import IPython.display
+
+        display: Any = IPython.display.display
+
+        text = snapshot.text()
+        bar = f'<progress value="{snapshot.counts.done}" max="{snapshot.trials}" style="width: 100%"></progress>'
+        shown = {"text/plain": text, "text/html": f"<div>{bar}<br>{html.escape(text)}</div>"}
+        if self._handle is None:
+            self._handle = display(shown, raw=True, display_id=True)
+        else:
+            self._handle.update(shown, raw=True)
+
+
+class NoProgress(Progress):
+    """Shows none."""
+
+    @property
+    def is_live(self) -> bool:
+        """Whether there is a display that follows: never."""
+        return False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def show(self, snapshot: Snapshot, *, last: bool = False) -> None:
+        """Show nothing."""
 
 
 def _is_live(log: Log) -> bool:

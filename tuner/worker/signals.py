@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,8 +17,12 @@ from tuner.worker.slot_process import Inbox, Message
 def signals_into(inbox: Inbox) -> Iterator[None]:
     """Put the signals of `OF_SIGNAL` into `inbox` for a while, then put the handlers back.
 
-    One that is ignored, as SIGHUP is under nohup, stays so, but for SIGINT and SIGTERM.
+    One that is ignored, as SIGHUP is under nohup, stays so, but for SIGINT and SIGTERM. In another thread than the
+    main one there are none: Python lets only that one have handlers.
     """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
     taken_at = -TOGETHER_S
 
     def handle(number: int, _: FrameType | None) -> None:

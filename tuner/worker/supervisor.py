@@ -70,10 +70,12 @@ class Worker:
         log: Log,
         limits: Limits = Limits(),
         on_trial: Callable[[int], None] = lambda _: None,
+        progress: Progress | None = None,
     ) -> None:
         """`config` is a `tuner.slot.slot.SlotConfig` without what differs from slot to slot.
 
-        `on_trial` is told the number of each trial that has reported or ended.
+        `on_trial` is told the number of each trial that has reported or ended. `progress` shows how far the study is,
+        by the log unless another is given.
         """
         self._engine = engine
         self._study = study
@@ -84,6 +86,7 @@ class Worker:
         self._log = log
         self._limits = limits
         self._on_trial = on_trial
+        self._progress = progress or Progress(log)
         self._id = uuid.uuid4()
         self._n_ended = 0
         self._refusal: TunerError | None = None
@@ -103,7 +106,7 @@ class Worker:
         Raises AskedToStop after a signal of `OF_SIGNAL`, or once nobody reads its log any more, StudyFailedError if the
         study ended by its failures, TunerError if the slots refused or kept dying.
         """
-        with signals_into(self._inbox), Progress(self._log) as progress:
+        with signals_into(self._inbox), self._progress as progress:
             presence = self._presence = Presence(
                 self._engine,
                 self._study,

@@ -27,7 +27,7 @@ def test_params_that_the_code_here_does_not_suggest_are_told_before_anything_is_
     later = tmp_path / "later.py"
     later.write_text(code().replace('"lr"', '"rate"'))
     reference = f"{later}:Signs"
-    arguments = (Settings(), made.engine, made.study, find_objective(reference), reference, Runs(top=3, seeds=5))
+    arguments = (Settings(), made.engine, made.study, find_objective(reference), Runs(top=3, seeds=5))
     start = partial(Slots, [], reference, "worker", tmp_path, imports_here=True)
     with pytest.raises(TunerError, match=r"trial 1 of study 'signs' cannot be run again by .* suggest its lr"):
         confirm_here(*arguments, start, allow_code_change=True)
