@@ -60,6 +60,8 @@ METHODS: dict[str, Method] = {
     "tpe by itself + median": Method(sampler=tpe_of(multivariate=False), rule=Percentile()),
     "tpe of groups + median": Method(sampler=tpe_of(group=True), rule=Percentile()),
     "random + median": Method(sampler=random, rule=Percentile()),
+    "random + stock median": Method(sampler=random, pruner=lambda _: optuna.pruners.MedianPruner(), asks_last=True),
+    "random + median, asked last": Method(sampler=random, rule=Percentile(), asks_last=True),
     "random + rungs": Method(sampler=random, scales=lambda epochs: Rungs.at(TENTH_AND_THIRD, epochs)),
     "random + calibrated": Method(sampler=random, rule=Calibrated()),
     "random + promotion": Method(sampler=random, promotes=Promotion(TENTH_AND_THIRD)),

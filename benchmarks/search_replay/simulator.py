@@ -17,7 +17,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from benchmarks.search_replay.tasks import Bounded
 from benchmarks.search_replay.world import Training, World
-from storage.optuna_storage.rules import Column, Never, Rule
+from storage.optuna_storage.rules import NEVER, Column, Rule
 from tuner.objective import Objective
 
 CLAIM_S = 0.01
@@ -35,8 +35,8 @@ class Method:
     """
 
     sampler: Callable[[int], BaseSampler]
-    rule: Rule = Never()
-    pruner: Callable[[int], BasePruner] = lambda epochs: NopPruner()
+    rule: Rule = NEVER
+    pruner: Callable[[int], BasePruner] = lambda _: NopPruner()
     asks_last: bool = False
     promotes: Promotion | None = None
     shows_paused: bool = True
@@ -60,6 +60,7 @@ class _Trial:
     training: Training
     done: int = 0
     best: float = math.inf
+    values: list[float] = field(default_factory=list)
     bests: list[float] = field(default_factory=list)
 
     @property
@@ -84,8 +85,9 @@ class _History:
     def complete(self, trial: _Trial) -> None:
         self.n_complete += 1
         self.best = min(self.best, trial.best)
-        for step, value in enumerate(trial.bests):
+        for step, value in enumerate(trial.values):
             self._completed[step].add(value)
+        for step, value in enumerate(trial.bests):
             self._gains[step].add(value - trial.best)
 
     def reached(self, step: int) -> Column:
@@ -105,9 +107,7 @@ class _Storage(InMemoryStorage):
         super().__init__()
         self.paused: dict[int, float] = {}
 
-    def get_all_trials(
-        self, study_id: int, deepcopy: bool = True, states: Any = None
-    ) -> list[FrozenTrial]:
+    def get_all_trials(self, study_id: int, deepcopy: bool = True, states: Any = None) -> list[FrozenTrial]:
         found = super().get_all_trials(study_id, deepcopy=deepcopy)
         if self.paused:
             found = [self._shown(trial) for trial in found]
@@ -185,9 +185,8 @@ class Simulation:
             return paused, now + CLAIM_S + PAUSE_S
         started = time.perf_counter()
         trial = self._study.ask()
-        params = self._objective.suggest(Bounded(self._world.task, trial))  # type: ignore[arg-type]
-        del params
-        took = time.perf_counter() - started
+        self._objective.suggest(Bounded(self._world.task, trial))  # type: ignore[arg-type]
+        took = time.perf_counter() - started if self._world.has_params else 0.0
         self.trace.started += 1
         training = self._world.training(trial.params, trial.distributions)
         return _Trial(trial, training), now + CLAIM_S + took
@@ -201,6 +200,7 @@ class Simulation:
         if math.isnan(value):
             self._study.tell(trial.trial, state=TrialState.FAIL)
             return None
+        trial.values.append(value)
         trial.best = min(trial.best, value)
         trial.bests.append(trial.best)
         trial.trial.report(value, step)

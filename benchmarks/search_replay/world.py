@@ -40,6 +40,8 @@ class World(Protocol):
     """A task whose trainings are known."""
 
     task: Task
+    has_params: bool
+    """Whether params decide how a training goes, so that the time a sampler takes is the search's."""
 
     def training(self, params: Mapping[str, Any], distributions: Mapping[str, BaseDistribution]) -> Training:
         """Return how a training with these params goes."""
@@ -70,6 +72,8 @@ class Table:
     test: Floats
     seconds: Floats
     point: npt.NDArray[np.int32]
+    ceiling: float
+    """Spearman's correlation of the best values of two seeds of the same points."""
 
     @classmethod
     def load(cls, directory: Path, name: str, objective: Objective) -> Table:
@@ -82,8 +86,23 @@ class Table:
 
         seconds = curves.seconds[firsts].astype(float)
         usual = np.nanmedian(seconds, axis=1, keepdims=True)
-        return cls(minimized(curves.metric), minimized(curves.test), np.where(np.isnan(seconds), usual, seconds),
-                   curves.point[firsts])
+        return cls(
+            minimized(curves.metric),
+            minimized(curves.test),
+            np.where(np.isnan(seconds), usual, seconds),
+            curves.point[firsts],
+            _ceiling(curves, objective.direction == "maximize"),
+        )
+
+
+def _ceiling(curves: Curves, maximizes: bool) -> float:
+    bests = (np.fmax if maximizes else np.fmin).reduce(curves.metric, axis=1)
+    of = [
+        dict(zip(curves.point[its].tolist(), bests[its].tolist(), strict=True))
+        for its in (curves.repeat == 0, curves.repeat == 1)
+    ]
+    both = sorted(set(of[0]) & set(of[1]))
+    return float(spearmanr([of[0][each] for each in both], [of[1][each] for each in both]).statistic)
 
 
 def between(params: Mapping[str, Any], distributions: Mapping[str, BaseDistribution], names: Sequence[str]) -> Floats:
@@ -111,22 +130,30 @@ class Smooth:
     """The world between recorded points: the mean of a Gaussian process over the logarithms of the curves, one for all
     epochs, and what the nearest recorded point of the same choices departs from it."""
 
-    def __init__(self, name: str, task: Task, table: Table) -> None:
+    has_params = True
+
+    def __init__(self, task: Task, table: Table) -> None:
         self.task = task
         self.table = table
         of_space = points(task, task.build(), int(table.point.max()) + 1)
         of_table = [of_space[point] for point in table.point]
         self._names = sorted({each for point in of_table for each in point.params})
         self._categorical = [
-            each for each in self._names
+            each
+            for each in self._names
             if any(isinstance(point.distributions.get(each), CategoricalDistribution) for point in of_table)
         ]
         self._x = np.array([between(point.params, point.distributions, self._names) for point in of_table])
         self._kinds = [self._kind(point.params) for point in of_table]
         worst = np.nanmax(table.value)
         filled = np.where(np.isnan(table.value), worst, table.value)
-        self._logs = np.hstack([np.log(np.maximum(filled, 1e-6)), np.log(np.maximum(table.test, 1e-6)),
-                                np.log(np.maximum(table.seconds, 1e-6))])
+        self._logs = np.hstack(
+            [
+                np.log(np.maximum(filled, 1e-6)),
+                np.log(np.maximum(table.test, 1e-6)),
+                np.log(np.maximum(table.seconds, 1e-6)),
+            ]
+        )
         self._logs = np.where(np.isnan(self._logs), np.nanmax(self._logs, axis=0), self._logs)
         self._fit()
 
@@ -134,7 +161,7 @@ class Smooth:
         epochs = self.table.value.shape[1]
         final = self._logs[:, epochs - 1]
         kernel = 1.0 * Matern(np.full(len(self._names), 0.5), (0.05, 50.0), nu=2.5) + WhiteKernel(0.05, (1e-4, 1.0))
-        some = slice(0, 400)
+        some = slice(0, 300)  # what the lengths are found by
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)
             fitted = GaussianProcessRegressor(kernel, normalize_y=True, random_state=0).fit(self._x[some], final[some])
@@ -149,16 +176,16 @@ class Smooth:
         # What is predicted of each point by the others, in closed form.
         self._left_out = self._logs - self._weights / np.diag(inverse)[:, None]
 
-    def check(self) -> float:
-        """Return Spearman's correlation of the recorded finals with what the world says of each without it."""
+    def check(self) -> tuple[float, float]:
+        """Return Spearman's correlation of the recorded bests with what the world says of each point without it, and
+        that of two seeds of the same points, which none can exceed by much."""
         epochs = self.table.value.shape[1]
-        finals = self._logs[:, epochs - 1]
-        predicted = []
+        bests, predicted = self._logs[:, :epochs].min(axis=1), []
         for row in range(len(self._x)):
             nearest = self._nearest(self._x[row], self._kinds[row], without=row)
-            residual = self._logs[nearest, epochs - 1] - self._at_points[nearest, epochs - 1]
-            predicted.append(self._left_out[row, epochs - 1] + residual)
-        return float(spearmanr(finals, predicted).statistic)
+            residual = self._logs[nearest, :epochs] - self._at_points[nearest, :epochs]
+            predicted.append(float((self._left_out[row, :epochs] + residual).min()))
+        return float(spearmanr(bests, predicted).statistic), self.table.ceiling
 
     def _kind(self, params: Mapping[str, Any]) -> tuple[Any, ...]:
         return tuple(params.get(name) for name in self._categorical)
@@ -184,6 +211,8 @@ class Smooth:
 class Recorded:
     """The recorded points alone, in an order of the seed's: for rules, without any surrogate."""
 
+    has_params = False
+
     def __init__(self, task: Task, table: Table, seed: int) -> None:
         self.task = task
         self.table = table
@@ -193,4 +222,3 @@ class Recorded:
         del params, distributions
         row = next(self._order)
         return Training(self.table.value[row], self.table.test[row], self.table.seconds[row])
-

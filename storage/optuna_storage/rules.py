@@ -56,7 +56,7 @@ class History(Protocol):
         """Return the values at the step of all trials that reported there, whatever became of them."""
 
     def completed(self, step: int) -> Column:
-        """Return those of complete trials alone."""
+        """Return what complete trials reported at the step itself, which may be worse than their best up to it."""
 
     def gains(self, step: int) -> Column:
         """Return by how much the values of complete trials still fell from the step to their end."""
@@ -78,9 +78,12 @@ class Never:
         return False
 
 
+NEVER = Never()
+
+
 @dataclass(frozen=True)
 class Percentile:
-    """Stops a trial whose value is above the percentile of the complete trials' at the step: Optuna's pruner."""
+    """Stops a trial whose value is above the percentile of what complete trials reported at the step: Optuna's."""
 
     percentile: float = 50.0
     n_startup_trials: int = 5
