@@ -74,7 +74,7 @@ def record(out: Path, name: str, task: Task, data_dir: Path, n_points: int, shar
             file.write("\n")  # after a line that was cut short
         for point, repeat in missing(out, name, n_points, share):
             seed = derive_seed(repeat, "trial", point)
-            curves = recorded(objective, data, of_space[point], task.epochs, seed)
+            curves = recorded(objective, data, of_space[point].params, task.epochs, seed)
             file.write(json.dumps({"point": point, "repeat": repeat, **curves}) + "\n")
             file.flush()
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 
 from tuner.data import Data, Rows, Split
 from tuner.objective import Objective
@@ -104,17 +105,20 @@ class Point:
         self._coordinates = coordinates
         self._names = names
         self.params: dict[str, Any] = {}
+        self.distributions: dict[str, BaseDistribution] = {}
 
     def _coordinate(self, name: str) -> float:
         return self._coordinates[self._names.setdefault(name, len(self._names))]
 
     def suggest_float(self, name: str, low: float, high: float, *, log: bool = False) -> float:
+        self.distributions[name] = FloatDistribution(low, high, log=log)
         at = self._coordinate(name)
         value = math.exp(math.log(low) + at * math.log(high / low)) if log else low + at * (high - low)
         self.params[name] = min(max(value, low), high)
         return self.params[name]
 
     def suggest_int(self, name: str, low: int, high: int, *, log: bool = False) -> int:
+        self.distributions[name] = IntDistribution(low, high, log=log)
         at = self._coordinate(name)
         if log:
             value = round(math.exp(math.log(low - 0.5) + at * math.log((high + 0.5) / (low - 0.5))))
@@ -124,20 +128,19 @@ class Point:
         return self.params[name]
 
     def suggest_categorical(self, name: str, choices: Sequence[Any]) -> Any:
+        self.distributions[name] = CategoricalDistribution(choices)
         at = self._coordinate(name)
         self.params[name] = choices[min(math.floor(at * len(choices)), len(choices) - 1)]
         return self.params[name]
 
 
-def points(task: Task, objective: Objective, n: int) -> list[Values]:
-    """Return the params of the first `n` points of a scrambled Sobol sequence over the task's space."""
+def points(task: Task, objective: Objective, n: int) -> list[Point]:
+    """Return the first `n` points of a scrambled Sobol sequence over the task's space."""
     unit = torch.quasirandom.SobolEngine(24, scramble=True, seed=0).draw(n).double().tolist()
     names: dict[str, int] = {}
-    found = []
-    for coordinates in unit:
-        point = Point(coordinates, names)
+    found = [Point(coordinates, names) for coordinates in unit]
+    for point in found:
         objective.suggest(Bounded(task, point))  # type: ignore[arg-type]
-        found.append(point.params)
     return found
 
 

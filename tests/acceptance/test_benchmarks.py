@@ -158,3 +158,35 @@ def test_recording_goes_on_where_it_was_and_is_packed(tmp_path: Path) -> None:
         assert packed["point"].tolist() == [0, 1] * 3
         assert packed["repeat"].tolist() == [0, 0, 1, 1, 2, 2]
         assert 0.5 < packed["test"].max() <= 1
+
+
+def test_a_replay_is_compared_and_our_median_decides_as_stock_does(tmp_path: Path) -> None:
+    def run(module: str, *arguments: str | Path) -> str:
+        done = subprocess.run(
+            [sys.executable, "-m", f"benchmarks.search_replay.{module}", *arguments],
+            capture_output=True,
+            text=True,
+            check=False,
+            cwd=BENCHMARKS.parent,
+        )
+        assert (done.returncode, done.stderr) == (0, "")
+        return done.stdout
+
+    stock, ours = "random + stock median", "random + median, asked last"
+    searches = ["--tasks", "digits", "--workers", "4", "--seeds", "3", "--trainings", "16", "--recorded-points"]
+    traces = tmp_path / "traces"
+    run("run", "--out", traces, *searches, "--methods", stock)
+    kept = traces.read_text()
+    run("run", "--out", traces, *searches, "--methods", stock, ours, "random + rungs")
+    assert traces.read_text().startswith(kept)
+    lines = [json.loads(line) for line in traces.read_text().splitlines()]
+    found = {(line["method"], line["seed"]): (line["value"], line["started"], line["completed"]) for line in lines}
+    assert len(found) == len(lines) == 9
+    for seed in range(3):
+        assert found[stock, seed] == found[ours, seed]
+        assert found[stock, seed] != found["random + rungs", seed]
+        _, started, completed = found[stock, seed]
+        assert completed < started
+    told = run("analysis", traces, "--against", stock)
+    assert re.search(r"digits, 4 workers: regret", told)
+    assert len(re.findall(r"\n  random \+ rungs( +-?\d+\.\d{3}){5}  \d\.\d\d \(", told)) == 1, told

@@ -1,0 +1,73 @@
+"""The methods that are compared: a sampler with a rule each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import optuna
+from optuna.samplers import BaseSampler, GPSampler, RandomSampler, TPESampler
+
+from benchmarks.search_replay.simulator import Method, Promotion
+from storage.optuna_storage.rules import AnyOf, Calibrated, Percentile, Rungs
+
+
+def random(seed: int) -> BaseSampler:
+    return RandomSampler(seed=seed)
+
+
+def tpe(seed: int) -> BaseSampler:
+    return TPESampler(seed=seed)
+
+
+def tpe_of(**settings: object) -> Callable[[int], BaseSampler]:
+    return lambda seed: TPESampler(seed=seed, **settings)  # type: ignore[arg-type]
+
+
+def gp(seed: int) -> BaseSampler:
+    return GPSampler(seed=seed, deterministic_objective=False)
+
+
+TENTH_AND_THIRD = (0.1, 0.3)
+
+METHODS: dict[str, Method] = {
+    "random": Method(sampler=random),
+    "tpe": Method(sampler=tpe),
+    # Our median is asked after all epochs but the last; a plain loop of Optuna's after each.
+    "tpe + stock median": Method(sampler=tpe, pruner=lambda _: optuna.pruners.MedianPruner(), asks_last=True),
+    "tpe + median": Method(sampler=tpe, rule=Percentile()),
+    "tpe + percentile 25": Method(sampler=tpe, rule=Percentile(25.0)),
+    "tpe + stock asha": Method(
+        sampler=tpe, pruner=lambda _: optuna.pruners.SuccessiveHalvingPruner(reduction_factor=3), asks_last=True
+    ),
+    "tpe + hyperband": Method(
+        sampler=tpe,
+        pruner=lambda epochs: optuna.pruners.HyperbandPruner(1, epochs, reduction_factor=3),
+        asks_last=True,
+    ),
+    "tpe + rungs": Method(sampler=tpe, scales=lambda epochs: Rungs.at(TENTH_AND_THIRD, epochs)),
+    "tpe + rungs 1 in 2": Method(sampler=tpe, scales=lambda epochs: Rungs.at(TENTH_AND_THIRD, epochs, eta=2.0)),
+    "tpe + three rungs": Method(sampler=tpe, scales=lambda epochs: Rungs.at((0.1, 0.3, 0.6), epochs)),
+    "tpe + first epoch": Method(sampler=tpe, scales=lambda epochs: Rungs.at((0.0, 0.3), epochs)),
+    "tpe + calibrated": Method(sampler=tpe, rule=Calibrated()),
+    "tpe + calibrated 0.9": Method(sampler=tpe, rule=Calibrated(0.9)),
+    "tpe + calibrated 0.5": Method(sampler=tpe, rule=Calibrated(0.5)),
+    "tpe + rungs or calibrated": Method(
+        sampler=tpe, scales=lambda epochs: AnyOf((Rungs.at(TENTH_AND_THIRD, epochs), Calibrated()))
+    ),
+    "tpe + promotion": Method(sampler=tpe, promotes=Promotion(TENTH_AND_THIRD)),
+    "tpe + promotion, unseen": Method(sampler=tpe, promotes=Promotion(TENTH_AND_THIRD), shows_paused=False),
+    "tpe + one epoch, then the best": Method(sampler=tpe, promotes=Promotion((0.0,), eta=8.0)),
+    "tpe by itself + median": Method(sampler=tpe_of(multivariate=False), rule=Percentile()),
+    "tpe of groups + median": Method(sampler=tpe_of(group=True), rule=Percentile()),
+    "random + median": Method(sampler=random, rule=Percentile()),
+    "random + stock median": Method(sampler=random, pruner=lambda _: optuna.pruners.MedianPruner(), asks_last=True),
+    "random + median, asked last": Method(sampler=random, rule=Percentile(), asks_last=True),
+    "random + rungs": Method(sampler=random, scales=lambda epochs: Rungs.at(TENTH_AND_THIRD, epochs)),
+    "random + calibrated": Method(sampler=random, rule=Calibrated()),
+    "random + promotion": Method(sampler=random, promotes=Promotion(TENTH_AND_THIRD)),
+    "gp + median": Method(sampler=gp, rule=Percentile()),
+    "gp + rungs": Method(sampler=gp, scales=lambda epochs: Rungs.at(TENTH_AND_THIRD, epochs)),
+}
+
+OF_RULES = tuple(name for name in METHODS if name.startswith("random"))
+"""Those that learn nothing of the space, which need no surrogate."""

@@ -1,0 +1,145 @@
+"""When a trial is stopped early: rules over what a study's trials reported, without a database.
+
+Values are to be minimized here; who maximizes gives them with the other sign. A trial's value at a step is its best up
+to it. A rule is asked after each report but the last of a training, and the same rule, asked in the same order with the
+same history, decides the same: the replay of `benchmarks/search_replay` asks these very objects.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left, insort
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+
+@dataclass
+class Column:
+    """Values in order; NaN, which is neither above nor below anything, is left out."""
+
+    values: list[float] = field(default_factory=list)
+
+    def add(self, value: float) -> None:
+        if not math.isnan(value):
+            insort(self.values, value)
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def n_below(self, value: float) -> int:
+        """Return how many are smaller than `value`."""
+        return bisect_left(self.values, value)
+
+    def quantile(self, share: float) -> float:
+        """Return the value below which a share of them lies, interpolated; NaN of none."""
+        if not self.values:
+            return math.nan
+        at = share * (len(self.values) - 1)
+        low = math.floor(at)
+        high = min(low + 1, len(self.values) - 1)
+        return self.values[low] + (self.values[high] - self.values[low]) * (at - low)
+
+
+class History(Protocol):
+    """What the trials of a study reported, as far as a rule asks."""
+
+    @property
+    def best(self) -> float:
+        """The best final value of a complete trial; infinite before there is one."""
+
+    @property
+    def n_complete(self) -> int:
+        """How many trials are complete."""
+
+    def reached(self, step: int) -> Column:
+        """Return the values at the step of all trials that reported there, whatever became of them."""
+
+    def completed(self, step: int) -> Column:
+        """Return what complete trials reported at the step itself, which may be worse than their best up to it."""
+
+    def gains(self, step: int) -> Column:
+        """Return by how much the values of complete trials still fell from the step to their end."""
+
+
+class Rule(Protocol):
+    """Decides whether a trial is stopped."""
+
+    def stops(self, step: int, value: float, history: History) -> bool:
+        """Whether a trial of this value at this step is stopped; `history` has its report already."""
+
+
+@dataclass(frozen=True)
+class Never:
+    """Stops no trial."""
+
+    def stops(self, step: int, value: float, history: History) -> bool:
+        del step, value, history
+        return False
+
+
+NEVER = Never()
+
+
+@dataclass(frozen=True)
+class Percentile:
+    """Stops a trial whose value is above the percentile of what complete trials reported at the step: Optuna's."""
+
+    percentile: float = 50.0
+    n_startup_trials: int = 5
+    n_warmup_steps: int = 0
+
+    def stops(self, step: int, value: float, history: History) -> bool:
+        if step < self.n_warmup_steps or history.n_complete < max(self.n_startup_trials, 1):
+            return False
+        return value > history.completed(step).quantile(self.percentile / 100)
+
+
+@dataclass(frozen=True)
+class Rungs:
+    """Stops a trial that is not among the best 1/eta of all that came to the same rung: ASHA that stops.
+
+    Of fewer than eta trials the best alone goes on. `steps` are the rungs, counted from 0 as reports are.
+    """
+
+    steps: tuple[int, ...]
+    eta: float = 3.0
+
+    @classmethod
+    def at(cls, shares: Iterable[float], epochs: int, eta: float = 3.0) -> Rungs:
+        """Return it with rungs at shares of the epochs, each at least one epoch and before the last."""
+        ends = sorted({min(max(round(share * epochs), 1), epochs - 1) for share in shares})
+        return cls(tuple(end - 1 for end in ends), eta)
+
+    def stops(self, step: int, value: float, history: History) -> bool:
+        if step not in self.steps:
+            return False
+        there = history.reached(step)
+        return there.n_below(value) >= max(1, math.floor(len(there) / self.eta))
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """Stops a trial that, gaining as much from here on as complete trials did, would not come to the best value.
+
+    What it is granted is the quantile of their gains; it needs no setting that depends on the study.
+    """
+
+    quantile: float = 0.75
+    n_startup_trials: int = 4
+    first: int = 0
+
+    def stops(self, step: int, value: float, history: History) -> bool:
+        if step < self.first or history.n_complete < self.n_startup_trials:
+            return False
+        return value - history.gains(step).quantile(self.quantile) > history.best
+
+
+@dataclass(frozen=True)
+class AnyOf:
+    """Stops a trial that any of several rules stops."""
+
+    rules: tuple[Rule, ...]
+
+    def stops(self, step: int, value: float, history: History) -> bool:
+        return any(rule.stops(step, value, history) for rule in self.rules)
