@@ -21,7 +21,7 @@ pytestmark = pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))
 
 STUDY = "odd/näme (1)"
 PASSWORD = "correct horse battery"
-# Trains 100 batches an epoch, and from the second on slowly until the file `gate` is beside it.
+# Trains 20 batches an epoch, and from the second on slowly until the file `gate` is beside it.
 OBJECTIVE = """
 import threading
 from pathlib import Path
@@ -44,19 +44,19 @@ class Model(nn.Module):
     def forward(self, x):
         if self.training:
             self.n_batches += 1
-            if self.n_batches > 100 and not GATE.exists():
+            if self.n_batches > 20 and not GATE.exists():
                 threading.Event().wait(0.2)
         return self.layer(x)
 
 
 class Trains(Objective):
-    epochs = 3
+    epochs = 2
 
     def suggest(self, trial):
         trial.suggest_float("lr", 0.01, 0.1)
 
     def load_data(self, root):
-        drawn = [torch.randn(200, 2, generator=torch.Generator().manual_seed(seed)) for seed in range(3)]
+        drawn = [torch.randn(40, 2, generator=torch.Generator().manual_seed(seed)) for seed in range(3)]
         return Data(*(Split(x, (x[:, 0] > 0).long()) for x in drawn), class_names=("a", "b"))
 
     def build_model(self, params):
@@ -164,7 +164,7 @@ def limited(team: Team) -> tuple[Path, str]:
 @pytest.mark.usefixtures("limited")
 def test_a_search_goes_through_all_that_befalls_its_tasks(team: Team) -> None:
     cluster = team.cluster
-    path = team.study(STUDY, 4)
+    path = team.study(STUDY, 3)
     job = team.launch(STUDY, path, "--nodes", "2", "--gpus-per-node", "1")
     wait_for(lambda: set(team.running(STUDY).values()) == {f"{job}_0", f"{job}_1"}, "both tasks run a trial")
 
@@ -202,7 +202,7 @@ def test_a_search_goes_through_all_that_befalls_its_tasks(team: Team) -> None:
     wait_for(lambda: team.attempts(STUDY)[second][:2] == ["released", "released"], "its trial is given back again")
     path.with_name("gate").touch()
     wait_for(lambda: not cluster("squeue", "--noheader", f"--jobs={job},{more}"), "the study ends all tasks")
-    assert [its[-1] for its in team.attempts(STUDY).values()] == ["complete"] * 4
+    assert [its[-1] for its in team.attempts(STUDY).values()] == ["complete"] * 3
     assert team.query("select count(*) from trials join studies using (study_id) where study_name = :s", s=STUDY) == [
         (4,)
     ]
@@ -215,3 +215,31 @@ def test_a_time_limit_gives_the_trial_back_and_the_task_comes_again(team: Team, 
     wait_for(lambda: team.cluster.states(job) == {"0": "COMPLETED"}, "the study ends its task")
     assert team.attempts("limited") == {0: ["released", "complete"]}
     assert "trial 0: resumed after epoch" in team.log(job)
+
+
+REFUSED = {
+    ("--gpus-per-node", "3"): (2, "--gpus-per-node 3 is more than any node of partition debug has: 2"),
+    ("--cpus-per-node", "64"): (2, "--cpus-per-node 64 is more than any node of partition debug has: 2"),
+    ("--partition", "nosuch"): (2, "SLURM has no partition 'nosuch'; there are: debug, short"),
+    ("--partition", "short", "--time", "1h"): (2, "--time 60m is more than partition short allows: 5m"),
+    ("--account", "x", "--sbatch", "--nosuch=1", "--no-check"): (1, "sbatch failed: .*nosuch"),
+    ("--sbatch", "high"): (2, "--sbatch needs options of sbatch in one line, as .*, got 'high'"),
+    ("--container", "image.sqsh"): (1, "nothing here runs the image image.sqsh: .* without --container"),
+    # What a node finds, and this machine does not.
+    ("--setup", "PATH=/usr/bin:/bin"): (1, r"node n\d finds no tuner in /.*; .* --setup 'source"),
+    ("--setup", "mv {objective} {objective}.away"): (1, r"node n\d: no file .*mine.py"),
+    ("--setup", "export TUNER_STORAGE=postgresql://tuner@127.0.0.9:9/x"): (3, r"node n\d: cannot reach PostgreSQL at"),
+}
+
+
+@pytest.mark.parametrize("options", REFUSED, ids=" ".join)
+def test_what_cannot_work_is_refused_before_anything_is_submitted(team: Team, options: tuple[str, ...]) -> None:
+    if not (path := team.place / "refused" / "mine.py").parent.exists():
+        team.study("refused", 1)
+    path.write_text(OBJECTIVE)
+    given = [option.format(objective=path) for option in options]
+    done = team.tuner("launch", "slurm", "refused", "--objective", f"{path}:Trains", *given)
+    code, error = REFUSED[options]
+    assert re.search(error, done.error()), done.error()
+    assert done.code == code
+    assert team.tuner("launch", "status", "refused", "--json").json() == []

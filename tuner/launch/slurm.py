@@ -220,10 +220,10 @@ def _refused(wanted: Wanted, done: subprocess.CompletedProcess[str]) -> TunerErr
 
 
 def _own_word(stderr: str) -> str:
-    """Return what is told as an error, or else the last line."""
+    """Return what SLURM's programs tell as errors, or else the last line."""
     lines = [line.strip() for line in stderr.splitlines() if line.strip()]
-    errors = [re.sub(r"^\w+: (?:error|fatal): ", "", line) for line in lines if re.match(r"\w+: (error|fatal): ", line)]
-    return "; ".join(dict.fromkeys(errors)) or "".join(lines[-1:])
+    told = [re.sub(r"^(\w+: )(error: |fatal: )?", "", line) for line in lines if re.match(r"s\w+: ", line)]
+    return "; ".join(dict.fromkeys(told)) or "".join(lines[-1:])
 
 
 def _job(line: str) -> Job:
