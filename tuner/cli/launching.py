@@ -114,6 +114,8 @@ def slurm(
     check_positive("--cpus-per-node", 1 if cpus_per_node is None else cpus_per_node)
     if gpus_per_node < 0:
         raise UsageError(f"--gpus-per-node needs a whole number from 0, got {gpus_per_node}")
+    minutes = None if time is None else math.ceil(seconds("--time", time) / 60)
+    extra = [_options(text) for text in sbatch or ()]
     cluster = None if dry_run else engine()
     worker = _joining(settings, study, objective, in_image=container is not None, allow_code_change=allow_code_change)
     device = None if gpus_per_node or slots != "auto" else "cpu"
@@ -126,14 +128,14 @@ def slurm(
         nodes=nodes,
         gpus=gpus_per_node,
         cpus=cpus_per_node,
-        minutes=None if time is None else math.ceil(seconds("--time", time) / 60),
+        minutes=minutes,
         partition=partition,
         account=account,
         container=container,
         runtime=None if container is None else runtime_of(container, may_be_elsewhere=dry_run),
         visible=worker.files,
         setup=setup or (),
-        extra=[_options(text) for text in sbatch or ()],
+        extra=extra,
         logs=logs,
     )
     if cluster is None:
