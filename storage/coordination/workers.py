@@ -36,13 +36,17 @@ class SlotSeen:
 
 @dataclass(frozen=True, kw_only=True)
 class WorkerSeen:
-    """A worker process and what it last told of itself. `name` is HOST:PID-TOKEN, `versions` those of its packages."""
+    """A worker process and what it last told of itself. `name` is HOST:PID-TOKEN, `versions` those of its packages.
+
+    `placement` is the engine's job that it is, None for one that somebody started by hand.
+    """
 
     worker_id: uuid.UUID
     study_id: int
     name: str
     slots: Sequence[SlotSeen]
     versions: Mapping[str, str]
+    placement: Mapping[str, str | None] | None = None
 
 
 # Nobody could tell anything while the database was away.
@@ -56,6 +60,7 @@ def seen(sessions: Sessions, worker: WorkerSeen) -> None:
     told: dict[str, Any] = {
         "slots": [asdict(slot) for slot in worker.slots],
         "versions": dict(worker.versions),
+        "placement": None if worker.placement is None else dict(worker.placement),
         "last_seen": func.clock_timestamp(),
         "ended_at": None,
     }
@@ -104,6 +109,7 @@ class WorkerNow:
     name: str
     slots: tuple[SlotNow, ...]
     versions: Mapping[str, str]
+    placement: Mapping[str, str | None] | None
     started_at: dt.datetime
     last_seen: dt.datetime
     silent_s: float
@@ -205,6 +211,7 @@ def _worker_now(row: Row[Any], running: Mapping[int, Row[Any]]) -> WorkerNow:
         name=row.name,
         slots=tuple(slots),
         versions=row.versions,
+        placement=row.placement,
         started_at=row.started_at,
         last_seen=row.last_seen,
         silent_s=max(0.0, row.silent_s),

@@ -137,6 +137,8 @@ _MIGRATIONS: Final[tuple[tuple[str, ...], ...]] = (
         CHECK (outcome IN ('complete', 'pruned', 'fail', 'released', 'lost', 'hung'))
         """,
     ),
+    # Which job of an engine a worker is.
+    ("ALTER TABLE tuner_workers ADD COLUMN placement jsonb",),
 )
 SCHEMA_VERSION: Final = len(_MIGRATIONS)
 

@@ -150,7 +150,8 @@ tuner_leases = Table(
     Column("worker", Text),
     Column("expires_at", DateTime(timezone=True)),
 )
-# One row a worker process, kept after its end. `slots` lists {"slot", "device", "share", "state"}.
+# One row a worker process, kept after its end. `slots` lists {"slot", "device", "share", "state"}; `placement` is
+# {"engine", "job", "task", "node"}, NULL for one that was started by hand.
 tuner_workers = Table(
     "tuner_workers",
     tuner_metadata,
@@ -162,6 +163,7 @@ tuner_workers = Table(
     Column("started_at", DateTime(timezone=True), nullable=False),
     Column("last_seen", DateTime(timezone=True), nullable=False),
     Column("ended_at", DateTime(timezone=True)),
+    Column("placement", JSONB(none_as_null=True)),
 )
 # One row each time that a trial was handed out, kept after its end. `share` is the part of the device that its slot
 # had; `outcome` is NULL while it runs.

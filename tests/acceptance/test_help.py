@@ -43,7 +43,7 @@ def test_commands_are_grouped_by_what_they_are_for(tuner: Tuner) -> None:
         "Search": ["run", "create", "worker", "enqueue", "cancel", "extend", "adopt", "objectives"],
         "Watch": ["status", "studies", "show", "trials", "compare", "dashboard"],
         "Results": ["best", "report", "importance", "confirm", "export", "verify", "predict"],
-        "Operate": ["pause", "resume", "stop", "release", "delete", "clean", "import", "doctor", "db"],
+        "Operate": ["pause", "resume", "stop", "release", "delete", "clean", "import", "doctor", "launch", "db"],
     }
 
 
@@ -84,7 +84,7 @@ def test_commands_are_grouped_by_what_they_are_for(tuner: Tuner) -> None:
                     "--allow-leak",
                     "--tensorboard",
                 ],
-                "Limits": ["--trials", "--timeout", "--idle-exit"],
+                "Limits": ["--trials", "--timeout", "--idle-exit", "--check"],
             },
         ),
     ],

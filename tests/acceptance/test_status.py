@@ -63,7 +63,14 @@ def study_id(tuner: Tuner, engine: Engine, objective: str) -> int:
     return studies.find_study(engine, "gated").study_id
 
 
-def a_worker(engine: Engine, study_id: int, name: str = "gpu-1:7", seen: float = 1.0, **versions: str) -> None:
+def a_worker(
+    engine: Engine,
+    study_id: int,
+    name: str = "gpu-1:7",
+    seen: float = 1.0,
+    placement: dict[str, str] | None = None,
+    **versions: str,
+) -> None:
     """A worker of two slots that was seen last so many seconds ago."""
     slots = [
         {"slot": 0, "device": "cuda:0", "share": 0.5, "state": "idle"},
@@ -73,7 +80,8 @@ def a_worker(engine: Engine, study_id: int, name: str = "gpu-1:7", seen: float =
         engine,
         """
         insert into tuner_workers values (:worker_id, :study_id, :name, cast(:slots as jsonb),
-            cast(:versions as jsonb), now() - interval '2 h', now() - :seen * interval '1 s', null)
+            cast(:versions as jsonb), now() - interval '2 h', now() - :seen * interval '1 s', null,
+            cast(:placement as jsonb))
         """,
         worker_id=uuid.uuid4(),
         study_id=study_id,
@@ -81,6 +89,7 @@ def a_worker(engine: Engine, study_id: int, name: str = "gpu-1:7", seen: float =
         slots=json.dumps(slots),
         versions=json.dumps(versions),
         seen=seen,
+        placement=None if placement is None else json.dumps(placement),
     )
 
 
@@ -146,7 +155,8 @@ def test_status_shows_the_workers_their_trials_and_the_cost(tuner: Tuner, engine
 def test_every_field_of_the_json_is_in_the_manual_and_the_manual_has_no_others(
     tuner: Tuner, engine: Engine, study_id: int
 ) -> None:
-    a_worker(engine, study_id, torch="2.10.0")
+    placement = {"engine": "slurm", "job": "17", "task": "0", "node": "n1"}
+    a_worker(engine, study_id, placement=placement, torch="2.10.0")
     held = a_running_trial(engine, study_id)
     a_complete_trial(engine)
     failed = create_trial(state=TrialState.FAIL, user_attrs={"failure": "oom", "failure_message": "CUDA"})
@@ -156,6 +166,8 @@ def test_every_field_of_the_json_is_in_the_manual_and_the_manual_has_no_others(
     assert list(dict.fromkeys(paths(found))) == documented
     (worker,) = found["workers"]
     first, second = worker["slots"]
+    assert worker["placed_by"] == {**placement, "state": None}  # no SLURM is here to ask
+    assert "  slurm 17_0 on n1" in tuner("status", "gated").stdout
     assert (worker["worker"], worker["lost"], worker["versions"]) == ("gpu-1:7", False, {"torch": "2.10.0"})
     assert (first["device"], first["share"], first["state"]) == ("cuda:0", 0.5, "running")
     assert {**first["trial"], "started_at": None} == {

@@ -24,6 +24,7 @@ from tuner.cli import (
     db,
     growing,
     importing,
+    launching,
     model,
     predicting,
     reading,
@@ -95,6 +96,7 @@ app = typer.Typer(
 for panel, commands in _PANELS.items():
     for name, function in commands.items():
         app.command(name, rich_help_panel=panel)(function)
+app.add_typer(launching.app, name="launch", rich_help_panel="Operate")
 app.add_typer(db.app, name="db", rich_help_panel="Operate")
 
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from dataclasses import replace
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from tuner.cli.reading import AsJson, StudyName
 from tuner.cli.settings import Settings, command
 from tuner.cli.status_view import show
+
+if TYPE_CHECKING:
+    from tuner.study.status import Status
 
 
 @command
@@ -27,14 +31,21 @@ def status(
     and with --json each is a line. It ends with 0 once the study is finished, and goes on while the
     database is away.
     """
+    from tuner.launch.engine import Words
     from tuner.study.joining import find_study
     from tuner.study.status import look
 
     engine = settings.open()
     opened = find_study(engine, study)
+    words = Words()
+
+    def look_and_ask() -> Status:
+        found = look(engine, opened)
+        return replace(found, workers=words.added(found.workers))
+
     if watch:
         from tuner.cli.watching import follow
 
-        follow(lambda: look(engine, opened), settings.log(study=study), as_json=as_json, interval_s=interval)
+        follow(look_and_ask, settings.log(study=study), as_json=as_json, interval_s=interval)
     else:
-        show(look(engine, opened), as_json=as_json)
+        show(look_and_ask(), as_json=as_json)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from tuner.api.reading import best_fields_of
 from tuner.cli.reading import print_json
 from tuner.cli.streams import say
+from tuner.placement import Placement
 from tuner.text import duration, number_text, params_text, printable, table
 
 if TYPE_CHECKING:
@@ -113,12 +114,13 @@ def _workers_text(found: Status) -> str:
 
 
 def _worker_table(found: Status) -> Iterator[str]:
-    rows = [_slot_row(worker, slot) for worker in found.workers if _is_shown(worker) for slot in worker.slots]
+    shown = [worker for worker in found.workers if _is_shown(worker)]
+    rows = [[*_slot_row(worker, slot), _placed_text(worker)] for worker in shown for slot in worker.slots]
+    names = ["worker", "slot", "device", "state", "trial", "epoch", "value", "last seen", "placed by"]
+    if all(worker.placement is None for worker in shown):
+        names, rows = names[:-1], [row[:-1] for row in rows]
     if rows:
-        yield from (
-            f"  {line}"
-            for line in table(["worker", "slot", "device", "state", "trial", "epoch", "value", "last seen"], rows)
-        )
+        yield from (f"  {line}" for line in table(names, rows))
 
 
 def _is_shown(worker: WorkerNow) -> bool:
@@ -138,6 +140,14 @@ def _slot_row(worker: WorkerNow, slot: SlotNow) -> list[Any]:
         number_text(None if trial is None else trial.value),
         f"silent for {duration(worker.silent_s)}" if worker.is_lost else f"{duration(worker.silent_s)} ago",
     ]
+
+
+def _placed_text(worker: WorkerNow) -> str:
+    """Return who placed the worker, and what that says of it where it was asked."""
+    if worker.placement is None:
+        return "-"
+    state = worker.placement.get("state")
+    return Placement.of_fields(worker.placement).shown + ("" if state is None else f": {state}")
 
 
 def _slot_state(slot: SlotNow) -> str:
@@ -164,6 +174,7 @@ def _worker_fields(worker: WorkerNow) -> dict[str, Any]:
         "last_seen": worker.last_seen.isoformat(timespec="milliseconds"),
         "silent_s": worker.silent_s,
         "versions": worker.versions,
+        "placed_by": _placement_fields(worker.placement),
         "slots": [
             {
                 "slot": slot.slot,
@@ -175,6 +186,12 @@ def _worker_fields(worker: WorkerNow) -> dict[str, Any]:
             for slot in worker.slots
         ],
     }
+
+
+def _placement_fields(placement: Mapping[str, str | None] | None) -> dict[str, str | None] | None:
+    if placement is None:
+        return None
+    return {**Placement.of_fields(placement).fields(), "state": placement.get("state")}
 
 
 def _trial_fields(trial: RunningTrial) -> dict[str, Any]:

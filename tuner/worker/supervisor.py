@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import queue
 import signal
 import threading
@@ -24,6 +25,7 @@ from storage.database.errors import StorageError, StudyNotFoundError
 from tuner.errors import AskedToStop, StudyFailedError, TunerError
 from tuner.exits import OF_SIGNAL, TOGETHER_S, ExitCode
 from tuner.log import OWN_PRINTS, Log
+from tuner.placement import placement
 from tuner.slot import prints
 from tuner.study.joining import Study, why_failed
 from tuner.versions import versions
@@ -88,6 +90,7 @@ class Worker:
         self._on_trial = on_trial
         self._progress = progress or Progress(log)
         self._id = uuid.uuid4()
+        self._placement = placement(os.environ)
         self._n_ended = 0
         self._refusal: TunerError | None = None
         self._reason: str | None = None
@@ -433,6 +436,7 @@ class Worker:
             name=self._config["worker"],
             slots=slots,
             versions=versions(),
+            placement=None if self._placement is None else self._placement.fields(),
         )
 
     def _say_printed(self, slot: KnownSlot, line: str) -> None:
