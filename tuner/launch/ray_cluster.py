@@ -78,7 +78,7 @@ class Needs:
 
     def named(self) -> dict[str, float]:
         """Return them by Ray's names."""
-        found = {"CPU": self.cores, "GPU": self.gpus, **self.resources}
+        found = {**self.resources, "GPU": self.gpus, "CPU": self.cores}
         return {name: amount for name, amount in found.items() if amount}
 
     def options(self) -> dict[str, Any]:
