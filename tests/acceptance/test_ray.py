@@ -6,7 +6,7 @@ import os
 import socket
 import subprocess
 import sys
-from collections import Counter
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,14 +16,20 @@ from command import Tuner, wait_for
 from sqlalchemy import text
 
 from storage import EmbeddedServer, open_engine, parse_url
-from tuner.exits import ExitCode
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 ray = pytest.importorskip("ray", reason="needs Ray: pip install 'tuner[ray]'")
 
-N_TRIALS = 12
+N_TRIALS, N_STEPS = 6, 100
+LONG_S = 120.0
+REPORTED = """
+    SELECT placement->>'node', number FROM tuner_workers w
+    JOIN tuner_leases ON worker = name JOIN trials t USING (trial_id) JOIN studies s ON s.study_id = t.study_id
+    WHERE study_name = 'cut' AND EXISTS (SELECT 1 FROM trial_intermediate_values v WHERE v.trial_id = t.trial_id)
+"""
+"""The node of each running trial that has reported, and its number."""
 SLOW = """
 import threading
 from pathlib import Path
@@ -31,7 +37,7 @@ from limits import N_STEPS
 
 def objective(trial):
     x = trial.suggest_float("x", 0, 1)
-    for step in range(N_STEPS):
+    for step in range(N_STEPS if trial.number < 2 else 3):
         threading.Event().wait(0.1)
         trial.report(x, step)
     return x
@@ -49,8 +55,13 @@ class Place:
     logs: Path
 
     def add(self) -> Any:
-        """Add a node with room for two workers."""
-        return self.nodes.add_node(num_cpus=2, num_gpus=1, resources={"part": 1})
+        """Add a node with room for a worker."""
+        return self.nodes.add_node(num_cpus=1, num_gpus=1, resources={"part": 1})
+
+    def remove(self, node: str) -> None:
+        """Lose a node, by the first digits of its id."""
+        (lost,) = [each for each in self.nodes.worker_nodes if each.node_id.startswith(node)]
+        self.nodes.remove_node(lost, allow_graceful=False)
 
     def rows(self, query: str) -> list[Any]:
         """What the database answers."""
@@ -68,16 +79,17 @@ class Place:
         return done.stdout.strip()
 
     def demand(self) -> str:
-        """The actors of ours that there are, and whether all resources are free."""
+        """The actors of ours that there are, and what is not free."""
         return self.ask(
-            "all_, free = ray.cluster_resources(), ray.available_resources()\n"
-            "print(ray.util.list_named_actors(), all(free.get(n, 0) == all_[n] for n in ('CPU', 'GPU', 'part') if n in all_))"
+            "there, free = ray.cluster_resources(), ray.available_resources()\n"
+            "names = [name for name in ('CPU', 'GPU', 'part') if free.get(name) != there.get(name)]\n"
+            "print(ray.util.list_named_actors(), names)"
         )
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
-    """Three nodes: one that places nothing and does not reach the database, two for two workers each."""
+    """Three nodes: one that places nothing and does not reach the database, two for a worker each."""
     from ray.cluster_utils import Cluster
 
     with socket.create_server(("127.0.0.1", 0)) as listener:
@@ -153,41 +165,62 @@ def test_what_cannot_work_is_refused_before_an_actor_is_made(
     for told, done in found.items():
         assert told in done.error(), done
         assert place.password not in done.stderr
-    assert place.demand() == "[] True"
+    assert place.demand() == "[] []"
 
 
 def test_workers_outlive_a_node_and_go_with_the_study(
     place: Place, tuner: Tuner, a_study: Callable[[str, int], str]
 ) -> None:
-    objective = a_study("cut", 25)
-    import time; T0=time.time(); tell=lambda what: print(what, round(time.time()-T0,1))
+    objective = a_study("cut", N_STEPS)
+    began = time.monotonic()
     launched = tuner(
-        *("launch", "ray", "cut", "--objective", objective, "--workers", "5", "--json"),
-        *("--gpus-per-worker", "0.5", "--cpus-per-worker", "0.5", "--resources", '{"part": 0.5}'),
+        *("launch", "ray", "cut", "--objective", objective, "--workers", "3", "--json"),
+        *("--gpus-per-worker", "0.5", "--resources", '{"part": 0.5}'),
     )
-    tell("launched")
     assert launched.code == 0, launched.stderr
-    print(launched.stdout)
-
-    def running() -> list[Any]:
-        return place.rows(
-            "SELECT w.placement->>'node' FROM tuner_workers w JOIN studies s USING (study_id) WHERE s.study_name='cut'"
-        )
-    wait_for(lambda: bool(place.rows("SELECT 1 FROM trial_intermediate_values")), "a report")
-    tell("report")
-    print(place.rows("SELECT * FROM tuner_workers"))
-    print(tuner("status", "cut").stdout); tell('status')
-    print(tuner("launch", "status", "cut").stdout); tell('lstatus')
-    node = place.nodes.list_all_nodes[1] if hasattr(place.nodes,'list_all_nodes') else None
-    place.nodes.remove_node(sorted(place.nodes.worker_nodes, key=lambda n: n.node_id)[0])
-    tell("removed")
+    alive, pending = launched.json()
+    assert (alive["state"], alive["wanted"], alive["running"]) == ("ALIVE", 2, 2)
+    assert (pending["state"], pending["wanted"], pending["running"]) == ("PENDING", 1, 0)
+    wait_for(lambda: bool(place.rows(REPORTED)), "a report", LONG_S)
+    print(f"first report after {time.monotonic() - began:.1f} s")
+    (node, number), *_ = place.rows(REPORTED)
+    seen = tuner("status", "cut", "--json").json()["workers"]
+    assert node in {worker["placed_by"]["node"] for worker in seen}
+    assert {worker["placed_by"]["state"] for worker in seen} == {"ALIVE"}
+    assert {slot["share"] for worker in seen for slot in worker["slots"]} == {0.5}
+    asked = tuner("launch", "status", "cut", "--json")
+    assert sum(job["running"] for job in asked.json()) == 2, asked
+    cut_at = time.monotonic()
+    place.remove(node)
     place.add()
-    tell("added")
-    print(tuner("launch", "status", "cut").stdout)
-    wait_for(lambda: place.rows("SELECT count(*) FROM trials WHERE state='COMPLETE'")[0][0] >= N_TRIALS, "done", 100)
-    tell("done")
-    wait_for(lambda: place.demand() == "[] True", "no demand", 30)
-    tell("demand gone")
-    print(place.rows("SELECT state,count(*) FROM trials group by 1"), place.rows("select outcome, count(*) from tuner_attempts group by 1"))
-    tell('end')
-    assert 0
+    again = "SELECT number FROM tuner_attempts JOIN trials USING (trial_id) WHERE attempt > 1"
+    wait_for(lambda: (number,) in place.rows(again), "the trial is gone on with", LONG_S)
+    print(f"gone on with after {time.monotonic() - cut_at:.1f} s")
+    wait_for(lambda: place.demand() == "[] []", "no actor is left, and none is asked for", LONG_S)
+    trials = place.rows("SELECT number, t.state FROM trials t JOIN studies USING (study_id) WHERE study_name = 'cut'")
+    assert sorted(map(tuple, trials)) == [(number, "COMPLETE") for number in range(N_TRIALS)]
+    written = [log for log in place.logs.iterdir() if log.is_file() and place.password.encode() in log.read_bytes()]
+    assert written == []
+    logs = b"".join(log.read_bytes() for log in place.logs.glob("worker-*.err"))
+    assert b"joined study cut" in logs
+
+
+def test_stop_has_workers_give_their_trials_back(
+    place: Place, tuner: Tuner, a_study: Callable[[str, int], str]
+) -> None:
+    objective = a_study("stopped", 10 * N_STEPS)
+    launched = tuner(
+        "launch", "ray", "stopped", "--objective", objective, "--workers", "2", "--resources", '{"part": 0.5}'
+    )
+    assert "ray " in launched.stdout, launched.stderr
+    reported = REPORTED.replace("'cut'", "'stopped'")
+    wait_for(lambda: bool(place.rows(reported)), "a report", LONG_S)
+    stopped = tuner("launch", "stop", "stopped")
+    assert stopped.stdout.startswith("ended ray "), stopped
+    assert place.demand() == "[] []"
+    outcomes = place.rows(
+        "SELECT DISTINCT outcome FROM tuner_attempts JOIN trials USING (trial_id) JOIN studies USING (study_id)"
+        " WHERE study_name = 'stopped'"
+    )
+    assert outcomes == [("released",)]
+    assert "no engine that is here" in tuner("launch", "status", "stopped").stderr
