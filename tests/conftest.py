@@ -117,6 +117,13 @@ def database(server_url: str, maintenance_url: str, migrated_template: str) -> I
         yield url.render_as_string(hide_password=False)
 
 
+@pytest.fixture(scope="module")
+def module_database(server_url: str, maintenance_url: str, migrated_template: str) -> Iterator[str]:
+    """The URL of a database like `database`, shared by the tests of a module."""
+    with _a_database(server_url, maintenance_url, migrated_template) as url:
+        yield url.render_as_string(hide_password=False)
+
+
 @pytest.fixture
 def another_database(server_url: str, maintenance_url: str, migrated_template: str) -> Iterator[str]:
     """The URL of a database like `database`, for a test that needs two."""

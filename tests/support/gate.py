@@ -14,9 +14,10 @@ from storage import parse_url
 class Gate:
     """Forwards bytes both ways. Shut, it takes what is sent and keeps it, for when it opens again."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, host: str = "127.0.0.1") -> None:
         self._server = parse_url(url)
-        self._listener = socket.create_server(("127.0.0.1", 0))
+        self._host = host
+        self._listener = socket.create_server((host, 0))
         self._open = threading.Event()
         self._open.set()
         self._lock = threading.Lock()
@@ -27,7 +28,7 @@ class Gate:
     def url(self) -> URL:
         """The server's URL by way of this gate, unencrypted."""
         query = {"sslmode": "disable", "gssencmode": "disable"}
-        return self._server.set(host="127.0.0.1", port=self._listener.getsockname()[1], query=query)
+        return self._server.set(host=self._host, port=self._listener.getsockname()[1], query=query)
 
     def shut(self) -> None:
         """Let nothing through from now on."""

@@ -26,7 +26,7 @@ from typing import IO, NoReturn
 
 __all__ = ["Process", "may_fork", "start"]
 
-_KNOWN = ("TUNER_", "PG")  # what is looked at by commands alone, and after their imports
+_KNOWN = ("TUNER_", "PG", "SLURM_")  # what is looked at by commands alone, and after their imports
 _LONGEST = 100_000
 
 

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
     from tuner.log import Log
     from tuner.study.joining import Study, Wanted
+    from tuner.study.registry import ObjectiveSource
 
 NoPreflight = Annotated[
     bool,
@@ -250,10 +251,16 @@ def worker(
             rich_help_panel=LIMITS,
         ),
     ] = None,
+    check: Annotated[
+        bool,
+        typer.Option(
+            "--check",
+            help="Only see whether trials could run here: database, study, objective, data directory.",
+            rich_help_panel=LIMITS,
+        ),
+    ] = False,
 ) -> None:
     """Run trials of STUDY until its budget is used up. Sampler, pruner and objective are the study's."""
-    from tuner.study.joining import check_code, open_study, why_failed
-    from tuner.study.registry import find_objective
     from tuner.study.tensorboard import check_tensorboard, follow
     from tuner.worker.processes import Slots
     from tuner.worker.slots import plan_slots
@@ -269,15 +276,16 @@ def worker(
     plans = plan_slots(slots, device, at_most=trials, threads=threads, device_share=device_share)
     if tensorboard is not None:
         check_tensorboard(tensorboard)
+    if check:
+        settings.own_data_dir()
+        joined, source, _ = _objective_here(settings.open(), study, objective, allow_code_change=allow_code_change)
+        source.load()
+        say(f"trials of study {joined.name} can run here, on {', '.join(plan.shown for plan in plans)}")
+        return
     processes = Slots(plans, None, worker_name(), settings.data_dir)
     try:
         engine = settings.open_for_work()
-        joined = open_study(engine, study)
-        if (why := why_failed(engine, joined)) is not None:  # whatever code is here
-            raise StudyFailedError(why)
-        reference = objective or installed_name(joined)
-        source = find_objective(reference)
-        check_code(joined, source, allow_code_change=allow_code_change)
+        joined, source, reference = _objective_here(engine, study, objective, allow_code_change=allow_code_change)
         processes.load(reference)
         log = settings.log(worker=worker_name(), study=joined.name)
         log.event("study", f"joined study {joined.name}: {_outline(joined)}")
@@ -296,6 +304,22 @@ def worker(
             Worker(engine, joined, processes, config, log, limits, on_trial).run()
     finally:
         processes.close()
+
+
+def _objective_here(
+    engine: Engine, study: str, objective: str | None, *, allow_code_change: bool
+) -> tuple[Study, ObjectiveSource, str]:
+    """Return the study, and where its objective lies here, with the name by which that was found."""
+    from tuner.study.joining import check_code, open_study, why_failed
+    from tuner.study.registry import find_objective
+
+    joined = open_study(engine, study)
+    if (why := why_failed(engine, joined)) is not None:  # whatever code is here
+        raise StudyFailedError(why)
+    reference = objective or installed_name(joined)
+    source = find_objective(reference)
+    check_code(joined, source, allow_code_change=allow_code_change)
+    return joined, source, reference
 
 
 def _create_or_join(

@@ -20,6 +20,8 @@ from tuner.study.joining import Study, check_code, open_study, why_failed
 from tuner.study.registry import ObjectiveSource, find_objective
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from sqlalchemy import URL, Engine
 
 _GIVE_URL = "give the one by which they reach it: --storage postgresql://user@host/database"
@@ -85,6 +87,24 @@ def without_password(url: URL) -> str:
             " nodes see, and give --storage-password-file FILE and the URL without it"
         )
     return shown
+
+
+def variables(url: URL, settings: Mapping[str, Path | str | None], environ: Mapping[str, str]) -> dict[str, str]:
+    """Return the variables by which `tuner` reaches the database there as here, none of them a secret.
+
+    `settings` are the other options of every command, by the names of their variables. Raises UsageError if the
+    password is in the URL or in PGPASSWORD.
+    """
+    storage = without_password(url)
+    if "PGPASSWORD" in environ and settings.get("TUNER_STORAGE_PASSWORD_FILE") is None:
+        raise UsageError(
+            "PGPASSWORD is not given to jobs, whose environment others keep; put the password into a file of mode 0600"
+            " that the nodes see, and give --storage-password-file FILE"
+        )
+    of_libpq = {name: value for name, value in environ.items() if name.startswith("PG") and name != "PGPASSWORD"}
+    trusted = {name: environ[name] for name in ("TUNER_TRUSTED_DIRECTORIES",) if name in environ}
+    given = {name: str(value) for name, value in settings.items() if value is not None}
+    return {"TUNER_STORAGE": storage, **given, **trusted, **of_libpq}
 
 
 def local_objective(study: Study, reference: str, *, allow_code_change: bool) -> ObjectiveSource:
