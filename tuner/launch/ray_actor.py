@@ -6,13 +6,12 @@ is no tuner, or another version of it. So it imports nothing but Ray and the sta
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
 import threading
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 NAMESPACE = "tuner"
@@ -41,7 +40,7 @@ class Order:
     launch: str
     number: int
     arguments: tuple[str, ...]
-    environment: dict[str, str]
+    environment: dict[str, str] = field(repr=False)
 
     @property
     def name(self) -> str:
@@ -135,12 +134,13 @@ class WorkerActor:
         return process.returncode
 
 
-def look_around(request: dict[str, Any], environment: dict[str, str]) -> tuple[int, str]:
+def look_around(arguments: tuple[str, ...], environment: dict[str, str]) -> tuple[int, str]:
     """Return with which exit code a worker would end on this node before it runs a trial, and why."""
+    command, *rest = arguments
     try:
         done = subprocess.run(
-            [sys.executable, "-P", "-m", "tuner.launch.on_node"],
-            input=json.dumps(request),
+            [sys.executable, "-P", "-m", "tuner", command, "--check", *rest],
+            stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
             env={**own_environment(), **environment},
@@ -149,12 +149,9 @@ def look_around(request: dict[str, Any], environment: dict[str, str]) -> tuple[i
         )
     except subprocess.TimeoutExpired:
         return 1, f"no answer within {CHECK_S:g} s"
-    told = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-    if "No module named" in told:
-        return 1, (
-            f"no tuner, or an older one ({told} in {sys.executable}); install it there as it is here, or in the image"
-            " that nodes are started from"
-        )
+    told = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1].removeprefix("tuner: ")
+    if "No module named tuner" in told or "No such option" in told:
+        return 1, f"no tuner in {sys.executable}, or an older one ({told}); install it there as it is here"
     return done.returncode, told
 
 

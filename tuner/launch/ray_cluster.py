@@ -169,23 +169,17 @@ def launch(
     if not fitting and not is_elastic:
         raise UsageError(_too_much(nodes, needs))
     place, reference = _carried(source, reference)
-    its_own = {**environment, **_of_database(storage, password_file, nodes)}
     order = Order(
         label=label,
         launch=secrets.token_hex(3),
         number=0,
         arguments=tuple(_arguments(study, source, reference, needs, allow_code_change=allow_code_change)),
-        environment=its_own,
+        environment={**environment, **_of_database(storage, password_file, None if is_elastic else nodes)},
     )
-    request = {
-        "study": study.name,
-        "objective": None if source.module is not None else reference,
-        "allow_code_change": allow_code_change,
-    }
     with connected(address, place):
         ray.cloudpickle.register_pickle_by_value(ray_actor)
         try:
-            _check_nodes(fitting, request, its_own)
+            _check_nodes(fitting, order)
             handles = {}
             kind = ray.remote(ray_actor.WorkerActor)
             for number in range(workers):
@@ -319,10 +313,13 @@ def _carried(source: ObjectiveSource, reference: str) -> tuple[Path | None, str]
 
 
 def _of_database(
-    storage: str | None, password_file: Path | None, nodes: Collection[Mapping[str, Any]]
+    storage: str | None, password_file: Path | None, nodes: Collection[Mapping[str, Any]] | None
 ) -> dict[str, str]:
-    """Return the variables by which workers reach the database: its URL with the password, and what libpq goes by."""
-    is_here = {node["NodeManagerHostname"] for node in nodes} == {socket.gethostname()}
+    """Return the variables by which workers reach the database: its URL with the password, and what libpq goes by.
+
+    `nodes` are all that there will be, None if others may come. Raises UsageError for a URL that leads nowhere there.
+    """
+    is_here = nodes is not None and {node["NodeManagerHostname"] for node in nodes} == {socket.gethostname()}
     url = parse_url(storage) if storage is not None and is_here else reachable_url(storage)
     if password_file is not None:
         url = url.set(password=read_password(password_file))
@@ -339,16 +336,14 @@ def _arguments(
     return [command, *needs.worker_options(), *rest]
 
 
-def _check_nodes(
-    nodes: Collection[Mapping[str, Any]], request: Mapping[str, Any], environment: Mapping[str, str]
-) -> None:
+def _check_nodes(nodes: Collection[Mapping[str, Any]], order: Order) -> None:
     """Raise TunerError if a worker could not work on one of these nodes, with the exit code that it would have."""
     look = ray.remote(ray_actor.look_around)
     asked = {}
     for node in nodes:
         there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
         task = look.options(num_cpus=0, max_retries=0, scheduling_strategy=there)
-        asked[task.remote(dict(request), dict(environment))] = node
+        asked[task.remote(order.arguments, order.environment)] = node
     ready, silent = ray.wait(list(asked), num_returns=len(asked), timeout=_CHECK_S) if asked else ([], [])
     for ref in ready:
         try:
