@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 ray = pytest.importorskip("ray", reason="needs Ray: pip install 'tuner[ray]'")
 
-N_TRIALS, N_STEPS = 6, 100
+N_TRIALS = 6
 LONG_S = 120.0
 REPORTED = """
     SELECT placement->>'node', number FROM tuner_workers w
@@ -30,16 +30,19 @@ REPORTED = """
     WHERE study_name = 'cut' AND EXISTS (SELECT 1 FROM trial_intermediate_values v WHERE v.trial_id = t.trial_id)
 """
 """The node of each running trial that has reported, and its number."""
+# The first two trials last until they are let go, so that nothing depends on when a node is taken away.
 SLOW = """
 import threading
 from pathlib import Path
-from limits import N_STEPS
+from limits import GO
 
 def objective(trial):
     x = trial.suggest_float("x", 0, 1)
-    for step in range(N_STEPS if trial.number < 2 else 3):
-        threading.Event().wait(0.1)
+    for step in range(10_000):
         trial.report(x, step)
+        if trial.number >= 2 or Path(GO).exists():
+            return x
+        threading.Event().wait(0.1)
     return x
 """
 
@@ -132,14 +135,14 @@ def tuner(place: Place, tmp_path: Path) -> Tuner:
 
 
 @pytest.fixture
-def a_study(tuner: Tuner, tmp_path: Path) -> Callable[[str, int], str]:
+def a_study(tuner: Tuner, tmp_path: Path) -> Callable[[str], str]:
     """Create a study of an objective in a file, which has a neighbour, and return what --objective is to say."""
 
-    def create(name: str, n_steps: int) -> str:
+    def create(name: str) -> str:
         place = tmp_path / "mine"
         place.mkdir()
         (place / "slow.py").write_text(SLOW)
-        (place / "limits.py").write_text(f"N_STEPS = {n_steps}\n")
+        (place / "limits.py").write_text(f"GO = {str(tmp_path / 'go')!r}\n")
         (place / "storage.py").write_text("raise RuntimeError('no module of ours')\n")
         made = tuner("create", "mine/slow.py:objective", "--study", name, "--trials", str(N_TRIALS), "--pruner", "none")
         assert made.code == 0, made.stderr
@@ -149,9 +152,9 @@ def a_study(tuner: Tuner, tmp_path: Path) -> Callable[[str, int], str]:
 
 
 def test_what_cannot_work_is_refused_before_an_actor_is_made(
-    place: Place, tuner: Tuner, a_study: Callable[[str, int], str], tmp_path: Path
+    place: Place, tuner: Tuner, a_study: Callable[[str], str]
 ) -> None:
-    objective = a_study("refused", 1)
+    objective = a_study("refused")
     launch = ("launch", "ray", "refused", "--objective", objective)
     found = {
         "no study named 'other'": tuner("launch", "ray", "other", "--objective", objective),
@@ -169,33 +172,40 @@ def test_what_cannot_work_is_refused_before_an_actor_is_made(
 
 
 def test_workers_outlive_a_node_and_go_with_the_study(
-    place: Place, tuner: Tuner, a_study: Callable[[str, int], str]
+    place: Place, tuner: Tuner, a_study: Callable[[str], str], tmp_path: Path
 ) -> None:
-    objective = a_study("cut", N_STEPS)
+    objective = a_study("cut")
     began = time.monotonic()
     launched = tuner(
         *("launch", "ray", "cut", "--objective", objective, "--workers", "3", "--json"),
         *("--gpus-per-worker", "0.5", "--resources", '{"part": 0.5}'),
     )
     assert launched.code == 0, launched.stderr
-    alive, pending = launched.json()
-    assert (alive["state"], alive["wanted"], alive["running"]) == ("ALIVE", 2, 2)
-    assert (pending["state"], pending["wanted"], pending["running"]) == ("PENDING", 1, 0)
+    assert sum(job["wanted"] for job in launched.json()) == 3
     wait_for(lambda: bool(place.rows(REPORTED)), "a report", LONG_S)
     print(f"first report after {time.monotonic() - began:.1f} s")
+    wait_for(lambda: len(place.rows(REPORTED)) == 2, "a report of both", LONG_S)
     (node, number), *_ = place.rows(REPORTED)
+    jobs: dict[str, tuple[int, int]] = {}  # an actor that is slow to answer is taken for one that waits
+
+    def both_answer() -> bool:
+        told = tuner("launch", "status", "cut", "--json").json()
+        jobs.update({job["state"]: (job["wanted"], job["running"]) for job in told})
+        return jobs.get("ALIVE") == (2, 2)
+
+    wait_for(both_answer, f"two run: {jobs}", LONG_S)
+    assert jobs["PENDING"] == (1, 0)
     seen = tuner("status", "cut", "--json").json()["workers"]
     assert node in {worker["placed_by"]["node"] for worker in seen}
-    assert {worker["placed_by"]["state"] for worker in seen} == {"ALIVE"}
+    assert {worker["placed_by"]["state"] for worker in seen} <= {"ALIVE", "RESTARTING"}
     assert {slot["share"] for worker in seen for slot in worker["slots"]} == {0.5}
-    asked = tuner("launch", "status", "cut", "--json")
-    assert sum(job["running"] for job in asked.json()) == 2, asked
     cut_at = time.monotonic()
     place.remove(node)
     place.add()
     again = "SELECT number FROM tuner_attempts JOIN trials USING (trial_id) WHERE attempt > 1"
     wait_for(lambda: (number,) in place.rows(again), "the trial is gone on with", LONG_S)
     print(f"gone on with after {time.monotonic() - cut_at:.1f} s")
+    (tmp_path / "go").touch()
     wait_for(lambda: place.demand() == "[] []", "no actor is left, and none is asked for", LONG_S)
     trials = place.rows("SELECT number, t.state FROM trials t JOIN studies USING (study_id) WHERE study_name = 'cut'")
     assert sorted(map(tuple, trials)) == [(number, "COMPLETE") for number in range(N_TRIALS)]
@@ -205,10 +215,8 @@ def test_workers_outlive_a_node_and_go_with_the_study(
     assert b"joined study cut" in logs
 
 
-def test_stop_has_workers_give_their_trials_back(
-    place: Place, tuner: Tuner, a_study: Callable[[str, int], str]
-) -> None:
-    objective = a_study("stopped", 10 * N_STEPS)
+def test_stop_has_workers_give_their_trials_back(place: Place, tuner: Tuner, a_study: Callable[[str], str]) -> None:
+    objective = a_study("stopped")
     launched = tuner(
         "launch", "ray", "stopped", "--objective", objective, "--workers", "2", "--resources", '{"part": 0.5}'
     )

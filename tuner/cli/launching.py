@@ -357,7 +357,10 @@ def stop(settings: Settings, study: StudyName, as_json: AsJson = False) -> None:
 
 
 def _of_engines(settings: Settings, study: str, ask: Callable[[Engine, str], list[Job]]) -> list[Job]:
-    """Return what all engines that are here answer. Raises TunerError if none is here."""
+    """Return what the engines that are here answer; tell of one that does not, as where it has programs and no cluster.
+
+    Raises TunerError if none is here, or none answers.
+    """
     from tuner.launch.command import label
     from tuner.launch.engine import engines_here
     from tuner.study.joining import open_study
@@ -368,7 +371,16 @@ def _of_engines(settings: Settings, study: str, ask: Callable[[Engine, str], lis
     engines = list(engines_here(missing))
     if not engines:
         raise TunerError("no engine is here: " + "; ".join(missing))
-    return [job for engine in engines for job in ask(engine, its)]
+    found, silent = [], []
+    for engine in engines:
+        try:
+            found += ask(engine, its)
+        except TunerError as error:
+            silent.append(f"{engine.name} does not answer: {error}")
+    if len(silent) == len(engines):
+        raise TunerError("; ".join(silent))
+    say(*silent, err=True)
+    return found
 
 
 for name, function in {"slurm": slurm, "ray": ray, "status": status, "stop": stop}.items():

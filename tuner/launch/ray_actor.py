@@ -17,7 +17,7 @@ from typing import Any
 NAMESPACE = "tuner"
 DRAIN_S = 15.0
 """How long a worker has to end that was asked to; by itself it does in ten seconds."""
-ANSWER_S = 3.0
+ANSWER_S = 5.0
 """How long actors that run may take to say so; those that wait for a node say nothing."""
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 5.0, 300.0
 """How long after its end a worker is started again; twice as long each time, until one has run for the longest."""
