@@ -12,6 +12,8 @@ from tuner.text import printable
 
 SIGNAL_S: Final = 60
 """How long before the time limit a worker is told to give its trials back; SLURM may do it a minute earlier."""
+MIN_MINUTES: Final = 2
+"""A shorter limit would be near as soon as a task begins."""
 
 Runtime: TypeAlias = Literal["pyxis", "apptainer", "singularity"]
 
