@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,6 +26,7 @@ CHECK_S = 90.0
 _STUDY_IS_OVER = (0, 5)
 _NEEDS_PEOPLE = (1, 2, 4)
 """Exit codes of tuner.exits: the next worker would end as this one did."""
+_NOT_STARTED = -1
 _OF_ANOTHER_PROCESS = ("TUNER_STORAGE_PASSWORD_FILE", "TUNER_WORKER_SLOTS", "TUNER_WORKER_DEVICE", "PGPASSFILE")
 
 
@@ -86,12 +88,14 @@ class WorkerActor:
         ray.actor.exit_actor()
 
     def _run(self) -> None:
-        import time
-
         pause_s = FIRST_PAUSE_S
         while not self._asked.is_set():
             began = time.monotonic()
-            code = self._work()
+            try:
+                code = self._work()
+            except OSError as error:  # no process or no memory left
+                say(f"no worker can be started: {error}")
+                code = _NOT_STARTED
             if code in _STUDY_IS_OVER or code in _NEEDS_PEOPLE or self._asked.is_set():
                 say(f"worker {self._order.name} ended with exit code {code}")
                 break
@@ -101,9 +105,11 @@ class WorkerActor:
             self._asked.wait(pause_s)
             pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
         self._ended.set()
-        if not self._asked.is_set() and code in _STUDY_IS_OVER:
-            end_waiting(self._order.label)
-        self._this.leave.remote()
+        try:
+            if not self._asked.is_set() and code in _STUDY_IS_OVER:
+                end_waiting(self._order.label)
+        finally:
+            self._this.leave.remote()
 
     def _work(self) -> int:
         """Run a worker to its end, its log being this actor's."""

@@ -43,6 +43,15 @@ def test_a_worker_has_the_slots_threads_and_part_that_ray_gives_it():
     assert Needs(gpus=2).named() == {"GPU": 2, "CPU": 2}
 
 
+def test_what_no_node_has_is_named():
+    nodes = [{"Resources": {"CPU": 8.0, "GPU": 2.0}}, {"Resources": {"CPU": 64.0, "a100": 1.0}}]
+    assert "4 GPU, and no node of the cluster has more than 2;" in ray_cluster._too_much(nodes, Needs(gpus=4))
+    both = Needs(gpus=1, resources={"a100": 0.5})
+    assert "all that a worker needs: 0.5 a100, 1 GPU, 1 CPU;" in ray_cluster._too_much(nodes, both)
+    assert not any(ray_cluster._fits(node, both) for node in nodes)
+    assert ray_cluster._fits(nodes[0], Needs(gpus=2))
+
+
 def test_where_ray_is_missing_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     monkeypatch.delitem(sys.modules, "tuner.launch.ray_cluster", raising=False)
