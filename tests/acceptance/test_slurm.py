@@ -105,9 +105,10 @@ class Team:
         assert created.code == 0, created.stderr
         return path
 
-    def launch(self, study: str, path: Path, *options: str) -> str:
+    def launch(self, study: str, path: Path, *options: str, **environment: str) -> str:
         """Launch workers of a study, and return the id of their job."""
-        done = self.tuner("launch", "slurm", study, "--objective", f"{path}:Trains", "--json", *options)
+        arguments = ("launch", "slurm", study, "--objective", f"{path}:Trains", "--json", *options)
+        done = self.tuner(*arguments, **environment)
         assert done.code == 0, done.stderr
         job: str = done.json()["job"]
         return job
@@ -161,16 +162,18 @@ def team(module_database: str, tmp_path_factory: pytest.TempPathFactory) -> Iter
 
 @pytest.fixture(scope="module")
 def limited(team: Team) -> tuple[Path, str]:
-    """The objective and the job of a study whose worker has two minutes, launched before all else."""
+    """The objective and the job of a study whose worker has a time limit, launched before all else."""
     path = team.study("limited", 1)
-    return path, team.launch("limited", path, "--time", "2m", "--no-check")
+    return path, team.launch("limited", path, "--time", "10m", "--no-check")
 
 
 @pytest.mark.usefixtures("limited")
 def test_a_search_goes_through_all_that_befalls_its_tasks(team: Team) -> None:
     cluster = team.cluster
     path = team.study(STUDY, 3)
-    job = team.launch(STUDY, path, "--nodes", "2", "--gpus-per-node", "1")
+    tell = 'echo "PGPASSWORD: ${PGPASSWORD-none}, GPU: $CUDA_VISIBLE_DEVICES"'
+    options = ("--nodes", "2", "--gpus-per-node", "1", "--setup", tell)
+    job = team.launch(STUDY, path, *options, PGPASSWORD=PASSWORD)
     soon("both tasks run a trial", lambda: set(team.running(STUDY).values()) == {f"{job}_0", f"{job}_1"})
 
     # What is told of them, and what is not.
@@ -186,6 +189,7 @@ def test_a_search_goes_through_all_that_befalls_its_tasks(team: Team) -> None:
     shown = cluster("scontrol", "show", "job", job) + cluster("scontrol", "write", "batch_script", job, "-")
     assert "tuner-odd-n-me-1-" in shown
     assert PASSWORD not in shown
+    assert "PGPASSWORD: none, GPU: 0\n" in team.log(job)
 
     # A task that is cancelled gives its trial back; one that is launched later goes on with it.
     cluster("scancel", f"{job}_1")
@@ -215,12 +219,31 @@ def test_a_search_goes_through_all_that_befalls_its_tasks(team: Team) -> None:
 
 def test_a_time_limit_gives_the_trial_back_and_the_task_comes_again(team: Team, limited: tuple[Path, str]) -> None:
     path, job = limited
-    soon("the limit is near", lambda: "released" in team.attempts("limited").get(0, []))
+    soon("it runs a trial", lambda: team.running("limited") == {0: f"{job}_0"})
+    # As if its limit had been so near: SLURM looks every half a minute.
+    minutes = int(team.cluster("squeue", "--noheader", f"--jobs={job}_0", "--format=%M").strip().split(":")[-2])
+    team.cluster("scontrol", "update", f"jobid={job}_0", f"timelimit={minutes + 2}")
+    soon("it gives its trial back", lambda: "released" in team.attempts("limited").get(0, []))
     path.with_name("gate").touch()
     soon("the study ends its task", lambda: team.cluster.states(job) == {"0": "COMPLETED"})
     assert team.attempts("limited").keys() == {0}
     assert team.attempts("limited")[0][-1] == "complete"
     assert team.log(job).count("joined study limited") >= 2
+    done = team.tuner("launch", "slurm", "limited", "--objective", f"{path}:Trains")
+    assert "study 'limited' has nothing for workers to run: the budget of 1 trials is used up" in done.error()
+
+
+def test_workers_that_wait_are_told_of_and_ended(team: Team) -> None:
+    path = team.study("waits", 1)
+    job = team.launch("waits", path, "--nodes", "3", "--sbatch", "--begin=now+1hour", "--no-check")
+    again = team.tuner("launch", "slurm", "waits", "--objective", f"{path}:Trains", "--sbatch=--hold", "--no-check")
+    assert "1 worker of study waits, beside 3 that run or wait\n" in again.stdout
+    shown = team.tuner("launch", "status", "waits").stdout.splitlines()
+    assert shown[0].split() == ["engine", "job", "state", "workers", "detail"]
+    assert shown[1].split() == ["slurm", f"{job}_[0-2]", "PENDING", "0/3", "BeginTime"]
+    assert team.tuner("launch", "stop", "waits").stdout.startswith(f"ended slurm {job}_[0-2]: 3 workers, PENDING\n")
+    assert not team.cluster("squeue", "--noheader", f"--jobs={job}")
+    assert [its["wanted"] for its in team.tuner("launch", "status", "waits", "--json").json()] == [0, 0]
 
 
 REFUSED = {

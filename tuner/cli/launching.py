@@ -120,7 +120,8 @@ def slurm(
     extra = [_options(text) for text in sbatch or ()]
     cluster = None if dry_run else engine()
     worker = _joining(settings, study, objective, in_image=container is not None, allow_code_change=allow_code_change)
-    device = None if gpus_per_node or slots != "auto" else "cpu"
+    # A node may have GPUs that were not given to the job, and that nothing hides from it.
+    device = "cpu" if not gpus_per_node and (slots == "auto" or slots.isdecimal()) else None
     wanted = Wanted(
         study=study,
         label=worker.label,
