@@ -34,8 +34,8 @@ _OF_ANOTHER_PROCESS = ("TUNER_STORAGE_PASSWORD_FILE", "TUNER_WORKER_SLOTS", "TUN
 class Order:
     """A worker: its arguments, what its environment says beside the node's, and its place in what was launched.
 
-    `environment` has the database's password. It is an argument of the actor, which no list of Ray's shows, and not
-    part of its runtime environment, which the dashboard does.
+    `environment` has the database's password. It is an argument of the actor, and not part of its runtime
+    environment, which the dashboard shows.
     """
 
     label: str
