@@ -77,6 +77,7 @@ def test_commands_are_grouped_by_what_they_are_for(tuner: Tuner) -> None:
                 "Workers": [
                     "--slots",
                     "--device",
+                    "--device-share",
                     "--threads",
                     "--objective",
                     "--allow-code-change",

@@ -240,6 +240,97 @@ def _options(text: str) -> str:
 
 
 @_command
+def ray(
+    settings: Settings,
+    study: StudyName,
+    workers: Annotated[
+        int, typer.Option(help="Workers, each an actor of its own, placed as there is room.", rich_help_panel=_JOB)
+    ] = 1,
+    gpus_per_worker: Annotated[
+        float,
+        typer.Option(
+            metavar="N",
+            help="GPUs of each worker, or its part of one: 0.5; without any it trains on the CPU.",
+            rich_help_panel=_JOB,
+        ),
+    ] = 0.0,
+    cpus_per_worker: Annotated[
+        float | None,
+        typer.Option(
+            metavar="N", help="Cores of each worker, for its threads (default: one for each GPU).", rich_help_panel=_JOB
+        ),
+    ] = None,
+    resources: Annotated[
+        str | None,
+        typer.Option(
+            metavar="JSON",
+            help='What each worker needs beside, of the cluster\'s own kinds: {"a100": 0.5}.',
+            rich_help_panel=_JOB,
+        ),
+    ] = None,
+    address: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ray://HOST:PORT",
+            help="The cluster (default: RAY_ADDRESS, or else the one of this machine).",
+            rich_help_panel=_JOB,
+        ),
+    ] = None,
+    elastic: Annotated[
+        bool,
+        typer.Option(
+            "--elastic",
+            help="Nodes come by demand: none has to be there yet that has what a worker needs.",
+            rich_help_panel=_JOB,
+        ),
+    ] = False,
+    objective: Objective = None,
+    allow_code_change: AllowCodeChange = False,
+    as_json: AsJson = False,
+) -> None:
+    """Have a Ray cluster run workers of STUDY, as actors that end with the study.
+
+    They outlive this command, come again if their node is lost, and
+    get a copy of the directory that the objective is in.
+    """
+    from tuner.launch.command import checked_study, label, local_objective
+    from tuner.launch.engine import imported
+
+    check_positive("--workers", workers)
+    cluster = imported("ray")
+    needs = cluster.Needs.checked(gpus_per_worker, cpus_per_worker, resources)
+    engine = settings.open()
+    joined = checked_study(engine, study)
+    reference = objective or installed_name(joined)
+    source = local_objective(joined, reference, allow_code_change=allow_code_change)
+    others = {
+        "TUNER_DATA_DIR": settings.given_data_dir,
+        "TUNER_LOG_FORMAT": settings.given_log_format,
+        "TUNER_TRUSTED_DIRECTORIES": os.environ.get("TUNER_TRUSTED_DIRECTORIES"),
+    }
+    found = cluster.launch(
+        joined,
+        label(engine, joined),
+        source,
+        reference,
+        workers=workers,
+        needs=needs,
+        storage=settings.storage,
+        password_file=settings.storage_password_file,
+        environment={name: str(value) for name, value in others.items() if value is not None},
+        address=address,
+        is_elastic=elastic,
+        allow_code_change=allow_code_change,
+    )
+    if as_json:
+        print(json.dumps([asdict(job) for job in found]))
+        return
+    for job in found:
+        say(f"ray {job.id}: {job.wanted} worker{'' if job.wanted == 1 else 's'} {job.state}, {job.detail}")
+    say(f"'tuner launch status {shlex.quote(study)}' asks Ray for them", err=True)
+
+
+@_command
 def status(settings: Settings, study: StudyName, as_json: AsJson = False) -> None:
     """Show what the engines that are here say of the workers of STUDY."""
     found = _of_engines(settings, study, lambda engine, label: engine.jobs(label))
@@ -270,7 +361,10 @@ def stop(settings: Settings, study: StudyName, as_json: AsJson = False) -> None:
 
 
 def _of_engines(settings: Settings, study: str, ask: Callable[[Engine, str], list[Job]]) -> list[Job]:
-    """Return what all engines that are here answer. Raises TunerError if none is here."""
+    """Return what the engines that are here answer; tell of one that does not, as where it has programs and no cluster.
+
+    Raises TunerError if none is here, or none answers.
+    """
     from tuner.launch.command import label
     from tuner.launch.engine import engines_here
     from tuner.study.joining import open_study
@@ -281,8 +375,17 @@ def _of_engines(settings: Settings, study: str, ask: Callable[[Engine, str], lis
     engines = list(engines_here(missing))
     if not engines:
         raise TunerError("no engine is here: " + "; ".join(missing))
-    return [job for engine in engines for job in ask(engine, its)]
+    found, silent = [], []
+    for engine in engines:
+        try:
+            found += ask(engine, its)
+        except TunerError as error:
+            silent.append(f"{engine.name} does not answer: {error}")
+    if len(silent) == len(engines):
+        raise TunerError("; ".join(silent))
+    say(*silent, err=True)
+    return found
 
 
-for name, function in {"slurm": slurm, "status": status, "stop": stop}.items():
+for name, function in {"slurm": slurm, "ray": ray, "status": status, "stop": stop}.items():
     app.command(name)(function)

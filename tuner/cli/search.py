@@ -189,6 +189,12 @@ def worker(
         ),
     ] = "auto",
     device: Device = None,
+    device_share: Annotated[
+        float,
+        typer.Option(
+            metavar="PART", help="This worker's part of each device that others use as well.", rich_help_panel=WORKERS
+        ),
+    ] = 1.0,
     threads: Threads = None,
     objective: Annotated[
         str | None,
@@ -237,7 +243,7 @@ def worker(
         timeout_s=None if timeout is None else seconds("--timeout", timeout),
         idle_exit_s=None if idle_exit is None else seconds("--idle-exit", idle_exit),
     )
-    plans = plan_slots(slots, device, at_most=trials, threads=threads)
+    plans = plan_slots(slots, device, at_most=trials, threads=threads, device_share=device_share)
     if tensorboard is not None:
         check_tensorboard(tensorboard)
     if check:

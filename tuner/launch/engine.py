@@ -8,7 +8,7 @@ import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from tuner.errors import TunerError
 from tuner.placement import Placement
@@ -104,11 +104,15 @@ def _states(placements: Collection[Placement]) -> dict[Placement, str]:
     return found
 
 
-def _engine(name: str) -> Engine:
-    """Return the engine; none is imported before it is asked for."""
+def imported(name: str) -> Any:
+    """Return the engine's module; none is imported before it is asked for. Raises NoEngineError."""
     try:
-        module = importlib.import_module(ENGINES[name])
+        return importlib.import_module(ENGINES[name])
     except ModuleNotFoundError as error:
-        raise NoEngineError(f"no {name} here: Python has no module {error.name!r}") from error
-    engine: Engine = module.engine()
+        extra = f"; pip install 'tuner[{name}]'" if error.name == name else ""
+        raise NoEngineError(f"no {name} here: Python has no module {error.name!r}{extra}") from error
+
+
+def _engine(name: str) -> Engine:
+    engine: Engine = imported(name).engine()
     return engine

@@ -97,12 +97,17 @@ class SlotPlan:
 
 
 def plan_slots(
-    text: str, device: str | None = None, *, at_most: int | None = None, threads: int | None = None
+    text: str,
+    device: str | None = None,
+    *,
+    at_most: int | None = None,
+    threads: int | None = None,
+    device_share: float = 1.0,
 ) -> list[SlotPlan]:
     """Return the slots that `--slots` asks for, the first `at_most`, each with `threads`, if that is given.
 
-    `device`, that of `--device`, is for a number. `auto` is one slot for each CUDA or XPU device, or one for the best
-    other device. Raises UsageError.
+    They have the part `device_share` of each device among them. `device`, that of `--device`, is for a number. `auto`
+    is one slot for each CUDA or XPU device, or one for the best other device. Raises UsageError.
     """
     is_named = text != "auto" and not _NUMBER.fullmatch(text)
     wanted = text if is_named else device
@@ -122,11 +127,13 @@ def plan_slots(
     shares = Counter(devices)
     if threads is not None and not 0 < threads <= MAX_THREADS:
         raise UsageError(f"--threads needs a number from 1 to {MAX_THREADS}, got {threads}")
+    if not 0 < device_share <= 1:
+        raise UsageError(f"--device-share needs a part of 1, as 0.5, got {device_share:g}")
     return [
         SlotPlan(
             number=number,
             device=found,
-            share=1 / shares[found],
+            share=device_share / shares[found],
             threads=threads,
             visible=_visible(found, gpus if kind == "cuda" else []),
             is_chosen=not is_named and device is None,
