@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from tuner.cli.launching_k8s import k8s
 from tuner.cli.model import OBJECTIVE_HELP, installed_name
 from tuner.cli.options import WORKERS, check_positive, seconds
 from tuner.cli.reading import AsJson, StudyName
@@ -278,5 +279,5 @@ def _of_engines(settings: Settings, study: str, ask: Callable[[Engine, str], lis
     return [job for engine in engines for job in ask(engine, its)]
 
 
-for name, function in {"slurm": slurm, "status": status, "stop": stop}.items():
+for name, function in {"slurm": slurm, "k8s": k8s, "status": status, "stop": stop}.items():
     app.command(name)(function)
