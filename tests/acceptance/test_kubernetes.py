@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pods
 import pytest
 import yaml
-from command import Finished, Tuner
+from command import Finished, Tuner, wait_for
 
 from storage import EmbeddedServer
 
@@ -31,6 +31,7 @@ from pathlib import Path
 
 def objective(trial):
     x, step = trial.suggest_float("x", 0, 1), 0
+    Path("/data/started").touch()
     while not Path("/data/go").exists():
         trial.report(x, step)
         step += 1
@@ -122,7 +123,7 @@ def test_a_pod_that_is_to_end_gives_its_trial_back_and_the_next_one_ends_with_th
     first = a_pod(job, 1, "first")
     running = first.start("worker")
     try:
-        running.wait_for_line("trial 0")
+        wait_for(first.volume("data").joinpath("started").exists, "a trial")
         [worker] = team("status", STUDY, "--json").json()["workers"]
         running.process.send_signal(signal.SIGTERM)
         grace_s = job["spec"]["template"]["spec"]["terminationGracePeriodSeconds"]
