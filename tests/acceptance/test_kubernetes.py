@@ -123,7 +123,7 @@ def test_a_pod_that_is_to_end_gives_its_trial_back_and_the_next_one_ends_with_th
     first = a_pod(job, 1, "first")
     running = first.start("worker")
     try:
-        wait_for(first.volume("data").joinpath("started").exists, "a trial")
+        wait_for(first.volume("data").joinpath("started").exists, "a trial", timeout_s=180)
         [worker] = team("status", STUDY, "--json").json()["workers"]
         running.process.send_signal(signal.SIGTERM)
         grace_s = job["spec"]["template"]["spec"]["terminationGracePeriodSeconds"]
