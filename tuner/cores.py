@@ -1,5 +1,5 @@
-"""How many of a machine's cores are ours: those that we may run on, as far as the container's limit goes, less what the
-other workers of this user have of them.
+"""How many of a machine's cores are ours: those that we may run on, as far as the limit of the container or of SLURM's
+job goes, less what the other workers of this user have of them.
 
 A worker keeps a file locked while it lives, its seat, which says how many slots it has and on which cores. Seats are in
 the data directory, by the machine's name as others may share that, for containers with one volume; and in the
@@ -176,11 +176,19 @@ def _allowed() -> _Allowed:
     affinity = getattr(os, "sched_getaffinity", None)  # macOS has none
     cores = tuple(sorted(affinity(0))) if affinity is not None else tuple(range(os.cpu_count() or 1))
     limits = [(limit, group) for group in _groups() if (limit := _limit(group)) is not None]
-    if not limits:
+    found = []
+    if limits:
+        limit, group = min(limits)
+        at = group.stat()  # the same group has other names in other containers
+        found.append((limit, f"{at.st_dev}:{at.st_ino}"))
+    # Not every cluster holds its jobs to what it gave them of a node.
+    given = number_of(os.environ.get("SLURM_CPUS_ON_NODE", ""))
+    if given is not None:
+        found.append((given, f"slurm {os.environ.get('SLURM_JOB_ID')}"))
+    if not found:
         return _Allowed(cores=cores)
-    limit, group = min(limits)
-    found = group.stat()  # the same group has other names in other containers
-    return _Allowed(cores=cores, limit=limit, group=f"{found.st_dev}:{found.st_ino}")
+    least, shared = min(found)
+    return _Allowed(cores=cores, limit=least, group=shared)
 
 
 def _groups() -> Iterator[Path]:

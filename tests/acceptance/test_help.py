@@ -84,7 +84,7 @@ def test_commands_are_grouped_by_what_they_are_for(tuner: Tuner) -> None:
                     "--allow-leak",
                     "--tensorboard",
                 ],
-                "Limits": ["--trials", "--timeout", "--idle-exit"],
+                "Limits": ["--trials", "--timeout", "--idle-exit", "--check"],
             },
         ),
     ],

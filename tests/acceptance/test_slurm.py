@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))
 
 STUDY = "odd/näme (1)"
 PASSWORD = "correct horse battery"
-# Trains 100 batches an epoch, and from the second on slowly until the file `gate` is beside it.
+# Trains 20 batches an epoch, and from the second on slowly until the file `gate` is beside it.
 OBJECTIVE = """
 import threading
 from pathlib import Path
@@ -44,19 +44,19 @@ class Model(nn.Module):
     def forward(self, x):
         if self.training:
             self.n_batches += 1
-            if self.n_batches > 100 and not GATE.exists():
+            if self.n_batches > 20 and not GATE.exists():
                 threading.Event().wait(0.2)
         return self.layer(x)
 
 
 class Trains(Objective):
-    epochs = 3
+    epochs = 2
 
     def suggest(self, trial):
         trial.suggest_float("lr", 0.01, 0.1)
 
     def load_data(self, root):
-        drawn = [torch.randn(200, 2, generator=torch.Generator().manual_seed(seed)) for seed in range(3)]
+        drawn = [torch.randn(40, 2, generator=torch.Generator().manual_seed(seed)) for seed in range(3)]
         return Data(*(Split(x, (x[:, 0] > 0).long()) for x in drawn), class_names=("a", "b"))
 
     def build_model(self, params):
@@ -65,6 +65,11 @@ class Trains(Objective):
     def batch_size(self, params):
         return 2
 """
+
+
+def soon(what: str, condition: Callable[[], bool]) -> None:
+    """Wait for what takes seconds, or minutes where other tests run at the same time."""
+    wait_for(condition, what, 200)
 
 
 class Team:
@@ -100,9 +105,10 @@ class Team:
         assert created.code == 0, created.stderr
         return path
 
-    def launch(self, study: str, path: Path, *options: str) -> str:
+    def launch(self, study: str, path: Path, *options: str, **environment: str) -> str:
         """Launch workers of a study, and return the id of their job."""
-        done = self.tuner("launch", "slurm", study, "--objective", f"{path}:Trains", "--json", *options)
+        arguments = ("launch", "slurm", study, "--objective", f"{path}:Trains", "--json", *options)
+        done = self.tuner(*arguments, **environment)
         assert done.code == 0, done.stderr
         job: str = done.json()["job"]
         return job
@@ -164,9 +170,11 @@ def limited(team: Team) -> tuple[Path, str]:
 @pytest.mark.usefixtures("limited")
 def test_a_search_goes_through_all_that_befalls_its_tasks(team: Team) -> None:
     cluster = team.cluster
-    path = team.study(STUDY, 4)
-    job = team.launch(STUDY, path, "--nodes", "2", "--gpus-per-node", "1")
-    wait_for(lambda: set(team.running(STUDY).values()) == {f"{job}_0", f"{job}_1"}, "both tasks run a trial")
+    path = team.study(STUDY, 3)
+    tell = 'echo "PGPASSWORD: ${PGPASSWORD-none}, GPU: $CUDA_VISIBLE_DEVICES"'
+    options = ("--nodes", "2", "--gpus-per-node", "1", "--setup", tell)
+    job = team.launch(STUDY, path, *options, PGPASSWORD=PASSWORD)
+    soon("both tasks run a trial", lambda: set(team.running(STUDY).values()) == {f"{job}_0", f"{job}_1"})
 
     # What is told of them, and what is not.
     [first], [second] = ([n for n, its in team.running(STUDY).items() if its == f"{job}_{task}"] for task in "01")
@@ -181,28 +189,29 @@ def test_a_search_goes_through_all_that_befalls_its_tasks(team: Team) -> None:
     shown = cluster("scontrol", "show", "job", job) + cluster("scontrol", "write", "batch_script", job, "-")
     assert "tuner-odd-n-me-1-" in shown
     assert PASSWORD not in shown
+    assert "PGPASSWORD: none, GPU: 0\n" in team.log(job)
 
     # A task that is cancelled gives its trial back; one that is launched later goes on with it.
     cluster("scancel", f"{job}_1")
-    wait_for(lambda: team.attempts(STUDY)[second] == ["released"], "the trial of the cancelled task is given back")
+    soon("the trial of the cancelled task is given back", lambda: team.attempts(STUDY)[second] == ["released"])
     more = team.launch(STUDY, path, "--no-check")
-    wait_for(lambda: team.running(STUDY).get(second) == f"{more}_0", "it goes on elsewhere")
+    soon("it goes on elsewhere", lambda: team.running(STUDY).get(second) == f"{more}_0")
     assert f"trial {second}: resumed after epoch" in team.log(more)
 
     # A node is drained, and what SLURM sends before a time limit makes its task come again, on the other node.
     [node] = [its["placed_by"]["node"] for its in workers if its["placed_by"]["task"] == "0"]
     cluster("scontrol", "update", f"nodename={node}", "state=drain", "reason=test")
     cluster("scancel", "--batch", "--signal=USR1", f"{job}_0")
-    wait_for(lambda: len(team.attempts(STUDY)[first]) == 2, "it goes on after its task came again")
+    soon("it goes on after its task came again", lambda: len(team.attempts(STUDY)[first]) == 2)
     assert cluster("squeue", "--noheader", f"--jobs={job}_0", "--format=%N").strip() == {"n0": "n1", "n1": "n0"}[node]
     cluster("scontrol", "update", f"nodename={node}", "state=resume")
 
     # So does an administrator's requeue. What waits when the study is done does not come again.
     cluster("scontrol", "requeue", f"{more}_0")
-    wait_for(lambda: team.attempts(STUDY)[second][:2] == ["released", "released"], "its trial is given back again")
+    soon("its trial is given back again", lambda: team.attempts(STUDY)[second][:2] == ["released", "released"])
     path.with_name("gate").touch()
-    wait_for(lambda: not cluster("squeue", "--noheader", f"--jobs={job},{more}"), "the study ends all tasks")
-    assert [its[-1] for its in team.attempts(STUDY).values()] == ["complete"] * 4
+    soon("the study ends all tasks", lambda: not cluster("squeue", "--noheader", f"--jobs={job},{more}"))
+    assert [its[-1] for its in team.attempts(STUDY).values()] == ["complete"] * 3
     assert team.query("select count(*) from trials join studies using (study_id) where study_name = :s", s=STUDY) == [
         (4,)
     ]
@@ -210,8 +219,52 @@ def test_a_search_goes_through_all_that_befalls_its_tasks(team: Team) -> None:
 
 def test_a_time_limit_gives_the_trial_back_and_the_task_comes_again(team: Team, limited: tuple[Path, str]) -> None:
     path, job = limited
-    wait_for(lambda: team.attempts("limited").get(0, [])[:1] == ["released"], "the limit is near", 90)
+    soon("the limit is near", lambda: "released" in team.attempts("limited").get(0, []))
     path.with_name("gate").touch()
-    wait_for(lambda: team.cluster.states(job) == {"0": "COMPLETED"}, "the study ends its task")
-    assert team.attempts("limited") == {0: ["released", "complete"]}
-    assert "trial 0: resumed after epoch" in team.log(job)
+    soon("the study ends its task", lambda: team.cluster.states(job) == {"0": "COMPLETED"})
+    assert team.attempts("limited").keys() == {0}
+    assert team.attempts("limited")[0][-1] == "complete"
+    assert team.log(job).count("joined study limited") >= 2
+    done = team.tuner("launch", "slurm", "limited", "--objective", f"{path}:Trains")
+    assert "study 'limited' has nothing for workers to run: the budget of 1 trials is used up" in done.error()
+
+
+def test_workers_that_wait_are_told_of_and_ended(team: Team) -> None:
+    path = team.study("waits", 1)
+    job = team.launch("waits", path, "--nodes", "3", "--sbatch", "--begin=now+1hour", "--no-check")
+    again = team.tuner("launch", "slurm", "waits", "--objective", f"{path}:Trains", "--sbatch=--hold", "--no-check")
+    assert "1 worker of study waits, beside 3 that run or wait\n" in again.stdout
+    shown = team.tuner("launch", "status", "waits").stdout.splitlines()
+    assert shown[0].split() == ["engine", "job", "state", "workers", "detail"]
+    assert shown[1].split() == ["slurm", f"{job}_[0-2]", "PENDING", "0/3", "BeginTime"]
+    assert team.tuner("launch", "stop", "waits").stdout.startswith(f"ended slurm {job}_[0-2]: 3 workers, PENDING\n")
+    assert not team.cluster("squeue", "--noheader", f"--jobs={job}")
+    assert [its["wanted"] for its in team.tuner("launch", "status", "waits", "--json").json()] == [0, 0]
+
+
+REFUSED = {
+    ("--gpus-per-node", "3"): (2, "--gpus-per-node 3 is more than any node of partition debug has: 2"),
+    ("--cpus-per-node", "64"): (2, "--cpus-per-node 64 is more than any node of partition debug has: 2"),
+    ("--partition", "nosuch"): (2, "SLURM has no partition 'nosuch'; there are: debug, short"),
+    ("--partition", "short", "--time", "1h"): (2, "--time 60m is more than partition short allows: 5m"),
+    ("--account", "x", "--sbatch", "--nosuch=1", "--no-check"): (1, "sbatch failed: .*nosuch"),
+    ("--sbatch", "high"): (2, "--sbatch needs options of sbatch in one line, as .*, got 'high'"),
+    ("--container", "image.sqsh"): (1, "nothing here runs the image image.sqsh: .* without --container"),
+    # What a node finds, and this machine does not.
+    ("--setup", "PATH=/usr/bin:/bin"): (1, r"node n\d finds no tuner in /.*; .* --setup 'source"),
+    ("--setup", "mv {objective} {objective}.away"): (1, r"node n\d: no file .*mine.py"),
+    ("--setup", "export TUNER_STORAGE=postgresql://tuner@127.0.0.9:9/x"): (3, r"node n\d: cannot reach PostgreSQL at"),
+}
+
+
+@pytest.mark.parametrize("options", REFUSED, ids=" ".join)
+def test_what_cannot_work_is_refused_before_anything_is_submitted(team: Team, options: tuple[str, ...]) -> None:
+    if not (path := team.place / "refused" / "mine.py").parent.exists():
+        team.study("refused", 1)
+    path.write_text(OBJECTIVE)
+    given = [option.format(objective=path) for option in options]
+    done = team.tuner("launch", "slurm", "refused", "--objective", f"{path}:Trains", *given)
+    code, error = REFUSED[options]
+    assert re.search(error, done.error()), done.error()
+    assert done.code == code
+    assert team.tuner("launch", "status", "refused", "--json").json() == []

@@ -47,7 +47,7 @@ SlurmdLogFile={place}/slurmd-%n.log
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
 SchedulerType=sched/backfill
-SchedulerParameters=sched_min_interval=100000,batch_sched_delay=0
+SchedulerParameters=sched_min_interval=100000,sched_interval=1,bf_interval=1,batch_sched_delay=0
 PriorityType=priority/basic
 JobCompType=jobcomp/none
 AccountingStorageType=accounting_storage/none

@@ -27,6 +27,7 @@ def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "tmp").mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "tmp"))
     groups(tmp_path, monkeypatch, "0::/\n")
+    monkeypatch.delenv("SLURM_CPUS_ON_NODE", raising=False)
 
 
 def groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own: str, **files: str) -> None:
@@ -141,6 +142,20 @@ def test_only_those_who_are_in_the_container_share_its_limit(tmp_path: Path, mon
                 cores, "_allowed", lambda: cores._Allowed(cores=tuple(range(16)), limit=4.0, group="1:1")
             )
             assert cores.share("ours", 1, tmp_path) == 2
+
+
+def test_what_slurm_gave_a_job_is_the_job_s_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(16), raising=False)
+    for name, value in {"SLURM_JOB_ID": "7", "SLURM_CPUS_ON_NODE": "6"}.items():
+        monkeypatch.setenv(name, value)
+    with seated("ours", 2, tmp_path):
+        assert (cores.count(), cores.share("ours", 2, tmp_path)) == (6, 3)
+        with seated("in the same job", 1, tmp_path):
+            assert cores.share("ours", 2, tmp_path) == 2
+        monkeypatch.setenv("SLURM_JOB_ID", "8")
+        with seated("in another job", 1, tmp_path):
+            monkeypatch.setenv("SLURM_JOB_ID", "7")
+            assert cores.share("ours", 2, tmp_path) == 3
 
 
 def test_a_worker_that_can_keep_no_file_counts_its_own_slots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

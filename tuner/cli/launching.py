@@ -109,15 +109,20 @@ def slurm(
     trials back with their checkpoints, and its task comes again.
     """
     from tuner.launch.slurm import engine, runtime_of
-    from tuner.launch.slurm_script import Wanted, script
+    from tuner.launch.slurm_script import MIN_MINUTES, Wanted, script
 
     check_positive("--nodes", nodes)
     check_positive("--cpus-per-node", 1 if cpus_per_node is None else cpus_per_node)
     if gpus_per_node < 0:
         raise UsageError(f"--gpus-per-node needs a whole number from 0, got {gpus_per_node}")
+    minutes = None if time is None else math.ceil(seconds("--time", time) / 60)
+    if minutes is not None and minutes < MIN_MINUTES:
+        raise UsageError(f"--time needs at least {MIN_MINUTES}m, as workers are told before the end; got {time}")
+    extra = [_options(text) for text in sbatch or ()]
     cluster = None if dry_run else engine()
     worker = _joining(settings, study, objective, in_image=container is not None, allow_code_change=allow_code_change)
-    device = None if gpus_per_node or slots != "auto" else "cpu"
+    # A node may have GPUs that were not given to the job, and that nothing hides from it.
+    device = "cpu" if not gpus_per_node and (slots == "auto" or slots.isdecimal()) else None
     wanted = Wanted(
         study=study,
         label=worker.label,
@@ -127,14 +132,14 @@ def slurm(
         nodes=nodes,
         gpus=gpus_per_node,
         cpus=cpus_per_node,
-        minutes=None if time is None else math.ceil(seconds("--time", time) / 60),
+        minutes=minutes,
         partition=partition,
         account=account,
         container=container,
         runtime=None if container is None else runtime_of(container, may_be_elsewhere=dry_run),
         visible=worker.files,
         setup=setup or (),
-        extra=[_options(text) for text in sbatch or ()],
+        extra=extra,
         logs=logs,
     )
     if cluster is None:

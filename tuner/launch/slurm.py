@@ -26,7 +26,7 @@ CHECK_S: Final = 120
 
 _WAITS: Final = ("PENDING", "REQUEUED", "REQUEUE_HOLD", "SPECIAL_EXIT")
 _RUNS: Final = ("RUNNING", "COMPLETING", "CONFIGURING", "SUSPENDED", "STOPPED", "SIGNALING", "STAGE_OUT")
-_BUSY: Final = ("nodes are busy", "Immediate execution impossible", "unavailable, drained", "currently not available")
+_BUSY: Final = ("nodes are busy", "Immediate execution impossible")
 # What a new job is not to have of our environment: secrets, as SLURM keeps it where administrators and accounting
 # read it, and what the script says itself.
 _KEPT_BACK: Final = ("PGPASSWORD", "TUNER_STORAGE", "TUNER_DASHBOARD_TOKEN", "TUNER_IMPORT_URL")
@@ -207,7 +207,7 @@ def _refused(wanted: Wanted, done: subprocess.CompletedProcess[str]) -> TunerErr
     node = done.stdout.partition("\n")[0].strip()
     said = [line.removeprefix("tuner: ") for line in done.stderr.splitlines() if line.startswith("tuner: ")]
     if not node:
-        return TunerError(f"SLURM gives no node to look at: {_own_word(done.stderr)}")
+        return TunerError(f"SLURM gives no node to look at: {_own_word(done.stderr)}; --no-check goes on without")
     if said:
         return TunerError(f"node {node}: {said[-1]}", done.returncode if done.returncode in range(1, 6) else None)
     if done.returncode == 127:
@@ -220,10 +220,10 @@ def _refused(wanted: Wanted, done: subprocess.CompletedProcess[str]) -> TunerErr
 
 
 def _own_word(stderr: str) -> str:
-    """Return what is told as an error, or else the last line."""
+    """Return what SLURM's programs tell as errors, or else the last line."""
     lines = [line.strip() for line in stderr.splitlines() if line.strip()]
-    errors = [re.sub(r"^\w+: (?:error|fatal): ", "", line) for line in lines if re.match(r"\w+: (error|fatal): ", line)]
-    return "; ".join(dict.fromkeys(errors)) or "".join(lines[-1:])
+    told = [re.sub(r"^(\w+: )(error: |fatal: )?", "", line) for line in lines if re.match(r"s\w+: ", line)]
+    return "; ".join(dict.fromkeys(told)) or "".join(lines[-1:])
 
 
 def _job(line: str) -> Job:

@@ -12,18 +12,24 @@ from tuner.text import printable
 
 SIGNAL_S: Final = 60
 """How long before the time limit a worker is told to give its trials back; SLURM may do it a minute earlier."""
+MIN_MINUTES: Final = 2
+"""A shorter limit would be near as soon as a task begins."""
 
 Runtime: TypeAlias = Literal["pyxis", "apptainer", "singularity"]
 
 # A shell that waits is woken by a signal, and waits again for the worker's own end. SIGTERM is not passed on, as SLURM
 # sends it to the worker as well, which a second one would end at once; what comes before the time limit is for this
 # shell alone.
-_RUN: Final = """\
-code=127 woken=yes
-trap 'woken=yes; kill -USR1 "$worker" 2> /dev/null' USR1
+_TRAPS: Final = """\
+worker= near=
+trap 'woken=yes near=yes; [ "$worker" ] && kill -USR1 "$worker" 2> /dev/null' USR1
 trap 'woken=yes' TERM
+"""
+_RUN: Final = """\
 {command} &
 worker=$!
+[ "$near" ] && kill -USR1 "$worker"
+code=127 woken=yes
 while [ "$woken" ]; do
     woken=
     wait "$worker"
@@ -31,8 +37,10 @@ while [ "$woken" ]; do
     [ "$ended" = 127 ] || code=$ended
 done
 case $code in
-    75) scontrol requeue "$SLURM_JOB_ID" && sleep 60 ;;  # it made room, and is to be run again; that ends this script
-    0 | 5) scancel --quiet --state=PENDING "$SLURM_ARRAY_JOB_ID" ;;  # the study is over, and so for tasks that wait
+    75 | 138)  # it made room, or had just begun: it is to be run again, and that ends this script
+        scontrol requeue "$SLURM_JOB_ID" && sleep 60 ;;
+    0 | 5)  # the study is over, and so it is for tasks that wait
+        scancel --quiet --state=PENDING "$SLURM_ARRAY_JOB_ID" ;;
 esac
 exit "$code"
 """
@@ -95,8 +103,8 @@ def script(wanted: Wanted) -> str:
         del options["time"]
     lines = [f"--{name}" if value is None else f"--{name}={shlex.quote(str(value))}" for name, value in options.items()]
     lines += wanted.extra
-    head = ["#!/bin/bash", f"# Workers of study {printable(wanted.study)!r}, by 'tuner launch slurm'."]
-    return "\n".join([*head, *(f"#SBATCH {line}" for line in lines), "", body(wanted)])
+    head = ["#!/bin/bash", f"# Workers of study {printable(wanted.study)}, by 'tuner launch slurm'."]
+    return "\n".join([*head, *(f"#SBATCH {line}" for line in lines), "", _TRAPS + body(wanted)])
 
 
 def body(wanted: Wanted, *, check: bool = False) -> str:
