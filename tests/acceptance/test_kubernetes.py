@@ -57,6 +57,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedServer]
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory with an objective, whose trials go on until there is a file in their pod."""
     directory = tmp_path_factory.mktemp("code")
+    directory.chmod(0o755)  # the pod's user is another one
     directory.joinpath("mine.py").write_text(OBJECTIVE)
     return directory
 
@@ -123,7 +124,9 @@ def test_a_pod_that_is_to_end_gives_its_trial_back_and_the_next_one_ends_with_th
     first = a_pod(job, 1, "first")
     running = first.start("worker")
     try:
-        wait_for(first.volume("data").joinpath("started").exists, "a trial", timeout_s=180)
+        started = first.volume("data") / "started"
+        wait_for(lambda: started.exists() or running.process.poll() is not None, "a trial", timeout_s=180)
+        assert started.exists(), running.lines
         [worker] = team("status", STUDY, "--json").json()["workers"]
         running.process.send_signal(signal.SIGTERM)
         grace_s = job["spec"]["template"]["spec"]["terminationGracePeriodSeconds"]
