@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from tuner.api.exporting import own_reference
+from tuner.cli.launching_k8s import k8s
 from tuner.cli.model import OBJECTIVE_HELP
 from tuner.cli.options import WORKERS, check_positive, seconds
 from tuner.cli.reading import AsJson, StudyName
@@ -387,5 +388,5 @@ def _of_engines(settings: Settings, study: str, ask: Callable[[Engine, str], lis
     return found
 
 
-for name, function in {"slurm": slurm, "ray": ray, "status": status, "stop": stop}.items():
+for name, function in {"slurm": slurm, "ray": ray, "k8s": k8s, "status": status, "stop": stop}.items():
     app.command(name)(function)
