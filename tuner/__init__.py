@@ -2,7 +2,8 @@
 
 The command line is the main way in (`tuner --help`). From Python: `Objective` is the base class of what to
 search, `load_model` gives an exported model back and `rebuild` the model itself, to train it further; `TunerError` is
-what they raise for what a user can mend; `curves` gives the learning curves of a study.
+what they raise for what a user can mend; `curves` gives the learning curves of a study. In a plain function's own loop
+`device`, `checkpoint`, `keep_model` and `callbacks` do what the loop of an Objective has done for it.
 """
 
 from __future__ import annotations
@@ -10,13 +11,25 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import tuner.callbacks as callbacks
     from tuner.errors import TunerError
+    from tuner.loops import checkpoint, device, keep_model
     from tuner.model.loading import load_model
     from tuner.model.rebuilding import rebuild
     from tuner.objective import Objective
     from tuner.study.curves import curves
 
-__all__ = ["Objective", "TunerError", "curves", "load_model", "rebuild"]
+__all__ = [
+    "Objective",
+    "TunerError",
+    "callbacks",
+    "checkpoint",
+    "curves",
+    "device",
+    "keep_model",
+    "load_model",
+    "rebuild",
+]
 
 
 def __getattr__(name: str) -> Any:
@@ -41,4 +54,12 @@ def __getattr__(name: str) -> Any:
         from tuner.errors import TunerError
 
         return TunerError
+    if name in ("checkpoint", "device", "keep_model"):
+        from tuner import loops
+
+        return getattr(loops, name)
+    if name == "callbacks":
+        import importlib
+
+        return importlib.import_module("tuner.callbacks")
     raise AttributeError(f"module 'tuner' has no attribute {name!r}")

@@ -135,6 +135,18 @@ _MIGRATIONS: Final[tuple[tuple[str, ...], ...]] = (
         CHECK (outcome IN ('complete', 'pruned', 'fail', 'released', 'lost', 'hung'))
         """,
     ),
+    # The models that plain functions have kept.
+    (
+        """
+        CREATE TABLE tuner_models (
+            trial_id integer NOT NULL REFERENCES trials (trial_id) ON DELETE CASCADE,
+            part integer NOT NULL,
+            data bytea NOT NULL,
+            PRIMARY KEY (trial_id, part)
+        )
+        """,
+        "ALTER TABLE tuner_models ALTER COLUMN data SET STORAGE EXTERNAL",
+    ),
 )
 SCHEMA_VERSION: Final = len(_MIGRATIONS)
 

@@ -9,8 +9,18 @@ from tuner import Objective, training
 
 
 def test_the_public_surface_is_what_all_says():
-    assert tuner.__all__ == ["Objective", "TunerError", "curves", "load_model", "rebuild"]
-    assert [getattr(tuner, name).__name__ for name in tuner.__all__] == tuner.__all__
+    assert tuner.__all__ == [
+        "Objective",
+        "TunerError",
+        "callbacks",
+        "checkpoint",
+        "curves",
+        "device",
+        "keep_model",
+        "load_model",
+        "rebuild",
+    ]
+    assert [getattr(tuner, name).__name__.removeprefix("tuner.") for name in tuner.__all__] == tuner.__all__
 
 
 def test_an_unknown_name_is_an_attribute_error():

@@ -159,7 +159,7 @@ def run(
         slots.close()
     confirmation = shown(found, as_json=as_json)
     if export and not has_model:
-        log.event("not_exported", f"not exported: {source.name} is a plain function and has no model")
+        has_model = _has_kept(log, engine, joined, settings.own_data_dir())
     exported = link = None
     if export and has_model:
         from tuner.model.export import export_study
@@ -172,10 +172,20 @@ def run(
             data_dir=settings.own_data_dir(),
             device=device,
             log=log,
-            full_schedule=full_schedule,
+            full_schedule=full_schedule and is_objective_class(kind),
         )
         link = link_by_name(target, joined.name) if output is None else None
     print_exported(settings, engine, joined, exported, as_json=as_json, link=link, confirmation=confirmation)
+
+
+def _has_kept(log: Log, engine: Engine, study: Study, data_dir: Path) -> bool:
+    """Whether a trial of a plain function has kept its model; tell it where none has."""
+    from tuner.model.keeping import has_kept
+
+    if has_kept(engine, study, data_dir):
+        return True
+    log.event("not_exported", f"not exported: {study.spec.objective.name} is a plain function and has no model")
+    return False
 
 
 @command

@@ -38,6 +38,11 @@ def rebuild(
     if the objective's code is another, unless `allow_code_change`.
     """
     directory, manifest = checked(Path(path))
+    if manifest.kept is not None:
+        raise TunerError(
+            f"{path} is of a plain function, which has no build_model: load_model gives its program, and {WEIGHTS} has"
+            " its weights"
+        )
     if objective is None and ":" in manifest.objective:
         raise TunerError(
             f"{path} is a model of {manifest.objective!r}, a file of the one who exported it;"
