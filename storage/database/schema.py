@@ -139,6 +139,18 @@ _MIGRATIONS: Final[tuple[tuple[str, ...], ...]] = (
     ),
     # Which job of an engine a worker is.
     ("ALTER TABLE tuner_workers ADD COLUMN placement jsonb",),
+    # The models that plain functions have kept.
+    (
+        """
+        CREATE TABLE tuner_models (
+            trial_id integer NOT NULL REFERENCES trials (trial_id) ON DELETE CASCADE,
+            part integer NOT NULL,
+            data bytea NOT NULL,
+            PRIMARY KEY (trial_id, part)
+        )
+        """,
+        "ALTER TABLE tuner_models ALTER COLUMN data SET STORAGE EXTERNAL",
+    ),
 )
 SCHEMA_VERSION: Final = len(_MIGRATIONS)
 

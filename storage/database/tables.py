@@ -198,6 +198,14 @@ tuner_checkpoints = Table(
     Column("part", Integer, primary_key=True, autoincrement=False),
     Column("data", LargeBinary, nullable=False),
 )
+# The model of the study's best complete trial, as its function gave it to keep; another's only while its trial ends.
+tuner_models = Table(
+    "tuner_models",
+    tuner_metadata,
+    Column("trial_id", Integer, primary_key=True, autoincrement=False),
+    Column("part", Integer, primary_key=True, autoincrement=False),
+    Column("data", LargeBinary, nullable=False),
+)
 # The transactions that were committed lately, by an id that their client gave them.
 tuner_operations = Table(
     "tuner_operations",

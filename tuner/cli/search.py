@@ -26,6 +26,7 @@ from tuner.errors import StudyFailedError, UsageError
 if TYPE_CHECKING:
     from sqlalchemy import Engine
 
+    from tuner.log import Log
     from tuner.study.joining import Study, Wanted
     from tuner.study.registry import ObjectiveSource
 
@@ -141,12 +142,27 @@ def run(
         slots.close()
     confirmation = shown(found, as_json=as_json)
     if export and not has_model:
-        log.event("not_exported", f"not exported: {source.name} is a plain function and has no model")
+        has_model = _has_kept(log, engine, joined, settings.own_data_dir())
     exported = link = None
     if export and has_model:
-        wish = Wish(output=output, device=device, full_schedule=full_schedule, in_fresh_process=False)
+        wish = Wish(
+            output=output,
+            device=device,
+            full_schedule=full_schedule and is_objective_class(kind),
+            in_fresh_process=False,
+        )
         exported, link = export_opened(settings, engine, joined, source, wish, log)
     print_exported(settings, engine, joined, exported, as_json=as_json, link=link, confirmation=confirmation)
+
+
+def _has_kept(log: Log, engine: Engine, study: Study, data_dir: Path) -> bool:
+    """Whether a trial of a plain function has kept its model; tell it where none has."""
+    from tuner.model.keeping import has_kept
+
+    if has_kept(engine, study, data_dir):
+        return True
+    log.event("not_exported", f"not exported: {study.spec.objective.name} is a plain function and has no model")
+    return False
 
 
 @command

@@ -45,7 +45,8 @@ def loading_lines(manifest: Manifest) -> dict[str, list[str]]:
             'weights = load_file("model.safetensors")',
             "print({name: tuple(tensor.shape) for name, tensor in weights.items()})",
         ]
-    if is_program(manifest) and ":" not in manifest.objective:  # another is a file, wherever its owner has it
+    # Another objective is a file, wherever its owner has it.
+    if is_program(manifest) and manifest.kept is None and ":" not in manifest.objective:
         lines["model.safetensors, to train it further"] = [
             "import torch, tuner",
             'model = tuner.rebuild(".")',
@@ -105,7 +106,10 @@ def _text(manifest: Manifest) -> Iterator[str]:
     yield f"# {_line(manifest.study)}"
     yield ""
     yield f"Trial {manifest.trial} of the study {_code(manifest.study)}, which searched {_code(manifest.objective)},"
-    yield f"trained again on train + valid for {manifest.epochs} epochs. All of it is in `manifest.json`."
+    if manifest.kept is None:
+        yield f"trained again on train + valid for {manifest.epochs} epochs. All of it is in `manifest.json`."
+    else:
+        yield "a plain function: the model is as the trial gave it to be kept. All of it is in `manifest.json`."
     yield from ("", "## How to load it", "", "Run from this directory.")
     for name, lines in loading_lines(manifest).items():
         yield from ("", f"`{name}`:", "", "```python", *lines, "```")
@@ -125,12 +129,16 @@ def _text(manifest: Manifest) -> Iterator[str]:
     if isinstance(manifest.class_names, tuple) and manifest.class_names:
         yield from ("", f"Classes in order: {', '.join(map(_code, manifest.class_names))}")
     yield from ("", "## How good it is", "", *_figures(manifest))
-    yield from ("", "## Data", "")
+    if manifest.kept is None:
+        yield from ("", "## Data", "", *_data(manifest))
+    yield from ("", "## How it was made", "", *_origin(manifest))
+
+
+def _data(manifest: Manifest) -> Iterator[str]:
     rows = [f"{_line(str(manifest.data[name]))} {name}" for name in SPLITS if name in manifest.data]
     yield f"- rows: {', '.join(rows)}"
     yield f"- fingerprint: {_code(str(manifest.data.get('fingerprint')))}"
     yield f"- licence: {_line(manifest.data_license or 'the objective does not name it')}"
-    yield from ("", "## How it was made", "", *_origin(manifest))
 
 
 def _figures(manifest: Manifest) -> Iterator[str]:

@@ -51,6 +51,24 @@ def with_kinds(
     return found
 
 
+def with_classes(
+    described: Sequence[TensorDescription], outputs: Any, class_names: Sequence[str]
+) -> list[TensorDescription]:
+    """Return the outputs of a model of these classes with their kind, and whether they are probabilities.
+
+    Nothing is said where there are no classes, or several outputs, or one that has no place for each class.
+    """
+    if len(described) != 1 or not class_names:
+        return list(described)
+    (tensor,) = tensors(outputs)
+    has_each = tensor.ndim > 1 and tensor.shape[1] == len(class_names)
+    kind: Kind | None = "classes" if has_each else "binary" if len(class_names) == 2 else None
+    if kind is None or not tensor.is_floating_point():
+        return list(described)
+    values = "probabilities" if _are_probabilities(tensor, kind) else "logits"
+    return [described[0].model_copy(update={"kind": kind, "values": values})]
+
+
 _SAYING = ("build_loss", "fit", "prediction")
 """The methods by which an objective can say that outputs are something else than logits."""
 

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import datetime as dt
-import json
-import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from sqlalchemy import Engine
@@ -22,7 +19,7 @@ from storage.trials.curves import curves
 from tuner import cores, training
 from tuner.caches import keep_compiled_apart
 from tuner.data import ClassNames, Data, Split
-from tuner.errors import FormatError, TunerError
+from tuner.errors import FormatError, UsageError
 from tuner.formats.names import DEFAULT, FILES, require
 from tuner.formats.weights import WEIGHTS
 from tuner.log import Log
@@ -30,9 +27,10 @@ from tuner.model.card import card
 from tuner.model.confirmed import confirmed_by
 from tuner.model.describing import with_kinds, with_ranges
 from tuner.model.directory import CARD, replacing
-from tuner.model.manifest import MANIFEST, EarlierTest, Manifest, Search, TestDetails, sha256_of
+from tuner.model.keeping import export_kept
+from tuner.model.manifest import MANIFEST, EarlierTest, Manifest, TestDetails, sha256_of
 from tuner.model.output import check_output
-from tuner.model.provenance import git_revision, hardware
+from tuner.model.provenance import as_json, finite, git_revision, hardware, search_of
 from tuner.model.retraining import retrain
 from tuner.model.testing import details_of_test
 from tuner.model.writing import Written, described, write_formats
@@ -44,7 +42,6 @@ from tuner.slot.where import with_line
 from tuner.study.confirming import choose
 from tuner.study.joining import Study
 from tuner.study.registry import ObjectiveSource, build_objective, is_objective_class
-from tuner.study.status import look
 from tuner.training.batches import place_rows
 from tuner.versions import versions
 
@@ -76,6 +73,8 @@ def export_study(
     """Retrain the study's best trial, or the `trial` of that number, on train + valid, evaluate it once on test, and
     write it to `output`.
 
+    A plain function's is not trained again, but is the one that the trial kept (`tuner.keep_model`), and has no test.
+
     It is the confirmed one, where there is one, or that of the number `trial`, where one is given.
 
     It is trained until the epoch of its best value, with `full_schedule` for all of the study's, or for so many
@@ -89,8 +88,18 @@ def export_study(
     chosen = choose(engine, study, trial)
     best = chosen.trial
     require(formats)
-    objective = _objective(study, source)
     check_output(output)
+    kind = source.load()
+    if not is_objective_class(kind):
+        if full_schedule or epochs is not None:
+            raise UsageError(
+                f"--epochs, --full-schedule: {source.name} is a plain function, whose model is as it kept it"
+            )
+        kept = export_kept(
+            engine, study, source, chosen, output, data_dir, log, formats, in_fresh_process=in_fresh_process
+        )
+        return Exported(directory=output, manifest=kept, trial=best)
+    objective = build_objective(kind, study.spec.objective.options, study.spec.seed)
     if chosen.note is not None:
         log.event("chosen", chosen.note, trial=best.number)
     keep_compiled_apart()
@@ -143,10 +152,10 @@ def export_study(
             code_hash=source.code_hash(),
             git_revision=git_revision(source.file),
             options=study.spec.objective.options,
-            params=_as_json(best.params),
+            params=as_json(best.params),
             metric=study.spec.metric,
             direction=study.spec.direction,
-            validation=_finite(best.value),
+            validation=finite(best.value),
             confirmed=confirmed_by(chosen.confirmation),
             test=tested.metrics,
             test_details=tested.details,
@@ -157,8 +166,8 @@ def export_study(
             trained_parameters=trained.counts["trained_parameters"],
             seed=seed,
             study_seed=study.spec.seed,
-            learning_curve=_as_json([asdict(point) for point in curve]),
-            search=_search(engine, study),
+            learning_curve=as_json([asdict(point) for point in curve]),
+            search=search_of(engine, study),
             trained_on=str(device_),
             hardware=hardware(device_),
             data_license=objective.data_license,
@@ -178,15 +187,6 @@ def export_study(
         (directory / CARD).write_text(card(manifest), encoding="utf-8")
         (directory / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
     return Exported(directory=output, manifest=manifest, trial=best)
-
-
-def _objective(study: Study, source: ObjectiveSource) -> Objective:
-    kind = source.load()
-    if not is_objective_class(kind):
-        raise TunerError(
-            f"{source.name} is a plain function and has no model to export; write it as a subclass of tuner.Objective"
-        )
-    return build_objective(kind, study.spec.objective.options, study.spec.seed)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -232,7 +232,7 @@ def _measured(
             (test,) = place_rows([test], device, "auto", lambda _: None)
         found = recorded
         if found is None:
-            found = {name: _finite(value) for name, value in training.evaluate(model, test, metrics).items()}
+            found = {name: finite(value) for name, value in training.evaluate(model, test, metrics).items()}
     if recorded is None:
         studies.record_export(engine, study.study_id, best.number, weights_sha256, found)
     if not isinstance(test, Split):
@@ -256,11 +256,6 @@ def _of_test(objective: Objective) -> Iterator[None]:
         raise FormatError(f"the test split could not be evaluated: {with_line(error, objective)}") from error
 
 
-def _search(engine: Engine, study: Study) -> Search:
-    status = look(engine, study)
-    return Search(trials=asdict(status.counts), device_s=asdict(status.cost))
-
-
 def _listed(written: Written) -> str:
     return ", ".join(dict.fromkeys([WEIGHTS, *(its.file for its in written.formats.values())]))
 
@@ -271,12 +266,3 @@ def _class_names(names: ClassNames) -> tuple[str, ...] | dict[str, tuple[str, ..
     if isinstance(names, Mapping):
         return {str(target): tuple(its) for target, its in names.items()}
     return tuple(map(str, names))
-
-
-def _finite(value: float | None) -> float | None:
-    return value if value is not None and math.isfinite(value) else None
-
-
-def _as_json(value: Any) -> Any:
-    """Return a value as JSON holds it: choices among params may be of any kind."""
-    return json.loads(json.dumps(value, default=str))

@@ -116,13 +116,15 @@ def _format(directory: Path, manifest: Manifest, wanted: str | None) -> str:
             if name in there:
                 return name
         code = f"; to run the code of who made it: format={there[0]!r}" if there else ""
+        builds = f"for a model that {manifest.objective} builds from the manifest's params"
+        builds += "" if manifest.kept is not None else ", as tuner.rebuild does"
         raise TunerError(
             f"{directory} has no {PROGRAM} that could be called ({manifest.missing.get(PROGRAM, 'it was left out')});"
-            f" its weights are in {WEIGHTS}, for a model that {manifest.objective} builds from the manifest's params,"
-            f" as tuner.rebuild does{code}"
+            f" its weights are in {WEIGHTS}, {builds}{code}"
         )
     if wanted == "safetensors":
-        raise TunerError(f"{WEIGHTS} holds weights and no program: tuner.rebuild({str(directory)!r}) builds the model")
+        builds = "" if manifest.kept is not None else f": tuner.rebuild({str(directory)!r}) builds the model"
+        raise TunerError(f"{WEIGHTS} holds weights and no program{builds}")
     if wanted not in LOADERS:
         raise TunerError(f"the format needs to be one of {', '.join(LOADERS)}, got {wanted!r}")
     if wanted not in there:

@@ -52,6 +52,16 @@ class Retraining(BaseModel):
     notes: list[str] = []
 
 
+class Kept(BaseModel):
+    """That the model is the one that the trial's function gave to `tuner.keep_model`: nothing was trained again.
+
+    `sha256` is that of all that was kept. It was compared on `rows`, the function's own.
+    """
+
+    sha256: str
+    rows: int
+
+
 class OfClass(BaseModel):
     """How a class was recognised on test; None where nothing is divided by."""
 
@@ -184,6 +194,8 @@ class Manifest(BaseModel):
     epochs: int
     retraining: Retraining | None = None
     """None in an export of before 0.2: the schedule's epochs were as many as the trial's best one then."""
+    kept: Kept | None = None
+    """Of a plain function's model, whose `epochs` are the steps that the trial reported; None for one trained again."""
     parameters: int | None = None
     trained_parameters: int | None = None
     """How many numbers the model's weights are, and how many of them were trained; None in an export of before 0.2."""

@@ -1,13 +1,22 @@
-"""Where a model comes from beside its study: the revision of the code, and the machine."""
+"""Where a model comes from: what its search took, the revision of the code, the machine."""
 
 from __future__ import annotations
 
+import json
+import math
 import os
 import platform
 import subprocess
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
+from sqlalchemy import Engine
+
+from tuner.model.manifest import Search
+from tuner.study.joining import Study
+from tuner.study.status import look
 
 GIT_TIMEOUT_S = 10
 
@@ -26,6 +35,22 @@ def hardware(device: torch.device) -> dict[str, str]:
     if device.type == "cuda":
         found["gpu"] = torch.cuda.get_device_name(device)
     return found
+
+
+def search_of(engine: Engine, study: Study) -> Search:
+    """Return what the search took so far."""
+    status = look(engine, study)
+    return Search(trials=asdict(status.counts), device_s=asdict(status.cost))
+
+
+def finite(value: float | None) -> float | None:
+    """Return a value as JSON holds it: None for one that is NaN or infinite."""
+    return value if value is not None and math.isfinite(value) else None
+
+
+def as_json(value: Any) -> Any:
+    """Return a value as JSON holds it: choices among params may be of any kind."""
+    return json.loads(json.dumps(value, default=str))
 
 
 def _git(file: Path, *arguments: str) -> str | None:

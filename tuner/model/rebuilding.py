@@ -41,6 +41,11 @@ def rebuild(
     unless `allow_code_change`.
     """
     directory, manifest = checked(Path(path))
+    if manifest.kept is not None:
+        raise TunerError(
+            f"{path} is of a plain function, which has no build_model: load_model gives its program, and {WEIGHTS} has"
+            " its weights"
+        )
     data_dir = Settings.of_environment().data_dir
     if objective is None and ":" in manifest.objective:
         objective = written_here(data_dir, manifest.objective, manifest.code_hash)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final
+from types import MappingProxyType
+from typing import Any, Final, Self
 
-from safetensors.torch import load
-from torch import nn
+from safetensors.torch import load, save
+from torch import Tensor, nn
 
 from tuner.data import Rows, Tensors, tensors
 from tuner.errors import FormatError, TunerError
@@ -59,10 +61,8 @@ def write_formats(
     written = Written()
     written.missing.update(_write_weights(model, directory))
     shown = exported_form(model, objective)
-    try:
-        sample = Sample(shown, rows)
-    except FormatError as error:
-        written.missing.update({FILES[name]: str(error) for name in formats if name in WRITERS})
+    sample = _sample(shown, rows, formats, written)
+    if sample is None:
         return written
     if not written.missing:
         try:
@@ -76,13 +76,74 @@ def write_formats(
             )
         except TunerError as error:
             written.missing[REBUILT] = str(error)
-    traced = Traced(shown, rows)
+    _write_all(formats, Traced(shown, rows), sample, directory, written, in_fresh_process=in_fresh_process)
+    return written
+
+
+class _Program(nn.Module):
+    """A program that takes it that it is evaluated, as it always is."""
+
+    def __init__(self, program: nn.Module) -> None:
+        super().__init__()
+        self.program = program
+        self.training = False
+
+    def forward(self, *args: Any, **named: Any) -> Any:
+        return self.program(*args, **named)
+
+    def train(self, mode: bool = True) -> Self:  # noqa: ARG002 - as modules have it
+        return self
+
+
+def write_kept(
+    weights: Mapping[str, Tensor],
+    data: bytes | None,
+    rows: Rows,
+    directory: Path,
+    formats: Sequence[str],
+    *,
+    in_fresh_process: bool,
+) -> Written:
+    """Write weights, and the program in `data` as it is; in the other formats what that gives, compared on these rows.
+
+    Nothing is called without a program, which is then missing by a reason that the caller knows.
+    """
+    written = Written()
+    (directory / WEIGHTS).write_bytes(save(dict(weights)))
+    if data is None:
+        return written
+    model = _Program(program.load_program(io.BytesIO(data), FILES["pt2"]))
+    sample = _sample(model, rows, formats, written)
+    if sample is not None:
+        given = {"pt2": data}
+        _write_all(formats, Traced(model, rows), sample, directory, written, given, in_fresh_process=in_fresh_process)
+    return written
+
+
+def _sample(model: nn.Module, rows: Rows, formats: Sequence[str], written: Written) -> Sample | None:
+    try:
+        return Sample(model, rows)
+    except FormatError as error:
+        written.missing.update({FILES[name]: str(error) for name in formats if name in WRITERS})
+    return None
+
+
+def _write_all(
+    formats: Sequence[str],
+    traced: Traced,
+    sample: Sample,
+    directory: Path,
+    written: Written,
+    given: Mapping[str, bytes] = MappingProxyType({}),
+    *,
+    in_fresh_process: bool,
+) -> None:
+    """Write each of the programs, one that is `given` as it is."""
     for name in formats:
         if name in WRITERS:
-            _write(name, traced, sample, directory, written, in_fresh_process=in_fresh_process)
+            _write(name, traced, sample, directory, written, given.get(name), in_fresh_process=in_fresh_process)
     if written.formats.keys() & WRITERS.keys():
         written.outputs.extend(described(sample.wanted[0]))
-    return written
 
 
 def described(values: Tensors) -> list[TensorDescription]:
@@ -94,11 +155,18 @@ def described(values: Tensors) -> list[TensorDescription]:
 
 
 def _write(
-    name: str, traced: Traced, sample: Sample, directory: Path, written: Written, *, in_fresh_process: bool
+    name: str,
+    traced: Traced,
+    sample: Sample,
+    directory: Path,
+    written: Written,
+    given: bytes | None,
+    *,
+    in_fresh_process: bool,
 ) -> None:
     path = directory / FILES[name]
     try:
-        path.write_bytes(WRITERS[name](traced))
+        path.write_bytes(WRITERS[name](traced) if given is None else given)
         if in_fresh_process:
             parity = compared_in_fresh_process(name, path, sample)
         else:

@@ -7,8 +7,9 @@ import math
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
@@ -29,6 +30,7 @@ from tuner.seeds import seed_everything, set_deterministic
 from tuner.slot.checked_trial import CheckedTrial, InvalidReportError
 from tuner.slot.curve import Curve
 from tuner.slot.doubles import check_doubles
+from tuner.slot.own_loop import OwnLoop
 from tuner.slot.read_params import ReadParams
 from tuner.slot.where import with_line
 from tuner.spec import Spec, TrainingSpec
@@ -44,6 +46,8 @@ from tuner.training.record import OWN_NAMES, Record
 
 if TYPE_CHECKING:
     from torchmetrics import Metric
+
+    from tuner.slot.kept_model import KeptModel
 
 FailureClass: TypeAlias = Literal["nan", "oom", "user_error", "infrastructure"]
 
@@ -84,6 +88,8 @@ class Outcome:
     attrs: dict[str, Any] = field(default_factory=dict)
     is_poisoned: bool = False
     error: BaseException | None = field(default=None, repr=False, compare=False)
+    kept: KeptModel | bytes | None = field(default=None, repr=False, compare=False)
+    """The model that a plain function gave to keep."""
 
     @property
     def failure(self) -> FailureClass | None:
@@ -135,7 +141,7 @@ class TrialObjective:
         Raises TunerError that says what is wrong with the data, BrokenDeviceError.
         """
         if not isinstance(objective, Objective):
-            return cls(spec=spec, objective=objective, device=device)
+            return cls(spec=spec, objective=objective, device=device, checkpoints=checkpoints, log=log)
         import torchmetrics  # noqa: F401 - its 3 s are not to count as the first trial's
 
         set_deterministic(spec.training.deterministic)
@@ -200,7 +206,8 @@ def run_attempt(what: TrialObjective, trial: CheckedTrial) -> Outcome:
     start = time.perf_counter()
     try:
         value, attrs = _run(what, trial, seed, record)
-        outcome = Outcome(state=TrialState.COMPLETE, value=value, attrs=attrs)
+        kept = None if trial.loop is None else trial.loop.kept
+        outcome = Outcome(state=TrialState.COMPLETE, value=value, attrs=attrs, kept=kept)
     except optuna.TrialPruned:
         outcome = Outcome(state=TrialState.PRUNED)
     except (Interrupted, LeaseLostError, StudyHaltedError):
@@ -280,7 +287,10 @@ def load_data(
 
 def _run(what: TrialObjective, trial: CheckedTrial, seed: int, record: Record) -> tuple[float, dict[str, Any]]:
     if not isinstance(what.objective, Objective):
-        return _checked_value(what.objective(trial)), {}
+        # Of whatever params: a function may ask for its checkpoint before it has suggested all.
+        trial.loop = OwnLoop(trial, what.device, partial(what.checkpoint, trial.number, {}))
+        with closing(trial.loop):
+            return _checked_value(what.objective(trial)), {}
     return _train(what, what.objective, trial, seed, record)
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import optuna
 from optuna.distributions import BaseDistribution
@@ -14,8 +15,12 @@ from storage.database.errors import UnreachableError
 from storage.database.sessions import Backoff
 from storage.trials.curves import CurvePoint
 from tuner import training
+from tuner.slot.own_checkpoint import RESUMABLE
 from tuner.slot.reports import Reports
 from tuner.study.params import as_param, check_distribution
+
+if TYPE_CHECKING:
+    from tuner.slot.own_loop import OwnLoop
 
 MAX_STEP = 2**31 - 1  # a PostgreSQL integer
 
@@ -54,6 +59,10 @@ class CheckedTrial(optuna.Trial):
         """Raises Interrupted or LeaseLostError if the attempt has to end."""
         self.reported: dict[int, CurvePoint] = {}
         """What was reported, by step, also what is not written yet."""
+        self.loop: OwnLoop | None = None
+        """What a plain function may ask of its slot; None for an objective's trial."""
+        self.saves_next = False
+        """Whether the function has loaded or saved its state since its last report, and is about to save it again."""
         self._reports = reports
         self._retry = retry
 
@@ -65,8 +74,13 @@ class CheckedTrial(optuna.Trial):
         self.report_point(CurvePoint(step=step, value=value))
 
     def report_point(self, point: CurvePoint) -> None:
-        """Report a value, as `report` does, with what else is known of its epoch."""
-        self.check()
+        """Report a value, as `report` does, with what else is known of its epoch.
+
+        A trial that is to be given back is not while its function is about to save its state, which then ends it.
+        """
+        put_off, self.saves_next = RESUMABLE if self.saves_next else (), False
+        with suppress(*put_off):
+            self.check()
         step, value = point.step, float(math.nan if point.value is None else point.value)
         if not 0 <= step <= MAX_STEP or int(step) != step:
             raise InvalidReportError(f"a step needs to be a whole number in 0..{MAX_STEP}, got {step}")
@@ -78,8 +92,14 @@ class CheckedTrial(optuna.Trial):
             super().report(value, step)
             return
         point = replace(point, step=step, value=value)
-        self._reports.put(point)
+        with suppress(*put_off):
+            self._reports.put(point)
         known[step], self.reported[step] = value, point
+
+    @property
+    def values_by_step(self) -> dict[int, float]:
+        """What was reported."""
+        return dict(self._cached_frozen_trial.intermediate_values)
 
     def should_prune(self) -> bool:
         """Decide as Optuna does; not to prune while the database is away."""

@@ -129,15 +129,15 @@ class InFolder:
         return self._read()
 
     def write(self, data: memoryview, give_up: threading.Event) -> None:
-        with _foreign_errors():
+        with foreign_errors():
             folder(self._place, self._directory).write(self._name, data, give_up)
 
     def delete(self) -> None:
-        with _foreign_errors():
+        with foreign_errors():
             folder(self._place, self._directory).remove(self._name)
 
     def _read(self, n_bytes: int | None = None) -> bytes | None:
-        with _foreign_errors():
+        with foreign_errors():
             return folder(self._place, self._directory).read(self._name, n_bytes)
 
 
@@ -149,14 +149,14 @@ def sweep(study: Study, data_dir: Path, sessions: Sessions, log: Callable[[str],
     """
     for place, directory in _places(study, data_dir):
         try:
-            with _foreign_errors():
+            with foreign_errors():
                 there = folder(place, directory)
                 named = {name: match for name in there.names() if (match := _FILE.fullmatch(name)) is not None}
             found = {name: int(match[1]) for name, match in named.items()}  # what killed writers left among it
             if not found:
                 continue
             needed = checkpoints.still_needed(sessions, study.study_id, sorted(set(found.values())))
-            with _foreign_errors():
+            with foreign_errors():
                 for name in (name for name, number in found.items() if number not in needed):
                     there.remove(name)
         except SharedPlaceError as error:
@@ -168,7 +168,7 @@ def delete_checkpoints(study: AnyStudy, data_dir: Path) -> list[str]:
     problems = []
     for place, directory in _places(study, data_dir):
         try:
-            with _foreign_errors():
+            with foreign_errors():
                 folder(place, directory).remove_all()
         except (SharedPlaceError, TunerError) as error:
             problems.append(f"the checkpoints in {place}/{directory} are left, delete them by hand: {error}")
@@ -197,7 +197,8 @@ def _refusals() -> Iterator[None]:
 
 
 @contextmanager
-def _foreign_errors() -> Iterator[None]:
+def foreign_errors() -> Iterator[None]:
+    """Map what a folder or a bucket meets with to SharedPlaceError."""
     try:
         yield
     except TunerError:

@@ -53,6 +53,7 @@ from tuner.slot.attempt import (
 )
 from tuner.slot.checked_trial import CheckedTrial, StoppableStudy
 from tuner.slot.ending import end_group, end_in_time, exit_again
+from tuner.slot.kept_models import KeptModels
 from tuner.slot.lease import Lease
 from tuner.slot.orders import Orders
 from tuner.slot.preflight import preflight, refuse_leak
@@ -165,6 +166,7 @@ class Slot:
             worker=self._config.worker, slot=self._config.slot, device=shown, share=self._config.share
         )
         sweep(study, self._config.data_dir, self._storage.sessions, what.log)
+        self._models = KeptModels(study, self._config.data_dir, self._storage.sessions)
         searched = what.objective if isinstance(what.objective, Objective) else None
         self._sampler_of = samplers(self._storage.sessions, study, searched)
         optuna_study = StoppableStudy(
@@ -362,7 +364,8 @@ class Slot:
             if optuna_study.stop_asked:
                 control.set_state(self._storage.sessions, held.study_id, "stopped")
                 self._emit(Event(event="note", message=f"trial {held.number} stopped the study"))
-            self._storage.set_trial_user_attrs(held.trial_id, outcome.attrs)
+            attrs = {**outcome.attrs, **self._models.keep_if_best(held, outcome.value, outcome.kept, what.log)}
+            self._storage.set_trial_user_attrs(held.trial_id, attrs)
             optuna_study.tell(trial, outcome.value, outcome.state, skip_if_finished=True)
         except (StorageError, SQLAlchemyError) as error:
             if not is_outage(error):
@@ -374,6 +377,8 @@ class Slot:
             return
         if (checkpoint := what.checkpoint(held.number, trial.params)) is not None:
             checkpoint.delete()
+        if outcome.kept is not None:
+            self._models.tidy(what.log)
         self._emit(
             Event(
                 event="trial_ended",

@@ -402,10 +402,6 @@ def plan(
             raise UsageError(f"--epochs: the plain function {source.name} trains as long as it likes")
         if training != TrainingSpec():
             raise UsageError(f"--{_first_change(training)}: the plain function {source.name} trains as it likes")
-        for name, value in (("checkpoints", checkpoints), ("checkpoint_every_s", checkpoint_every_s)):
-            if value != Spec.model_fields[name].default:
-                option = name.removesuffix("_s").replace("_", "-")
-                raise UsageError(f"--{option}: the plain function {source.name} keeps no checkpoints")
         metric, direction, epochs = "value", direction or "minimize", 1
     sampler_ = sampler_spec(sampler, objective) if isinstance(sampler, str) else sampler
     if isinstance(pruner, str):

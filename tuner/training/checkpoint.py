@@ -138,14 +138,17 @@ class Checkpoint:
         self._due_at = time.monotonic() + self._every_s
         saving.thread.start()
 
-    def close(self) -> None:
-        """Wait until what was saved is on the disk, and for a while until the last state is copied."""
+    def close(self, *, copied: bool = False) -> None:
+        """Wait until what was saved is on the disk, and for a while until the last state is copied.
+
+        With `copied` a state that is being copied counts as the last one, as no other comes.
+        """
         if self._saving is None:
             return
         self._saving.is_written.wait()
         copying = self._copying
         if copying is not None and copying.thread.is_alive():
-            if not copying.last:
+            if not copying.last and not copied:
                 copying.give_up.set()
             copying.thread.join(COPY_S)
             if copying.thread.is_alive() and not copying.give_up.is_set():

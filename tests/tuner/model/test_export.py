@@ -363,7 +363,7 @@ def test_few_validation_rows_do_not_fix_the_batch_size(exporting, rows):
 
 def test_a_plain_function_has_no_model_and_says_so(exporting):
     exporting.start(FUNCTION, "loss")
-    with pytest.raises(TunerError, match=r"signs.py:loss is a plain function and has no model to export; write it as"):
+    with pytest.raises(TunerError, match=r"signs.py:loss is a plain function and has no model to export: let it call"):
         exporting()
     assert not exporting.output.exists()
 

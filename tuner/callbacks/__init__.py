@@ -1,0 +1,21 @@
+"""What others' training loops call, for a trial. Each needs the package of its loop, imported when it is asked for.
+
+`Lightning` is for the Trainer of Lightning (the extra `lightning`).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tuner.callbacks.trainer import Lightning
+
+__all__ = ["Lightning"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "Lightning":
+        from tuner.callbacks.trainer import Lightning
+
+        return Lightning
+    raise AttributeError(f"module 'tuner.callbacks' has no attribute {name!r}")
