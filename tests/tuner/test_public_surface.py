@@ -12,8 +12,6 @@ def test_the_public_surface_is_what_all_says():
     assert tuner.__all__ == [
         "Objective",
         "TunerError",
-        "Objective",
-        "TunerError",
         "best",
         "callbacks",
         "checkpoint",
