@@ -15,7 +15,9 @@ from pydantic import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    SerializerFunctionWrapHandler,
     ValidationError,
+    model_serializer,
 )
 
 from tuner.errors import TunerError
@@ -40,6 +42,14 @@ class ObjectiveSpec(_Frozen):
     options: dict[str, JsonValue] = {}
     source: str | None = None
     """The code itself, where it was defined in a notebook or a script. It is for people: no process runs it."""
+
+    @model_serializer(mode="wrap")
+    def _without_none(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave `source` out where there is none, so that specs, and what is known by them, are as they ever were."""
+        dumped: dict[str, Any] = dump(self)
+        if dumped.get("source") is None:
+            dumped.pop("source", None)
+        return dumped
 
 
 class SamplerSpec(_Frozen):
