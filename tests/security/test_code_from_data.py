@@ -25,6 +25,9 @@ ALLOWED = {
     ("tuner/study/registry.py", "import_module"): "an installed objective, or one that the command line named",
     ("tuner/imports.py", "import_module"): "torchvision, by the names of two modules",
     ("storage/__init__.py", "import_module"): "our own modules, by a table",
+    ("tuner/__init__.py", "import_module"): "our own modules, by a table",
+    ("tuner/launch/engine.py", "import_module"): "our own modules, by a table",
+    ("tuner/study/written.py", "import_module"): "a module that the objective's author has imported already",
     ("tuner/formats/torchscript.py", "torch.jit.load"): "a format that the caller named: load_model loads no other",
     ("tuner/formats/aoti.py", "aoti_load_package"): "a format that the caller named: load_model loads no other",
     ("tuner/formats/fresh.py", "torch.jit.load"): "the file that this export has just written",
@@ -99,7 +102,9 @@ def _called(node: ast.AST) -> list[str]:
             return ["aoti_load_package"]
         case ast.Call(func=ast.Attribute(value=ast.Name(id="torch"), attr="load"), keywords=given):
             return [] if _has(given, "weights_only", True) else ["torch.load without weights_only"]
-        case ast.Call(func=ast.Attribute(value=ast.Name(id="yaml"), attr=name)) if "safe" not in name:
+        case ast.Call(func=ast.Attribute(value=ast.Name(id="yaml"), attr=name)) if (
+            "load" in name and "safe" not in name
+        ):
             return [f"yaml.{name}"]
         case ast.Call(keywords=given) if _has(given, "shell", True) or _has(given, "allow_pickle", True):
             return ["shell or allow_pickle"]
