@@ -17,19 +17,24 @@ MIN_MINUTES: Final = 2
 
 Runtime: TypeAlias = Literal["pyxis", "apptainer", "singularity"]
 
-# A shell that waits is woken by a signal, and waits again for the worker's own end. SIGTERM is not passed on, as SLURM
-# sends it to the worker as well, which a second one would end at once; what comes before the time limit is for this
-# shell alone.
+# A shell that waits is woken by a signal that it heeds, and waits again for the worker's own end. What comes before the
+# time limit is for this shell alone. SIGTERM is not passed on, as SLURM sends it to the worker as well, which a second
+# one would end at once; and from the worker's start on it is ignored (a trap would be the worker's default, what is
+# ignored is not), as a signal that comes while the shell turns to wait again is not acted upon until the worker ends.
 _TRAPS: Final = """\
-worker= near=
-trap 'woken=yes near=yes; [ "$worker" ] && kill -USR1 "$worker" 2> /dev/null' USR1
-trap 'woken=yes' TERM
+worker= near= woken=
+trap 'woken=$worker near=yes; [ "$worker" ] && kill -USR1 "$worker" 2> /dev/null' USR1
+trap 'woken=$worker' TERM
 """
 _RUN: Final = """\
-{command} &
-worker=$!
-[ "$near" ] && kill -USR1 "$worker"
-code=127 woken=yes
+code=75
+if [ -z "$near" ]; then
+    {command} &
+    worker=$!
+    trap '' TERM
+    [ "$near" ] && sleep 1 && kill -USR1 "$worker"  # a process is deaf until it runs its own program
+    code=127 woken=yes
+fi
 while [ "$woken" ]; do
     woken=
     wait "$worker"
@@ -37,7 +42,7 @@ while [ "$woken" ]; do
     [ "$ended" = 127 ] || code=$ended
 done
 case $code in
-    75 | 138)  # it made room, or had just begun: it is to be run again, and that ends this script
+    75 | 138)  # it made room, or had not begun: it is to be run again, and that ends this script
         scontrol requeue "$SLURM_JOB_ID" && sleep 60 ;;
     0 | 5)  # the study is over, and so it is for tasks that wait
         scancel --quiet --state=PENDING "$SLURM_ARRAY_JOB_ID" ;;
