@@ -1,6 +1,6 @@
 """Compare replayed searches: regret over device time, and the device time to another method's regret.
 
-    python -m benchmarks.search_replay.analysis traces [--against "tpe + stock median"] [--json]
+    python -m benchmarks.search_replay.analysis traces [--against "tpe + stock median"]
 
 For each task and number of workers: the interquartile mean over seeds of the regret of what validation chose, and of
 its regret on test, after so many full trainings of device time; the ratio of the device time that a method needs to

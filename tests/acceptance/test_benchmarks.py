@@ -189,4 +189,8 @@ def test_a_replay_is_compared_and_our_median_decides_as_stock_does(tmp_path: Pat
         assert completed < started
     told = run("analysis", traces, "--against", stock)
     assert re.search(r"digits, 4 workers: regret", told)
+    of_noise = run("noise", "--tasks", "digits")
+    shares = re.findall(r"(\d\.\d\d) \( *(\d+)\)", of_noise)
+    assert len(shares) == 2 * 4 * 4
+    assert ("0.38", "8") in shares, "two finalists on five seeds, of all points"
     assert len(re.findall(r"\n  random \+ rungs( +-?\d+\.\d{3}){5}  \d\.\d\d \(", told)) == 1, told
