@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -189,8 +190,11 @@ def test_a_replay_is_compared_and_our_median_decides_as_stock_does(tmp_path: Pat
         assert completed < started
     told = run("analysis", traces, "--against", stock)
     assert re.search(r"digits, 4 workers: regret", told)
+    run("plots", traces, "--out", tmp_path / "search.svg", "--methods", stock, "random + rungs")
+    drawn = ElementTree.parse(tmp_path / "search.svg").iter("{http://www.w3.org/2000/svg}polyline")
+    assert [len(line.attrib["points"].split()) for line in drawn] == [60, 60]
     of_noise = run("noise", "--tasks", "digits")
     shares = re.findall(r"(\d\.\d\d) \( *(\d+)\)", of_noise)
-    assert len(shares) == 2 * 4 * 4
+    assert len(shares) == 2 * 4 * 4, "of all points and the best third: tops by seeds"
     assert ("0.38", "8") in shares, "two finalists on five seeds, of all points"
     assert len(re.findall(r"\n  random \+ rungs( +-?\d+\.\d{3}){5}  \d\.\d\d \(", told)) == 1, told
