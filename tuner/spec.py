@@ -24,7 +24,7 @@ from tuner.errors import TunerError
 from tuner.seeds import derive_seed
 
 SamplerName = Literal["tpe", "random", "gp", "cmaes", "qmc", "grid"]
-PrunerName = Literal["median", "percentile", "hyperband", "asha", "none"]
+PrunerName = Literal["median", "percentile", "rungs", "hyperband", "asha", "none"]
 Direction = Literal["maximize", "minimize"]
 Precision = Literal["fp32", "tf32", "bf16", "fp16"]
 DataPlace = Literal["auto", "resident", "stream"]
@@ -60,7 +60,7 @@ class SamplerSpec(_Frozen):
 
 
 class PrunerSpec(_Frozen):
-    """A pruner of Optuna by name; `settings` are keyword arguments of its class."""
+    """A pruner of Optuna, or ours, by name; `settings` are keyword arguments of its class."""
 
     name: PrunerName = "median"
     settings: dict[str, JsonValue] = {}

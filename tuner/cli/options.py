@@ -56,7 +56,7 @@ class StudyOptions(StudyPlan):
         str,
         typer.Option(
             metavar="NAME[:KEY=VALUE,...]",
-            help="median, percentile, hyperband, asha or none, and its settings, as median:n_warmup_steps=5",
+            help="median, percentile, rungs, hyperband, asha or none, and its settings, as rungs:eta=4",
             rich_help_panel=STUDY,
         ),
     ] = "median"
