@@ -1,4 +1,4 @@
-"""How a study came to its values: its finished trials in the order in which they ended, with what each cost."""
+"""How a study came to its values: its finished trials in the order in which they ended, what each cost, its reports."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from sqlalchemy import Connection, Double, and_, case, func, select
 
 from storage.coordination.records import State
-from storage.database.tables import trial_values, trials, tuner_attempts, tuner_leases
+from storage.database.columns import int_array, is_among
+from storage.database.tables import trial_intermediate_values, trial_values, trials, tuner_attempts, tuner_leases
 from storage.database.values import number_of
 
 
@@ -105,3 +106,29 @@ def ended(conn: Connection, study_id: int) -> list[Ended]:
         )
         for row in rows
     ]
+
+
+def complete_curves(
+    conn: Connection, study_id: int, at_most: int
+) -> tuple[int, dict[int, tuple[float, dict[int, float]]]]:
+    """Return how many trials are complete, and of at most so many, evenly chosen, value and reports by step."""
+    complete = conn.execute(
+        select(trials.c.trial_id, trials.c.number, trial_values.c.value, trial_values.c.value_type)
+        .join(trial_values, and_(trial_values.c.trial_id == trials.c.trial_id, trial_values.c.objective == 0))
+        .where(trials.c.study_id == study_id, trials.c.state == "COMPLETE")
+        .order_by(trials.c.number)
+    ).all()
+    some = complete[:: -(-len(complete) // at_most)] if complete else []
+    found: dict[int, tuple[float, dict[int, float]]] = {
+        row.number: (number_of(row.value, row.value_type), {}) for row in some
+    }
+    report = trial_intermediate_values.c
+    reports = conn.execute(
+        select(trials.c.number, report.step, report.intermediate_value, report.intermediate_value_type)
+        .join(trial_intermediate_values, report.trial_id == trials.c.trial_id)
+        .where(is_among(trials.c.trial_id, "trial_ids")),
+        {"trial_ids": int_array(row.trial_id for row in some)},
+    )
+    for number, step, value, kind in reports:
+        found[number][1][step] = number_of(value, kind)
+    return len(complete), found

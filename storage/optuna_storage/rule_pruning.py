@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cached_property
 from typing import TYPE_CHECKING
 
 from optuna.pruners import BasePruner
 from optuna.study import StudyDirection
+from optuna.trial import TrialState
 
 from storage.optuna_storage.rule_index import RuleIndex
-from storage.optuna_storage.rule_tables import best_so_far, minimized, tables_of
-from storage.optuna_storage.rules import Column, History, Rule, Rungs
+from storage.optuna_storage.rule_tables import PRUNED_AT, Tables, best_so_far, minimized
+from storage.optuna_storage.rules import RUNGS_AT, Column, History, Rule, Rungs
 
 if TYPE_CHECKING:
     from optuna import Study
     from optuna.trial import FrozenTrial
 
     from storage.optuna_storage.storage import PostgresStorage
-
-RUNGS_AT = (0.1, 0.3)
-"""Where the rungs of `RungsPruner` lie, in parts of a training."""
 
 
 class RulePruner(BasePruner):
@@ -44,10 +42,22 @@ class RulePruner(BasePruner):
 
     def _history(self, study: Study, trial: FrozenTrial, sign: float, bests: list[float]) -> History:
         others = study.get_trials(deepcopy=False)
-        tables = tables_of((other for other in others if other.number != trial.number), sign)
+        tables = _tables_of((other for other in others if other.number != trial.number), sign)
         for step, best in enumerate(bests):
             tables.report(step, best)
         return tables
+
+
+def _tables_of(trials: Iterable[FrozenTrial], sign: float) -> Tables:
+    """Return what Optuna's trials reported; `sign` is -1 where more is better."""
+    tables = Tables()
+    for trial in trials:
+        values = minimized(trial.intermediate_values, sign, trial.user_attrs.get(PRUNED_AT))
+        for step, best in enumerate(best_so_far(values)):
+            tables.report(step, best)
+        if trial.state == TrialState.COMPLETE:
+            tables.complete(values)
+    return tables
 
 
 class RungsPruner(RulePruner):

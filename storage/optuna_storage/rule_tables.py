@@ -6,8 +6,6 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 
-from optuna.trial import FrozenTrial, TrialState
-
 from storage.optuna_storage.rules import Column
 
 PRUNED_AT = "pruned_at"
@@ -51,18 +49,6 @@ class Tables:
     def gains(self, step: int) -> Column:
         """Return by how much the values of complete trials still fell from the step."""
         return self._gains[step]
-
-
-def tables_of(trials: Iterable[FrozenTrial], sign: float) -> Tables:
-    """Return what Optuna's trials reported; `sign` is -1 where more is better."""
-    tables = Tables()
-    for trial in trials:
-        values = minimized(trial.intermediate_values, sign, trial.user_attrs.get(PRUNED_AT))
-        for step, best in enumerate(best_so_far(values)):
-            tables.report(step, best)
-        if trial.state == TrialState.COMPLETE:
-            tables.complete(values)
-    return tables
 
 
 def minimized(reported: Mapping[int, float], sign: float, until: object = None) -> list[float]:

@@ -13,6 +13,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Protocol
 
+RUNGS_AT = (0.1, 0.3)
+"""Where the rungs of `--pruner rungs` lie, in parts of a training."""
+
 
 @dataclass
 class Column:
