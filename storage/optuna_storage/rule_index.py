@@ -66,17 +66,19 @@ class RuleIndex:
                 "unfinished": int_array(self._unfinished),
             }
             rows = self._sessions.statement(lambda conn: conn.execute(_changed(), seen).all())
-            running = [best]
+            running = Column()
+            running.add(best)
             for state, curves in _curves(row for row in rows if row.trial_id != trial_id):
                 bests = np.fmin.accumulate(sign * curves, axis=1)
                 if state not in UNFINISHED:
                     self._take_in(sign * curves, bests, is_complete=state == "COMPLETE")
                 elif step < bests.shape[1]:
-                    running += bests[:, step].tolist()
+                    running.add_all(bests[:, step].tolist())
             for row in rows:
                 self._last_number = max(self._last_number, row.number)
                 (self._unfinished.add if row.state in UNFINISHED else self._unfinished.discard)(row.trial_id)
-            return Now(self, step, running)
+            kept, completed, gains = (its[step].in_order() for its in (self.reached, self.completed, self.gains))
+            return Now(step, self.best, self.n_complete, (_Both(kept, running), completed, gains))
 
     def _take_in(self, values: Floats, bests: Floats, *, is_complete: bool) -> None:
         """Take in finished trials of as many reports each: (trials, reports)."""
@@ -108,28 +110,28 @@ class _Both(Column):
         return Column(sorted(self._parts[0].values + self._parts[1].values)).quantile(share)
 
 
+@dataclass(frozen=True)
 class Now:
-    """A `rules.History`: the finished trials, and of those that run what they had reported at `step`."""
+    """A `rules.History` for a decision at one step: the finished trials, and those that run as far as they had come."""
 
-    def __init__(self, index: RuleIndex, step: int, running: list[float]) -> None:
-        self.best = index.best
-        self.n_complete = index.n_complete
-        self._index = index
-        self._step = step
-        self._running = running
+    step: int
+    best: float
+    n_complete: int
+    at_step: tuple[Column, Column, Column]
 
     def reached(self, step: int) -> Column:
-        if step != self._step:
-            raise ValueError(f"a rule that is asked at step {self._step} can ask for that step alone, got {step}")
-        running = Column()
-        running.add_all(self._running)
-        return _Both(self._index.reached[step].in_order(), running)
+        return self._at(step)[0]
 
     def completed(self, step: int) -> Column:
-        return self._index.completed[step].in_order()
+        return self._at(step)[1]
 
     def gains(self, step: int) -> Column:
-        return self._index.gains[step].in_order()
+        return self._at(step)[2]
+
+    def _at(self, step: int) -> tuple[Column, Column, Column]:
+        if step != self.step:
+            raise ValueError(f"a rule that is asked at step {self.step} can ask for that step alone, got {step}")
+        return self.at_step
 
 
 def _curves(rows: Iterable[Row[Any]]) -> Iterator[tuple[str, Floats]]:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from storage.optuna_storage.rules import Column
 
-PRUNED_AT = "pruned_at"
+PRUNED_AT = "audit.pruned_at"
 """The attribute of a trial that was to be pruned, and ran on to see whether that was right: at which step.
 
 For the decisions on others it ended there.

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 EVERY_COMMAND = ["--storage", "--storage-password-file", "--data-dir", "--log-format", "--debug"]
 OF_A_STUDY = {
-    "Study": ["--study", "--set", "--sampler", "--pruner", "--direction", "--seed", "--from"],
+    "Study": ["--study", "--set", "--sampler", "--pruner", "--audit", "--direction", "--seed", "--from"],
     "Budget": ["--trials", "--timeout", "--max-failures", "--trial-timeout", "--watchdog", "--epochs", "--patience"],
     "Training": ["--precision", "--compile", "--cuda-graphs", "--deterministic", "--train-metrics"],
     "Data": ["--data", "--readers", "--prefetch", "--checkpoints", "--checkpoint-every"],

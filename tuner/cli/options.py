@@ -60,6 +60,14 @@ class StudyOptions(StudyPlan):
             rich_help_panel=STUDY,
         ),
     ] = "median"
+    audit: Annotated[
+        float,
+        typer.Option(
+            metavar="PART",
+            help="Of the trials to be pruned, run this part to their end, to see how often that is wrong: 0.02.",
+            rich_help_panel=STUDY,
+        ),
+    ] = 0.0
     direction: Annotated[
         str | None,
         typer.Option(
