@@ -8,6 +8,7 @@ from typing import Any
 
 from optuna.trial import TrialState
 
+from storage.optuna_storage.rule_tables import PRUNED_AT
 from tuner.slot.attempt import Outcome, TrialObjective, run_attempt
 from tuner.slot.checked_trial import CheckedTrial
 from tuner.study.audits import SECONDS, VALUE
@@ -25,5 +26,6 @@ def run_audited(what: TrialObjective, trial: CheckedTrial) -> Outcome:
     if trial.pruned_at is None or (outcome.state == TrialState.FAIL and outcome.failure != "nan"):
         return outcome
     attrs = {name: its for name, its in outcome.attrs.items() if name not in ("failure", "failure_message")}
-    told: dict[str, Any] = {VALUE: outcome.value, SECONDS: round(time.monotonic() - trial.audited_since, 3)}
+    seconds = round(time.monotonic() - trial.audited_since, 3)
+    told: dict[str, Any] = {PRUNED_AT: trial.pruned_at, VALUE: outcome.value, SECONDS: seconds}
     return replace(outcome, state=TrialState.PRUNED, value=None, attrs={**attrs, **told}, kept=None)

@@ -126,9 +126,9 @@ class CheckedTrial(optuna.Trial):
             return False
         if not self.is_audited:
             return True
-        step = max(self._cached_frozen_trial.intermediate_values)
-        self.set_user_attr(PRUNED_AT, step)
-        self.pruned_at, self.audited_since = step, time.monotonic()
+        self.pruned_at = max(self._cached_frozen_trial.intermediate_values)
+        self.audited_since = time.monotonic()
+        self.set_user_attr(PRUNED_AT, self.pruned_at)  # for the decisions on others; its end writes it again
         return False
 
     def _suggest(self, name: str, distribution: BaseDistribution) -> Any:
