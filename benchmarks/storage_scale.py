@@ -7,8 +7,9 @@ each side that has run a trial before: claim (stock: ask), 5 suggests by the ran
 should_prune with the median pruner, tell. With them runs a worker of ours whose reports leave out what else is kept of
 an epoch, which tells what the curves cost. Apart from these: what a new worker takes from nothing to its first trial,
 the first reading of the study by a new storage object, and what a TPE sampler's suggest takes, which grows with the
-study by itself. Prints median, minimum and maximum in milliseconds, and stock's median over ours. Without --storage,
-starts an embedded PostgreSQL for the time of the run.
+study by itself, and what a decision by `rungs` takes at a rung, for which the pruner reads all trials of stock's
+storage, and an index of ours. Prints median, minimum and maximum in milliseconds, and stock's median over ours.
+Without --storage, starts an embedded PostgreSQL for the time of the run.
 """
 
 from __future__ import annotations
@@ -25,8 +26,10 @@ from measuring import Times, database, print_machine, print_sides, timed
 from optuna.samplers import BaseSampler, RandomSampler, TPESampler
 from workers import SIDES, Side, WithoutCurves
 
-from storage import open_engine
+from storage import PostgresStorage, open_engine
 from storage.coordination import studies
+from storage.optuna_storage.rule_pruning import IndexedRulePruner, RulePruner
+from storage.optuna_storage.rules import Rungs
 
 KEEPING = ("report", "report + should_prune", "claim", "tell")
 """What is looked at for what the curves cost."""
@@ -84,6 +87,26 @@ def measure_sampler(url: str, name: str, sampler: BaseSampler, repeats: int, tim
         side.close()
 
 
+def measure_rungs(url: str, name: str, repeats: int, times: dict[str, Times]) -> None:
+    """Time the decision on a trial that has come to a rung, with another trial finished since the last one."""
+    sides = {side_name: make(url, name, RandomSampler()) for side_name, make in SIDES.items()}
+    rule, at = Rungs((1, N_STEPS // 4 - 1)), N_STEPS // 4
+    ours = sides["ours"].study
+    assert isinstance(ours._storage, PostgresStorage)
+    pruners = {"stock": RulePruner(rule), "ours": IndexedRulePruner(ours._storage, ours._study_id, rule)}
+    for turn in range(repeats + 1):
+        for side_name, side in sides.items():
+            trial = side.claim()
+            for step in range(1, at + 1):
+                side.report(trial, 0.5, step)
+            frozen = side.study._storage.get_trial(trial._trial_id)
+            with timed(times[side_name] if turn else defaultdict(list), "decision at a rung"):
+                pruners[side_name].prune(side.study, frozen)
+            side.tell(trial, 0.5)
+    for side in sides.values():
+        side.close()
+
+
 def print_curves(ours: Times, without: Times) -> None:
     """Print what keeping the curves adds to a report, a claim and a trial's end."""
     added = {what: statistics.median(ours[what]) / statistics.median(without[what]) - 1 for what in KEEPING}
@@ -112,6 +135,7 @@ def measure(url: str, n_trials: int, options: argparse.Namespace) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         measure_sampler(url, name, TPESampler(seed=0, multivariate=False), options.firsts, times)
+    measure_rungs(url, name, options.firsts, times)
     print_sides(f"{n_trials} finished trials, ms", times["stock"], times["ours"])
     print_curves(times["ours"], times["ours without curves"])
     optuna.delete_study(study_name=name, storage=SIDES["ours"](url, name, RandomSampler()).study._storage)

@@ -24,7 +24,7 @@ from tuner.errors import TunerError
 from tuner.seeds import derive_seed
 
 SamplerName = Literal["tpe", "random", "gp", "cmaes", "qmc", "grid"]
-PrunerName = Literal["median", "percentile", "hyperband", "asha", "none"]
+PrunerName = Literal["median", "percentile", "rungs", "hyperband", "asha", "none"]
 Direction = Literal["maximize", "minimize"]
 Precision = Literal["fp32", "tf32", "bf16", "fp16"]
 DataPlace = Literal["auto", "resident", "stream"]
@@ -60,7 +60,7 @@ class SamplerSpec(_Frozen):
 
 
 class PrunerSpec(_Frozen):
-    """A pruner of Optuna by name; `settings` are keyword arguments of its class."""
+    """A pruner of Optuna, or ours, by name; `settings` are keyword arguments of its class."""
 
     name: PrunerName = "median"
     settings: dict[str, JsonValue] = {}
@@ -115,6 +115,8 @@ class Spec(_Frozen):
     direction: Direction
     sampler: SamplerSpec = SamplerSpec()
     pruner: PrunerSpec = PrunerSpec()
+    audit: float = Field(default=0.0, ge=0.0, le=1.0)
+    """The part of the trials to be pruned that run on to their end, to see how often the pruner is wrong."""
     budget: Budget
     epochs: PositiveInt
     seed: NonNegativeInt = Field(default=0, lt=2**63)
@@ -133,6 +135,18 @@ class Spec(_Frozen):
     of, which plain functions and loops of an objective's own do not."""
     confirms: Confirms | None = None
     """The study that this one is the confirmation of: it runs what `tuner confirm` enqueues, and nothing else."""
+
+    @model_serializer(mode="wrap")
+    def _without_audit(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave `audit` out where there is none, so that specs, and what is known by them, are as they ever were."""
+        dumped: dict[str, Any] = dump(self)
+        if dumped.get("audit") == 0:
+            dumped.pop("audit")
+        return dumped
+
+    def is_audited(self, number: int) -> bool:
+        """Whether the trial of this number runs on if it is to be pruned, whichever worker runs it."""
+        return derive_seed(self.seed, "audit", number) < self.audit * 2**32
 
     def trial_seed(self, number: int) -> int:
         """Return the seed of the trial of this number; no trial of a confirmation has one that the search had."""

@@ -17,7 +17,8 @@ from optuna.trial import FrozenTrial, TrialState
 
 from benchmarks.search_replay.tasks import Bounded
 from benchmarks.search_replay.world import Training, World
-from storage.optuna_storage.rules import NEVER, Column, Rule
+from storage.optuna_storage.rule_tables import Tables
+from storage.optuna_storage.rules import NEVER, Rule
 from tuner.objective import Objective
 
 CLAIM_S = 0.01
@@ -66,38 +67,6 @@ class _Trial:
     @property
     def number(self) -> int:
         return self.trial.number
-
-
-class _History:
-    """What trials reported, as rules ask for it."""
-
-    def __init__(self, epochs: int) -> None:
-        self._epochs = epochs
-        self.best = math.inf
-        self.n_complete = 0
-        self._reached = [Column() for _ in range(epochs)]
-        self._completed = [Column() for _ in range(epochs)]
-        self._gains = [Column() for _ in range(epochs)]
-
-    def report(self, trial: _Trial) -> None:
-        self._reached[trial.done - 1].add(trial.best)
-
-    def complete(self, trial: _Trial) -> None:
-        self.n_complete += 1
-        self.best = min(self.best, trial.best)
-        for step, value in enumerate(trial.values):
-            self._completed[step].add(value)
-        for step, value in enumerate(trial.bests):
-            self._gains[step].add(value - trial.best)
-
-    def reached(self, step: int) -> Column:
-        return self._reached[step]
-
-    def completed(self, step: int) -> Column:
-        return self._completed[step]
-
-    def gains(self, step: int) -> Column:
-        return self._gains[step]
 
 
 class _Storage(InMemoryStorage):
@@ -152,7 +121,7 @@ class Simulation:
         self._study = optuna.create_study(
             storage=self._storage, sampler=method.sampler(seed), pruner=method.pruner(epochs), direction="minimize"
         )
-        self._history = _History(epochs)
+        self._history = Tables()
         self._rungs = _rungs(method.promotes, epochs)
         self._at_rung: dict[int, list[_Trial]] = {rung: [] for rung in self._rungs}
         self._went_on: dict[int, set[int]] = {rung: set() for rung in self._rungs}
@@ -205,13 +174,13 @@ class Simulation:
         trial.bests.append(trial.best)
         trial.trial.report(value, step)
         self._look_at_incumbent(trial, value, step, now)
-        self._history.report(trial)
+        self._history.report(step, trial.best)
         is_last = trial.done == self._epochs
         if (not is_last or self._method.asks_last) and self._is_stopped(trial, step):
             self._study.tell(trial.trial, state=TrialState.PRUNED)
             return None
         if is_last:
-            self._history.complete(trial)
+            self._history.complete(trial.values)
             self.trace.completed += 1
             self._study.tell(trial.trial, trial.best)
             return None

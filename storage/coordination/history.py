@@ -1,14 +1,26 @@
-"""How a study came to its values: its finished trials in the order in which they ended, with what each cost."""
+"""How a study came to its values: its finished trials in the order in which they ended, what each cost, its reports."""
 
 from __future__ import annotations
 
 import datetime as dt
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from sqlalchemy import Connection, Double, and_, case, func, select
 
 from storage.coordination.records import State
-from storage.database.tables import trial_values, trials, tuner_attempts, tuner_leases
+from storage.database.columns import int_array, is_among
+from storage.database.foreign import json_values
+from storage.database.tables import (
+    trial_intermediate_values,
+    trial_user_attributes,
+    trial_values,
+    trials,
+    tuner_attempts,
+    tuner_leases,
+)
 from storage.database.values import number_of
 
 
@@ -105,3 +117,54 @@ def ended(conn: Connection, study_id: int) -> list[Ended]:
         )
         for row in rows
     ]
+
+
+def complete_curves(
+    conn: Connection, study_id: int, at_most: int
+) -> tuple[int, dict[int, tuple[float, dict[int, float]]]]:
+    """Return how many trials are complete, and of at most so many, evenly chosen, value and reports by step."""
+    complete = conn.execute(
+        select(trials.c.trial_id, trials.c.number, trial_values.c.value, trial_values.c.value_type)
+        .join(trial_values, and_(trial_values.c.trial_id == trials.c.trial_id, trial_values.c.objective == 0))
+        .where(trials.c.study_id == study_id, trials.c.state == "COMPLETE")
+        .order_by(trials.c.number)
+    ).all()
+    some = complete[:: -(-len(complete) // at_most)] if complete else []
+    found: dict[int, tuple[float, dict[int, float]]] = {
+        row.number: (number_of(row.value, row.value_type), {}) for row in some
+    }
+    report = trial_intermediate_values.c
+    reports = conn.execute(
+        select(trials.c.number, report.step, report.intermediate_value, report.intermediate_value_type)
+        .join(trial_intermediate_values, report.trial_id == trials.c.trial_id)
+        .where(is_among(trials.c.trial_id, "trial_ids")),
+        {"trial_ids": int_array(row.trial_id for row in some)},
+    )
+    for number, step, value, kind in reports:
+        found[number][1][step] = number_of(value, kind)
+    return len(complete), found
+
+
+def complete_values(conn: Connection, study_id: int) -> list[float]:
+    """Return the values of the study's complete trials, but for those that are no number."""
+    rows = conn.execute(
+        select(trial_values.c.value, trial_values.c.value_type)
+        .join(trials, and_(trial_values.c.trial_id == trials.c.trial_id, trial_values.c.objective == 0))
+        .where(trials.c.study_id == study_id, trials.c.state == "COMPLETE")
+    )
+    values = (number_of(row.value, row.value_type) for row in rows)
+    return [value for value in values if not math.isnan(value)]
+
+
+def marked(conn: Connection, study_id: int, keys: Sequence[str]) -> dict[int, dict[str, Any]]:
+    """Return these user attributes of the study's pruned trials that have the first of them, by number."""
+    attribute = trial_user_attributes.c
+    rows = conn.execute(
+        select(trials.c.number, attribute.key, attribute.value_json)
+        .join(trial_user_attributes, attribute.trial_id == trials.c.trial_id)
+        .where(trials.c.study_id == study_id, trials.c.state == "PRUNED", attribute.key.in_(keys))
+    ).all()
+    found: dict[int, dict[str, Any]] = {}
+    for row, value in zip(rows, json_values([row.value_json for row in rows]), strict=True):
+        found.setdefault(row.number, {})[row.key] = value
+    return {number: its for number, its in found.items() if keys[0] in its}

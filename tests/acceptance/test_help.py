@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 EVERY_COMMAND = ["--storage", "--storage-password-file", "--data-dir", "--log-format", "--debug"]
 OF_A_STUDY = {
-    "Study": ["--study", "--set", "--sampler", "--pruner", "--direction", "--seed", "--from"],
+    "Study": ["--study", "--set", "--sampler", "--pruner", "--audit", "--direction", "--seed", "--from"],
     "Budget": ["--trials", "--timeout", "--max-failures", "--trial-timeout", "--watchdog", "--epochs", "--patience"],
     "Training": ["--precision", "--compile", "--cuda-graphs", "--deterministic", "--train-metrics"],
     "Data": ["--data", "--readers", "--prefetch", "--checkpoints", "--checkpoint-every"],
@@ -42,7 +42,7 @@ def test_commands_are_grouped_by_what_they_are_for(tuner: Tuner) -> None:
         "Options of every command": EVERY_COMMAND,
         "Search": ["run", "create", "worker", "enqueue", "cancel", "extend", "adopt", "objectives"],
         "Watch": ["status", "studies", "show", "trials", "compare", "dashboard"],
-        "Results": ["best", "report", "importance", "confirm", "export", "verify", "predict"],
+        "Results": ["best", "report", "importance", "replay", "confirm", "export", "verify", "predict"],
         "Operate": ["pause", "resume", "stop", "release", "delete", "clean", "import", "doctor", "launch", "db"],
     }
 

@@ -115,6 +115,7 @@ def test_specs_differ_if_and_only_if_a_difference_is_shown(one, other):
     ("changes", "line"),
     [
         ({"seed": 7}, "seed: the study has 0, this command says 7"),
+        ({"audit": 0.02}, "audit: the study has none, this command says 0.02"),
         ({"budget": {"trials": 5}}, "budget.trials: the study has 30, this command says 5"),
         ({"budget": {"trials": 30, "timeout_s": 9}}, "budget.timeout_s: the study has None, this command says 9.0"),
         (

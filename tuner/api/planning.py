@@ -21,6 +21,7 @@ class StudyPlan:
     set_: list[str] | None = None
     sampler: str = "tpe"
     pruner: str = "median"
+    audit: float = 0.0
     direction: str | None = None
     seed: int = 0
     from_: str | None = None
@@ -54,6 +55,8 @@ class StudyPlan:
             raise UsageError(f"--seed needs a whole number from 0 to 2^63 - 1, got {self.seed}")
         if self.direction not in (None, "minimize", "maximize"):
             raise UsageError(f"--direction needs minimize or maximize, got {self.direction!r}")
+        if not 0 <= self.audit <= 1:
+            raise UsageError(f"--audit needs a part from 0 to 1, such as 0.02, got {self.audit:g}")
         check_sampler_name(self.sampler)
         pruner_spec(self.pruner, MAX_INT)  # as many epochs as there may be: how many is the objective's to say
         texts = _pairs(self.set_ or [])
@@ -64,6 +67,7 @@ class StudyPlan:
             "epochs": self.epochs,
             "sampler": self.sampler,
             "pruner": self.pruner,
+            "audit": self.audit,
             "direction": self.direction,
             "seed": self.seed,
             "history": self.from_,

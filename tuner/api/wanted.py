@@ -23,6 +23,7 @@ class StudySettings(TypedDict, total=False):
 
     sampler: str | None
     pruner: str | None
+    audit: float | None
     direction: Direction | None
     seed: int | None
     from_study: str | None

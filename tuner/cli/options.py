@@ -56,10 +56,18 @@ class StudyOptions(StudyPlan):
         str,
         typer.Option(
             metavar="NAME[:KEY=VALUE,...]",
-            help="median, percentile, hyperband, asha or none, and its settings, as median:n_warmup_steps=5",
+            help="median, percentile, rungs, hyperband, asha or none, and its settings, as rungs:eta=4",
             rich_help_panel=STUDY,
         ),
     ] = "median"
+    audit: Annotated[
+        float,
+        typer.Option(
+            metavar="PART",
+            help="Of the trials to be pruned, run this part to their end, to see how often that is wrong: 0.02.",
+            rich_help_panel=STUDY,
+        ),
+    ] = 0.0
     direction: Annotated[
         str | None,
         typer.Option(

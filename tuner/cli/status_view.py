@@ -14,6 +14,8 @@ from tuner.text import duration, number_text, params_text, printable, table
 
 if TYPE_CHECKING:
     from storage.coordination.workers import RunningTrial, SlotNow, WorkerNow
+    from tuner.study.audits import Audits
+    from tuner.study.replay import Replayed
     from tuner.study.status import Status
 
 HIDE_LOST_S = 3600.0
@@ -52,6 +54,8 @@ def fields(found: Status) -> dict[str, Any]:
         "workers_live": sum(not worker.is_lost for worker in found.workers),
         "workers_lost": sum(worker.is_lost for worker in found.workers),
         "workers_ended": found.ended_workers,
+        "audited": None if found.audits is None else asdict(found.audits),
+        "replay": _replay_fields(_other_pruner(found)),
         "last_seen": None if found.last_seen is None else found.last_seen.isoformat(timespec="milliseconds"),
     }
 
@@ -85,10 +89,43 @@ def _rows(found: Status) -> Iterator[tuple[str, str]]:
     if spent:
         kinds = ", ".join(f"{duration(seconds)} {kind}" for kind, seconds in spent.items())
         yield "cost", f"{duration(sum(spent.values()))} of devices' time: {kinds}"
+    if found.audits is not None:
+        yield "audit", _audits_text(found.audits)
+    if (other := _other_pruner(found)) is not None:
+        yield (
+            "replay",
+            f"--pruner {other.rule} would have saved {other.saved.mean:.0%} of the epochs of its complete trials,"
+            f" and kept the best in {other.best_kept:.0%} of orders; 'tuner replay' tells more",
+        )
     if found.workers or study.spec is not None:
         yield "workers", _workers_text(found)
     for versions in _versions(found.workers):
         yield "versions", versions
+
+
+def _audits_text(its: Audits) -> str:
+    ran_on = f"{its.audited} trials that were to be pruned ran on"
+    if its.above_median is None or its.top_tenth is None or its.best is None:
+        return f"{ran_on}; nothing to compare yet"
+    judged = (
+        ("better than the median", its.above_median),
+        ("in the top tenth", its.top_tenth),
+        ("the best", its.best),
+    )
+    shown = ", ".join(f"{one.count} {what} ({one.low:.0%} to {one.high:.0%})" for what, one in judged)
+    return f"{ran_on}, {duration(its.seconds)}: {shown}"
+
+
+def _other_pruner(found: Status) -> Replayed | None:
+    """Return what `rungs` would have done to the complete trials; `median`, where the study was pruned by rungs."""
+    if found.replay is None:
+        return None
+    own = None if found.study.spec is None else found.study.spec.pruner.name
+    return next(its for its in found.replay.rules if its.rule == ("median" if own == "rungs" else "rungs"))
+
+
+def _replay_fields(its: Replayed | None) -> dict[str, Any] | None:
+    return None if its is None else {"pruner": its.rule, "saved": its.saved.mean, "best_kept": its.best_kept}
 
 
 def _counts_text(found: Status) -> str:

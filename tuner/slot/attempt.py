@@ -69,7 +69,7 @@ _FULL_BELOW = 0.05
 
 
 _APART = (
-    *("budget", "history", "retry", "sampler", "pruner", "checkpoints", "checkpoint_every_s"),
+    *("budget", "history", "retry", "sampler", "pruner", "audit", "checkpoints", "checkpoint_every_s"),
     *("trial_timeout_s", "watchdog"),
 )
 """The settings of a study that no training follows from."""

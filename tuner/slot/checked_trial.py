@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
@@ -13,6 +14,7 @@ from optuna.distributions import BaseDistribution
 
 from storage.database.errors import UnreachableError
 from storage.database.sessions import Backoff
+from storage.optuna_storage.rule_tables import PRUNED_AT
 from storage.trials.curves import CurvePoint
 from tuner import training
 from tuner.slot.own_checkpoint import RESUMABLE
@@ -63,6 +65,11 @@ class CheckedTrial(optuna.Trial):
         """What a plain function may ask of its slot; None for an objective's trial."""
         self.saves_next = False
         """Whether the function has loaded or saved its state since its last report, and is about to save it again."""
+        self.is_audited = False
+        """Whether the trial, if it is to be pruned, runs on to its end instead."""
+        self.pruned_at: int | None = self._cached_frozen_trial.user_attrs.get(PRUNED_AT)
+        """At which step the trial was to be pruned that runs on, by this attempt or an earlier one."""
+        self.audited_since = time.monotonic()
         self._reports = reports
         self._retry = retry
 
@@ -102,16 +109,27 @@ class CheckedTrial(optuna.Trial):
         return dict(self._cached_frozen_trial.intermediate_values)
 
     def should_prune(self) -> bool:
-        """Decide as Optuna does; not to prune while the database is away."""
+        """Decide as Optuna does; not to prune while the database is away, nor a trial that is audited."""
         if self._reports is None or self._retry is None:
-            return super().should_prune()
+            return self._is_to_end()
         if self._reports.is_behind:
             return False
         try:
             with self._retry.at_once():
-                return super().should_prune()
+                return self._is_to_end()
         except UnreachableError:
             return False
+
+    def _is_to_end(self) -> bool:
+        """Whether the trial is to end here as pruned. One that is audited is marked, and then asks no more."""
+        if self.pruned_at is not None or not super().should_prune():
+            return False
+        if not self.is_audited:
+            return True
+        self.pruned_at = max(self._cached_frozen_trial.intermediate_values)
+        self.audited_since = time.monotonic()
+        self.set_user_attr(PRUNED_AT, self.pruned_at)  # for the decisions on others; its end writes it again
+        return False
 
     def _suggest(self, name: str, distribution: BaseDistribution) -> Any:
         """Suggest as Optuna does, but a queued value as the param's own type. Raises ParamError if it cannot be one."""

@@ -7,14 +7,17 @@ from typing import Any
 from optuna.pruners import BasePruner, PercentilePruner
 
 from storage.optuna_storage.pruning import IndexedPercentilePruner
+from storage.optuna_storage.rule_pruning import IndexedRulePruner, RulePruner
 from storage.optuna_storage.storage import PostgresStorage
 from tuner.spec import PrunerSpec
 from tuner.study.sampling import build_pruner
 
 
 def pruner_on(storage: PostgresStorage, study_id: int, spec: PrunerSpec) -> BasePruner:
-    """Return the study's pruner; for `median` and `percentile` one that decides the same, and reads less."""
-    pruner = build_pruner(spec)  # refuses settings that Optuna's does not have
+    """Return the study's pruner; for `median`, `percentile` and ours one that decides the same, and reads less."""
+    pruner = build_pruner(spec)  # refuses settings that it does not have
+    if isinstance(pruner, RulePruner):
+        return IndexedRulePruner(storage, study_id, pruner.rule)
     if not isinstance(pruner, PercentilePruner):
         return pruner
     settings: dict[str, Any] = {"percentile": 50.0, **spec.settings}

@@ -48,9 +48,9 @@ from tuner.slot.attempt import (
     TrialObjective,
     check_device,
     failed,
-    run_attempt,
     warm_up,
 )
+from tuner.slot.audit import run_audited
 from tuner.slot.checked_trial import CheckedTrial, StoppableStudy
 from tuner.slot.ending import end_group, end_in_time, exit_again
 from tuner.slot.kept_models import KeptModels
@@ -344,7 +344,7 @@ class Slot:
                 self._tell_alive("batch")
 
             trial = CheckedTrial(optuna_study, held.trial_id, check, reports, self._retry, alive)
-            outcome = run_attempt(what, trial)
+            outcome = run_audited(what, trial)
             if outcome.is_poisoned:
                 self._poisoned = outcome  # for as long as this process lives: see `Outcome.error`
             if outcome.failure == "infrastructure":

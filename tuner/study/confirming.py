@@ -180,6 +180,7 @@ def _create(engine: Engine, study: Study, runs: int) -> Study:
         update={
             "sampler": SamplerSpec(name="random"),
             "pruner": PrunerSpec(name="none"),
+            "audit": 0.0,
             "budget": Budget(trials=runs),
             "history": None,
             "confirms": Confirms(study=study.name, created_at=study.created_at),

@@ -1,4 +1,4 @@
-"""Optuna's samplers and pruners as a spec names them."""
+"""Samplers and pruners as a spec names them: Optuna's, and a pruner of ours."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from optuna.pruners import BasePruner
 from optuna.samplers import BaseSampler, GridSampler, QMCSampler, RandomSampler
 from optuna.trial import FrozenTrial
 
+from storage.optuna_storage.rule_pruning import RungsPruner
 from tuner.errors import UsageError, first_line
 from tuner.seeds import derive_seed
 from tuner.spec import PrunerName, PrunerSpec, SamplerName, SamplerSpec
@@ -106,11 +107,14 @@ _SAMPLERS: dict[str, type[BaseSampler]] = {
 _PRUNERS: dict[str, type[BasePruner]] = {
     "median": optuna.pruners.MedianPruner,
     "percentile": optuna.pruners.PercentilePruner,
+    "rungs": RungsPruner,
     "hyperband": optuna.pruners.HyperbandPruner,
     "asha": optuna.pruners.SuccessiveHalvingPruner,
     "none": optuna.pruners.NopPruner,
 }
 _PRUNER_DEFAULTS: dict[str, dict[str, Any]] = {"percentile": {"percentile": 25.0}}
+_OF_EPOCHS = {"hyperband": "max_resource", "rungs": "epochs"}
+"""The setting of a pruner that is how many epochs a trial has, unless it is given."""
 # Callables and samplers cannot be written into a spec; the seed is the study's; the last two do nothing any more.
 _NOT_SETTABLE = {
     "seed",
@@ -140,6 +144,8 @@ _RANGES: dict[str, tuple[float, float]] = {
     "reduction_factor": (2, MAX_INT),
     "min_early_stopping_rate": (0, 1000),
     "bootstrap_count": (0, MAX_INT),
+    "epochs": (1, MAX_INT),
+    "eta": (1.1, MAX_INT),
 }
 # QMC draws one sequence and grid shuffles its cells once for the whole study: every worker the same way.
 _ONE_SEQUENCE = {"qmc", "grid"}
@@ -264,14 +270,19 @@ def _cells(objective: Objective, space: dict[str, Any], points: int) -> list[Jso
 
 
 def pruner_spec(text: str, epochs: int | None) -> PrunerSpec:
-    """Return the checked spec of `--pruner TEXT`; hyperband's brackets end at `epochs` unless it says otherwise.
+    """Return the checked spec of `--pruner TEXT`; hyperband and rungs go by `epochs` unless it says otherwise.
 
-    None is for a plain function, whose steps are not known: then at the last step of the trials that complete first.
+    None is for a plain function, whose steps are not known: hyperband then ends its brackets at the last step of the
+    trials that complete first, and rungs needs to be told.
     """
     name, settings = parse_choice(text)
     if name not in _PRUNERS:
         raise UsageError(f"--pruner needs one of {', '.join(get_args(PrunerName))}, got {name!r}")
-    defaults = {"max_resource": epochs or "auto"} if name == "hyperband" else _PRUNER_DEFAULTS.get(name, {})
+    defaults = dict(_PRUNER_DEFAULTS.get(name, {}))
+    if (setting := _OF_EPOCHS.get(name)) is not None:
+        if epochs is None and name == "rungs" and setting not in settings:
+            raise UsageError("--pruner rungs needs to know how often a plain function's trial reports: rungs:epochs=20")
+        defaults[setting] = epochs or "auto"
     spec = PrunerSpec.model_validate({"name": name, "settings": {**defaults, **settings}})
     build_pruner(spec)
     return spec

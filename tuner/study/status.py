@@ -16,7 +16,9 @@ from storage.coordination.standings import Budget, Standing
 from storage.coordination.studies import StateCounts
 from storage.coordination.workers import Signs, WorkerNow
 from storage.database.sessions import Sessions
+from tuner.study.audits import Audits, audits
 from tuner.study.joining import AnyStudy, Study
+from tuner.study.replay import GLANCE, Replay, replay
 
 StudyStatus: TypeAlias = Literal["idle", "running", "paused", "stopped", "finished"]
 """A finished study runs nothing and hands nothing out, whether or not it was stopped."""
@@ -29,7 +31,8 @@ class Status:
     `reason` says why no trial is handed out any more; None while some are. `lost` of the running trials have lost
     their worker. `best` is None while there is none, and for a study of several objectives. `failures` are counts and
     latest messages by class. `last_seen` is when a worker last told of itself. `left_s` is None unless the study runs
-    and there is something to reckon it from.
+    and there is something to reckon it from. `audits` is of a study that
+    audits its pruner, `replay` of the complete trials of a finished study.
     """
 
     study: AnyStudy
@@ -46,6 +49,8 @@ class Status:
     workers: list[WorkerNow]
     ended_workers: int
     last_seen: dt.datetime | None
+    audits: Audits | None = None
+    replay: Replay | None = None
 
 
 def look(engine: Engine, study: AnyStudy) -> Status:
@@ -57,7 +62,9 @@ def look(engine: Engine, study: AnyStudy) -> Status:
     counts = studies.count_states(engine, study_id)
 
     def of_workers(conn: Connection) -> dict[str, Any]:
+        is_audited = study.spec is not None and study.spec.audit > 0
         return {
+            "audits": audits(conn, study_id, study.directions[0]) if is_audited else None,
             "at": conn.execute(select(func.now())).scalar_one(),
             "cost": ledger.cost(conn, study_id),
             "pace": ledger.pace(conn, study_id),
@@ -79,6 +86,7 @@ def look(engine: Engine, study: AnyStudy) -> Status:
         lost=standing.expired,
         best=records.best_trial(engine, study_id, study.directions[0]) if len(study.directions) == 1 else None,
         failures=records.count_failures(engine, study_id),
+        replay=replay(engine, study, **GLANCE) if state == "finished" and len(study.directions) == 1 else None,
         left_s=_left_s(study, counts, standing, seen["pace"]) if is_going else None,
         **seen,
     )

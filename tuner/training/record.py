@@ -21,6 +21,7 @@ OWN_NAMES = frozenset(
         *("train_loss", "lr", "epoch", "epochs", "seconds", "train_s", "evaluate_s", "wait_s", "samples_per_s"),
         *("seed", "device", "versions", "peak_memory_mb", "peak_reserved_mb"),
         *("parameters", "trained_parameters", "confirms"),
+        *("audit.pruned_at", "audit.value", "audit.seconds"),
     }
 )
 """What is recorded of a trial and of its epochs beside the metrics, which cannot have these names."""

@@ -39,6 +39,9 @@ def test_a_column_keeps_its_values_in_order_and_leaves_nan_out() -> None:
     for share in (0.0, 0.25, 0.6, 1.0):
         assert column.quantile(share) == pytest.approx(np.nanquantile(values, share))
     assert math.isnan(Column().quantile(0.5))
+    for many in ([0.5, math.nan], [0.01 * n for n in range(40)]):
+        column.add_all(many)
+    assert column.values == sorted([1.0, 1.0, 2.0, 3.0, 0.5, *(0.01 * n for n in range(40))])
 
 
 def test_the_percentile_is_of_complete_trials_at_the_step() -> None:

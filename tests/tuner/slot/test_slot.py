@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from storage import PostgresStorage
 from storage.optuna_storage.pruning import IndexedPercentilePruner
+from storage.optuna_storage.rule_pruning import IndexedRulePruner
 from tuner.errors import UsageError
 from tuner.slot.orders import Orders
 from tuner.slot.pruning import pruner_on
@@ -41,6 +42,12 @@ def test_median_and_percentile_are_decided_from_an_index_with_the_specs_settings
     ours = pruner_on(storage, 1, spec)
     assert isinstance(ours, IndexedPercentilePruner)
     assert vars(ours).items() >= vars(build_pruner(spec)).items()
+
+
+def test_rungs_are_decided_from_an_index_by_the_same_rule(storage):
+    spec = pruner_spec("rungs:eta=2", epochs=20)
+    ours = pruner_on(storage, 1, spec)
+    assert (type(ours), ours.rule) == (IndexedRulePruner, build_pruner(spec).rule)
 
 
 @pytest.mark.parametrize("name", ["hyperband", "asha", "none"])

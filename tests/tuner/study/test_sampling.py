@@ -13,6 +13,7 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution, Int
 from optuna.trial import TrialState
 from searching import SCALARS, Untrained
 
+from storage.optuna_storage.rules import Rungs
 from tuner.errors import UsageError
 from tuner.spec import PrunerSpec
 from tuner.study.sampling import (
@@ -31,7 +32,7 @@ from tuner.study.sampling import (
 )
 
 SAMPLERS = ("tpe", "random", "gp", "cmaes", "qmc", "grid")
-PRUNERS = ("median", "percentile", "hyperband", "asha", "none")
+PRUNERS = ("median", "percentile", "rungs", "hyperband", "asha", "none")
 
 
 class Flat(Untrained):
@@ -258,6 +259,14 @@ def test_hyperband_ends_at_the_epochs_of_the_study_unless_told_otherwise():
     assert pruner_spec("hyperband:max_resource=9", 20).settings == {"max_resource": 9}
 
 
+def test_rungs_are_of_the_study_s_epochs_and_a_plain_function_tells_its_own():
+    assert pruner_spec("rungs", 20).settings == {"epochs": 20}
+    spec = pruner_spec("rungs:epochs=60,eta=4", None)
+    assert build_pruner(spec).rule == Rungs((5, 17), 4)
+    with pytest.raises(UsageError, match="--pruner rungs needs to know how often a plain function's trial reports"):
+        pruner_spec("rungs:eta=4", None)
+
+
 @pytest.mark.parametrize(
     ("text", "stock"),
     [
@@ -331,7 +340,7 @@ def test_a_sampler_that_cannot_work_is_refused_with_advice(text, told):
 @pytest.mark.parametrize(
     ("text", "told"),
     [
-        ("hedge", "--pruner needs one of median, percentile, hyperband, asha, none, got 'hedge'"),
+        ("hedge", "--pruner needs one of median, percentile, rungs, hyperband, asha, none, got 'hedge'"),
         ("median:warmup=3", "--pruner median has no setting 'warmup'; it has: n_startup_trials, n_warmup_steps"),
         ("median:n_warmup_steps=-1", "--pruner median: n_warmup_steps needs to be at least 0, got -1"),
         ("percentile:percentile=200", "--pruner percentile: percentile needs to be within 0 to 100, got 200"),
@@ -340,6 +349,9 @@ def test_a_sampler_that_cannot_work_is_refused_with_advice(text, told):
         ("hyperband:reduction_factor=0", "--pruner hyperband: reduction_factor needs to be at least 2, got 0"),
         ("hyperband:min_resource=30", "--pruner hyperband: min_resource needs to be at most max_resource, 20, got 30"),
         ("hyperband:max_resource=soon", "--pruner hyperband does not take these settings"),
+        ("rungs:steps=3", "--pruner rungs has no setting 'steps'; it has: epochs, eta"),
+        ("rungs:eta=1", "--pruner rungs: eta needs to be at least 1.1, got 1"),
+        ("rungs:epochs=0", "--pruner rungs: epochs needs to be at least 1, got 0"),
         ("none:x=1", "it has: none"),
     ],
 )

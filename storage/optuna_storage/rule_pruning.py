@@ -1,0 +1,115 @@
+"""Pruners that ask a rule: one for any storage of Optuna's, and one that decides the same from an index of ours."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from optuna.pruners import BasePruner
+from optuna.study import StudyDirection
+from optuna.trial import TrialState
+
+from storage.optuna_storage.rule_index import RuleIndex
+from storage.optuna_storage.rule_tables import PRUNED_AT, Tables, best_so_far, minimized
+from storage.optuna_storage.rules import RUNGS_AT, Column, History, Rule, Rungs
+
+if TYPE_CHECKING:
+    from optuna import Study
+    from optuna.trial import FrozenTrial
+
+    from storage.optuna_storage.storage import PostgresStorage
+
+
+class RulePruner(BasePruner):
+    """Stops a trial if a rule does, by what the study's trials have reported by now: the same whoever asks.
+
+    It is to be asked after each report. What a trial reported that was to be pruned, and ran on for an audit,
+    counts up to there.
+    """
+
+    def __init__(self, rule: Rule) -> None:
+        self.rule = rule
+
+    def prune(self, study: Study, trial: FrozenTrial) -> bool:
+        """Whether the rule stops the trial at its last report."""
+        sign = -1.0 if study.direction == StudyDirection.MAXIMIZE else 1.0
+        bests = best_so_far(minimized(trial.intermediate_values, sign))
+        if not bests:
+            return False
+        step = len(bests) - 1
+        return self.rule.stops(step, bests[-1], _Lazy(lambda: self._history(study, trial, sign, bests)))
+
+    def _history(self, study: Study, trial: FrozenTrial, sign: float, bests: list[float]) -> History:
+        others = study.get_trials(deepcopy=False)
+        tables = _tables_of((other for other in others if other.number != trial.number), sign)
+        for step, best in enumerate(bests):
+            tables.report(step, best)
+        return tables
+
+
+def _tables_of(trials: Iterable[FrozenTrial], sign: float) -> Tables:
+    """Return what Optuna's trials reported; `sign` is -1 where more is better."""
+    tables = Tables()
+    for trial in trials:
+        values = minimized(trial.intermediate_values, sign, trial.user_attrs.get(PRUNED_AT))
+        for step, best in enumerate(best_so_far(values)):
+            tables.report(step, best)
+        if trial.state == TrialState.COMPLETE:
+            tables.complete(values)
+    return tables
+
+
+class RungsPruner(RulePruner):
+    """Stops a trial that is not among the best 1/`eta` of all that came as far, at a tenth and at three tenths.
+
+    `epochs` is how often a trial reports.
+    """
+
+    def __init__(self, epochs: int, eta: float = 3.0) -> None:
+        super().__init__(Rungs.at(RUNGS_AT, epochs, eta))
+
+
+class IndexedRulePruner(RulePruner):
+    """Decides as `RulePruner` with this rule does, in large studies as fast as in small.
+
+    A decision that needs other trials costs one query: for what finished since the last, and for what those reported
+    that run. The first one reads the history. It serves the one study that it was made for, and any number of threads,
+    one at a time. A decision that cannot reach the database raises what `storage` raises, and leaves it as it was.
+    """
+
+    def __init__(self, storage: PostgresStorage, study_id: int, rule: Rule) -> None:
+        super().__init__(rule)
+        self._index = RuleIndex(storage.sessions, study_id)
+
+    def _history(self, study: Study, trial: FrozenTrial, sign: float, bests: list[float]) -> History:
+        del study
+        return self._index.history(trial._trial_id, len(bests) - 1, bests[-1], sign)
+
+
+class _Lazy:
+    """A `History` that is read when it is asked first."""
+
+    def __init__(self, read: Callable[[], History]) -> None:
+        self._read = read
+
+    @cached_property
+    def _its(self) -> History:
+        return self._read()
+
+    @property
+    def best(self) -> float:
+        return self._its.best
+
+    @property
+    def n_complete(self) -> int:
+        return self._its.n_complete
+
+    def reached(self, step: int) -> Column:
+        return self._its.reached(step)
+
+    def completed(self, step: int) -> Column:
+        return self._its.completed(step)
+
+    def gains(self, step: int) -> Column:
+        return self._its.gains(step)
