@@ -16,6 +16,7 @@ from pydantic import ValidationError
 from sqlalchemy.exc import DBAPIError
 
 from storage.database.errors import InvalidWriteError, StorageError
+from tuner import cores
 from tuner.cli import (
     cleaning,
     comparing,
@@ -135,6 +136,8 @@ def main() -> None:
     arguments = sys.argv[1:]  # an objective that is imported gets others
     if "--debug" in arguments:
         os.environ["TUNER_DEBUG"] = "1"  # for slots, too
+    for name, value in cores.WAITING.items():
+        os.environ.setdefault(name, value)
     fail = partial(_fail, as_json=_wants_json(arguments))
     try:
         with signals_as_requests():
