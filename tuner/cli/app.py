@@ -132,12 +132,11 @@ def _global(
 
 def main() -> None:
     """Run the command that the command line names and exit with its code."""
+    os.environ.update({**cores.WAITING, **os.environ})
     open_streams()
     arguments = sys.argv[1:]  # an objective that is imported gets others
     if "--debug" in arguments:
         os.environ["TUNER_DEBUG"] = "1"  # for slots, too
-    for name, value in cores.WAITING.items():
-        os.environ.setdefault(name, value)
     fail = partial(_fail, as_json=_wants_json(arguments))
     try:
         with signals_as_requests():

@@ -28,8 +28,8 @@ _CUDA = {
     "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
 }
 MAX_OF_CPU = 8
-"""How many trials a CPU runs at a time unless somebody says: each has a copy of the data, and more of them at once learn
-less from one another."""
+"""How many trials a CPU runs at a time unless somebody says: each has a copy of the data, and of more at once each
+learns from fewer."""
 MAX_SLOTS = 1000
 """More is a slip of the finger: each is a process of some hundred megabytes."""
 MAX_THREADS = 1024
@@ -110,8 +110,8 @@ def plan_slots(
     """Return the slots that `--slots` asks for, the first `at_most`, each with `threads`, if that is given.
 
     They have the part `device_share` of each device among them. `device`, that of `--device`, is for a number. `auto`
-    is one slot for each CUDA or XPU device, else as many as a CPU has cores for, or one for the best other device. Raises
-    UsageError.
+    is one slot for each CUDA or XPU device, else as many as a CPU has cores for, or one for the best other device.
+    Raises UsageError.
     """
     if threads is not None and not 0 < threads <= MAX_THREADS:
         raise UsageError(f"--threads needs a number from 1 to {MAX_THREADS}, got {threads}")
@@ -192,9 +192,7 @@ def _listed(text: str) -> list[str]:
     return [name for number, instances in enumerate(gpus) for name in instances or [str(number)]]
 
 
-def _devices(
-    text: str, device: str | None, kind: str, gpus: list[str] | None, threads: int | None
-) -> list[str | None]:
+def _devices(text: str, device: str | None, kind: str, gpus: list[str] | None, threads: int | None) -> list[str | None]:
     if text == "auto":
         if device == "cpu" or (device is None and gpus == [] and sys.platform != "darwin"):  # which may have an mps
             return [device] * min(MAX_OF_CPU, max(1, cores.count() // (threads or cores.named() or 1)))
