@@ -62,6 +62,7 @@ from tuner.slot.reports import Reports
 from tuner.slot.shared_checkpoints import shared_checkpoint, sweep
 from tuner.slot.spool import Spool
 from tuner.slot.threads import Threads
+from tuner.spec import Spec
 from tuner.study.history import samplers
 from tuner.study.joining import Study, check_code, checkpoint_directory, open_study
 from tuner.study.registry import build_objective, find_objective, is_objective_class
@@ -163,9 +164,7 @@ class Slot:
         study = self._retry(lambda: open_study(self._engine, self._config.study))
         what = self._load(study)
         shown = self._shown(what.device)
-        self._holder = claims.Holder(
-            worker=self._config.worker, slot=self._config.slot, device=shown, share=self._config.share
-        )
+        self._holder = replace(self._holder, device=shown)
         sweep(study, self._config.data_dir, self._storage.sessions, what.log)
         self._models = KeptModels(study, self._config.data_dir, self._storage.sessions)
         searched = what.objective if isinstance(what.objective, Objective) else None
@@ -219,7 +218,7 @@ class Slot:
         device = choose_device(self._config.device)
         check_device(device)
         warm_up(device)
-        self._threads = Threads(self._share_of_cores(), study.spec.training, device, self._note)
+        self._threads = Threads(self._share_of_cores(study.spec), study.spec.training, device, self._note)
         return TrialObjective.load(
             study.spec,
             objective,
@@ -230,10 +229,10 @@ class Slot:
             log=self._note,
         )
 
-    def _share_of_cores(self) -> Callable[[], int] | None:
-        config = self._config
-        n_slots = config.shares_cores_by
-        return None if n_slots is None else partial(cores.share, config.worker, n_slots, config.data_dir)
+    def _share_of_cores(self, spec: Spec) -> Callable[[], int] | None:
+        by, config = self._config.shares_cores_by, self._config
+        share = partial(cores.share, config.worker, by or 1, config.data_dir, counts_idle=spec.training.deterministic)
+        return None if by is None else share
 
     def _note(self, line: str) -> None:
         self._emit(Event(event="note", message=line))
