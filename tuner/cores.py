@@ -31,8 +31,8 @@ VARIABLES: Final = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 WAITING: Final = {"OMP_WAIT_POLICY": "passive"}
 """Have threads that wait for one another sleep, where the environment says nothing else, before torch is imported.
 
-By default they spin for some ms, on cores that others want: two threads beside busy processes took 30 to 100 times as
-long as one, and waiting so 1.5 to 2.5 times (libgomp, 2 cores with a load of 15, 2026-11).
+By default they spin for some ms, on cores that others want: two threads beside busy processes took 10 to 100 times as
+long as one, and waiting so 1.2 to 2.2 times (libgomp, 2 cores with a load of 15, 2026-11).
 """
 
 _OWN_GROUPS: Final = Path("/proc/self/cgroup")
