@@ -1,10 +1,10 @@
 """How many of a machine's cores are ours: those that we may run on, as far as the limit of the container or of SLURM's
 job goes, less what the other workers of this user have of them.
 
-A worker keeps a file locked while it lives, its seat, which says how many slots it has and on which cores. Seats are in
-the data directory, by the machine's name as others may share that, for containers with one volume; and in the
-directory for temporary files, for workers with several data directories. Where neither can be written to, or locked,
-workers do not know of one another.
+A worker keeps a file locked while it lives, its seat, which says how many slots it has at work and on which cores.
+Seats are in the data directory, by the machine's name as others may share that, for containers with one volume; and in
+the directory for temporary files, for workers with several data directories. Where neither can be written to, or
+locked, workers do not know of one another.
 """
 
 from __future__ import annotations
@@ -28,6 +28,12 @@ from storage.files import new_file, open_lock, own_directory, require_own
 
 VARIABLES: Final = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 """What users say it by, the first that is a number."""
+WAITING: Final = {"OMP_WAIT_POLICY": "passive"}
+"""Have threads that wait for one another sleep, where the environment says nothing else, before torch is imported.
+
+By default they spin for some ms, on cores that others want: two threads beside busy processes took 10 to 100 times as
+long as one, and waiting so 1.2 to 2.2 times (libgomp, 2 cores with a load of 15, 2026-11).
+"""
 
 _OWN_GROUPS: Final = Path("/proc/self/cgroup")
 _GROUPS: Final = Path("/sys/fs/cgroup")
@@ -57,12 +63,18 @@ class Seat:
     def __init__(self, worker: str, n_slots: int, data_dir: Path) -> None:
         """`worker` is a name that no other worker has."""
         allowed = _allowed()
-        told = {"slots": n_slots, "cores": allowed.cores, "group": allowed.group}
+        self._told = {"cores": allowed.cores, "group": allowed.group}
         self._taken: list[tuple[Path, int]] = []
         for place in _places(data_dir):
             path = place / f"{_machine()}.{worker}{_SUFFIX}"
             with suppress(OSError):  # a full disk, a file system without locks, a directory that is not ours
-                self._taken.append((path, _locked(path, json.dumps(told).encode())))
+                self._taken.append((path, _locked(path, self._text(n_slots))))
+
+    def tell(self, n_slots: int) -> None:
+        """Have others see so many slots: those that have nothing to do leave their cores to them."""
+        for _, descriptor in self._taken:
+            with suppress(OSError):
+                os.pwrite(descriptor, self._text(n_slots), 0)
 
     def close(self) -> None:
         """Leave the cores to the others."""
@@ -71,6 +83,10 @@ class Seat:
             with suppress(OSError):
                 path.unlink()
             os.close(descriptor)
+
+    def _text(self, n_slots: int) -> bytes:
+        """Return what the file holds, of one length whatever the number of slots: it is written over at once."""
+        return f'{{"slots": {n_slots:4}, {json.dumps(self._told)[1:]}'.encode()
 
 
 def count() -> int:
@@ -90,10 +106,15 @@ def number_of(text: str) -> int | None:
     return int(first) if first.isascii() and first.isdecimal() and int(first) > 0 else None
 
 
-def share(worker: str, n_slots: int, data_dir: Path) -> int:
-    """Return for how many threads each of a worker's slots has cores now, beside all workers that there are."""
-    ours = _allowed()
-    others = [seated for name, seated in _others(data_dir).items() if name != worker]
+def share(worker: str, n_slots: int, data_dir: Path, *, counts_idle: bool = False) -> int:
+    """Return for how many threads each of a worker's slots has cores now, beside all workers that there are.
+
+    Of its `n_slots` those count that its seat tells of, or all if it `counts_idle` ones.
+    """
+    ours, seats = _allowed(), _seats(data_dir)
+    others = [seated for name, seated in seats.items() if name != worker]
+    if worker in seats and not counts_idle:
+        n_slots = min(n_slots, seats[worker].slots)
     on = Counter(dict.fromkeys(ours.cores, 0))
     for other in others:
         on.update(dict.fromkeys(other.cores, other.slots))
@@ -102,7 +123,7 @@ def share(worker: str, n_slots: int, data_dir: Path) -> int:
     return max(1, int(min(part, ours.limit / in_group) + 1e-6))  # three thirds may be a little less than one
 
 
-def _others(data_dir: Path) -> dict[str, _Seated]:
+def _seats(data_dir: Path) -> dict[str, _Seated]:
     """Return the workers of this machine by their names, and remove the seats of those that are gone.
 
     Another machine's stay for some days, as not every file system of a network tells here what is locked there.

@@ -101,6 +101,21 @@ def test_search_speed_prints_both_sides_and_their_ratio(database: str, tmp_path:
     assert re.search(r"ratio: ours \d+\.\d+ \(.*\) x faster, best accuracy -?0\.\d+ \(.*\) better", done.stdout)
 
 
+def test_threads_prints_what_was_chosen_and_its_ratio_to_what_is_best_by_hand(database: str) -> None:
+    done = subprocess.run(
+        [sys.executable, BENCHMARKS / "threads.py", "--smallest", "--storage", database],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    for side in ("chosen", "1 x 1"):
+        assert re.search(rf"mlp-32 +quiet +{side} +\d+\.\d+ s \(.*\) +\d at once, threads {{\d+: 2}}\n", done.stdout), (
+            side
+        )
+    assert re.search(r"ratio: best by hand, 1 x 1, to chosen \d+\.\d+ \(.*\)\n", done.stdout), done.stdout
+
+
 def test_on_gpu_does_each_part_on_a_cpu_too_and_writes_its_tables(tmp_path: Path) -> None:
     arguments = ["--device", "cpu", "--smallest", "--out", tmp_path / "out", "--minutes", "20"]
     done = subprocess.run(

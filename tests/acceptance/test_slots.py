@@ -14,6 +14,7 @@ from optuna.trial import TrialState
 from sqlalchemy import text
 
 from storage import open_engine, open_storage, parse_url
+from tuner import cores
 
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
@@ -24,6 +25,8 @@ from pathlib import Path
 
 import torch
 
+from tuner import cores
+
 HERE = Path(__file__).parent
 pause = threading.Event()
 
@@ -31,6 +34,14 @@ def environment(trial):
     trial.set_user_attr("visible", os.environ["CUDA_VISIBLE_DEVICES"])
     trial.set_user_attr("threads", torch.get_num_threads())
     pause.wait(0.3)
+    return 1.0
+
+def waits_for_all_cores(trial):
+    for step in range(900):
+        if torch.get_num_threads() == cores.count():
+            break
+        pause.wait(0.1)
+        trial.report(1.0, step)
     return 1.0
 
 def short(trial):
@@ -117,6 +128,23 @@ def test_cpu_slots_see_no_gpu_and_say_where_they_ran(tuner: Tuner, database: str
     ((name, slots, ended),) = query(database, "select name, slots, ended_at is not null from tuner_workers")
     assert (len(slots), ended) == (2, True)
     assert {event["worker"] for event in running.events("ready")} == {name}
+
+
+def test_threads_are_as_many_as_openmp_s_variable_says(tuner: Tuner, database: str) -> None:
+    worker = create(tuner, "short", 1)
+    assert tuner(*worker, "--device", "cpu", OMP_NUM_THREADS="1").code == 0
+    (trial,) = trials_of(database)
+    assert trial.user_attrs["threads"] == 1
+
+
+@pytest.mark.skipif(cores.count() < 2, reason="a slot has one core, whatever the others do")
+def test_the_last_trial_has_the_cores_of_slots_that_have_none(tuner: Tuner, database: str, tmp_path: Path) -> None:
+    worker = create(tuner, "waits_for_all_cores", 1)
+    (tmp_path / "tmp").mkdir()  # where other tests' workers are not seen, and share no cores
+    done = tuner(*worker, "--slots", f"cpu*{cores.count()}", TMPDIR=str(tmp_path / "tmp"))
+    assert done.code == 0, done.stderr
+    (trial,) = trials_of(database)
+    assert trial.user_attrs["threads"] == cores.count()
 
 
 def test_every_line_tells_worker_slot_study_trial_attempt_and_epoch(tuner: Tuner) -> None:

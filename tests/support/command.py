@@ -97,7 +97,8 @@ class Tuner:
         """Start a command; it is killed at the end of the block if it still runs."""
         clean = {name: value for name, value in os.environ.items() if not name.startswith(("TUNER_", "PG"))}
         command = [*self.within, str(Path(sys.executable).with_name("tuner")), *map(str, arguments)]
-        its_own = {**self.environment, **environment}
+        # A worker of a test has one slot unless the test says otherwise, whatever cores the machine has.
+        its_own = {"TUNER_WORKER_SLOTS": "1", **self.environment, **environment}
         if not self.within and preloaded.may_fork(its_own):
             running = Running(preloaded.start(command, {**clean, **its_own}, self.directory))
         else:

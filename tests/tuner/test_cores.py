@@ -57,6 +57,25 @@ def test_a_worker_alone_has_all_cores_for_its_slots(tmp_path: Path) -> None:
         assert cores.share("ours", 1000, tmp_path) == 1
 
 
+def test_slots_with_nothing_to_do_leave_their_cores_to_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cores, "_allowed", lambda: cores._Allowed(cores=tuple(range(12))))
+    ours, theirs = cores.Seat("ours", 12, tmp_path), cores.Seat("theirs", 1000, tmp_path)
+    assert cores.share("ours", 12, tmp_path) == 1
+    theirs.tell(1)
+    ours.tell(3)
+    assert cores.share("ours", 12, tmp_path) == 3
+    assert cores.share("ours", 12, tmp_path, counts_idle=True) == 1
+    assert cores.share("theirs", 1000, tmp_path) == 3
+    ours.tell(11)
+    assert cores.share("ours", 12, tmp_path) == 1
+    theirs.close()
+    ours.tell(1)
+    assert cores.share("ours", 12, tmp_path) == 12
+    ours.close()
+
+
 @pytest.mark.parametrize("shared", ["data", "tmp"])
 def test_workers_share_the_cores_whose_data_or_temporary_directory_is_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shared: str

@@ -149,12 +149,12 @@ def import_for_slots(slots: Slots, settings: Settings, source: ObjectiveSource) 
     os.environ.update(changed)  # torch and numpy look at it as they are imported
     with ThreadPoolExecutor(1) as pool:
         pool.submit(settings.start_database)
-        kind = source.load()
         with quick_imports():
             import torch
 
-            import tuner.slot.slot  # noqa: F401
-
+            import tuner.slot.slot  # noqa: F401 - before the objective, as in slots: it may set the number of threads
+        kind = source.load()
+        with quick_imports():
             if is_objective_class(kind):
                 import torchmetrics  # noqa: F401
     slots.has_imported()

@@ -16,6 +16,7 @@ from pydantic import ValidationError
 from sqlalchemy.exc import DBAPIError
 
 from storage.database.errors import InvalidWriteError, StorageError
+from tuner import cores
 from tuner.cli import (
     cleaning,
     comparing,
@@ -133,6 +134,7 @@ def _global(
 
 def main() -> None:
     """Run the command that the command line names and exit with its code."""
+    os.environ.update({**cores.WAITING, **os.environ})
     open_streams()
     arguments = sys.argv[1:]  # an objective that is imported gets others
     if "--debug" in arguments:

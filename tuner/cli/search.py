@@ -199,8 +199,8 @@ def worker(
         str,
         typer.Option(
             metavar="auto|N|DEVICE[*N],...",
-            help="Trials to run at the same time, each in a process of its own: one for each CUDA device or else one"
-            " (auto), a number, or as many as named, such as cuda:0*3,cuda:1 or cpu*4.",
+            help="Trials to run at the same time, each in a process of its own: one for each CUDA device or else for"
+            " each core, up to 8 (auto), a number, or as many as named, such as cuda:0*3,cuda:1 or cpu*4.",
             rich_help_panel=WORKERS,
         ),
     ] = "auto",

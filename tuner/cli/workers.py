@@ -20,7 +20,7 @@ Device = Annotated[
 Threads = Annotated[
     int | None,
     typer.Option(
-        help="Threads of each slot (default: OMP_NUM_THREADS, or else its share of this machine's cores).",
+        help="Threads of each slot (default: OMP_NUM_THREADS, or else those of its share of the cores that pay).",
         rich_help_panel=WORKERS,
     ),
 ]

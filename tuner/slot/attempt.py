@@ -32,6 +32,7 @@ from tuner.slot.curve import Curve
 from tuner.slot.doubles import check_doubles
 from tuner.slot.own_loop import OwnLoop
 from tuner.slot.read_params import ReadParams
+from tuner.slot.threads import Threads
 from tuner.slot.where import with_line
 from tuner.spec import Spec, TrainingSpec
 from tuner.study.registry import FunctionObjective
@@ -110,7 +111,7 @@ class TrialObjective:
     `identical` names two splits of the same rows, if there are any.
 
     `checkpoints` is the directory for those of the study's trials, None for none; `shared` is where other machines
-    find that of the trial at hand. `log` takes a line for people.
+    find that of the trial at hand. `threads` are this process's. `log` takes a line for people.
     """
 
     spec: Spec
@@ -120,6 +121,7 @@ class TrialObjective:
     identical: tuple[str, str] | None = None
     checkpoints: Path | None = None
     shared: Shared | None = None
+    threads: Threads = field(default_factory=Threads)
     log: Callable[[str], None] = lambda _: None
 
     @classmethod
@@ -304,6 +306,7 @@ def _train(
     model = built_model(objective, params, what.device)
 
     def on_epoch(epoch: training.Epoch) -> None:
+        what.threads.apart()
         _value_of(epoch, metric)
         record.count(model)  # lazy layers have no weights before
         record.add(epoch)
@@ -314,6 +317,11 @@ def _train(
     def check() -> None:
         trial.alive()
         trial.check()
+        what.threads.batch()
+
+    def alive() -> None:
+        what.threads.apart()
+        trial.alive()
 
     def on_resume(history: Sequence[training.Epoch]) -> None:
         record.count(model)
@@ -340,7 +348,7 @@ def _train(
             checkpoint=what.checkpoint(trial.number, trial.params),
             resumable=(Interrupted, StudyHaltedError, UnreachableError),
             check=check,
-            alive=trial.alive,
+            alive=alive,
             on_resume=on_resume,
             log=lambda line: what.log(f"trial {trial.number}: {line}"),
         ),

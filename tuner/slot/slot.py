@@ -61,6 +61,8 @@ from tuner.slot.pruning import pruner_on
 from tuner.slot.reports import Reports
 from tuner.slot.shared_checkpoints import shared_checkpoint, sweep
 from tuner.slot.spool import Spool
+from tuner.slot.threads import Threads
+from tuner.spec import Spec
 from tuner.study.history import samplers
 from tuner.study.joining import Study, check_code, checkpoint_directory, open_study
 from tuner.study.registry import build_objective, find_objective, is_objective_class
@@ -162,9 +164,7 @@ class Slot:
         study = self._retry(lambda: open_study(self._engine, self._config.study))
         what = self._load(study)
         shown = self._shown(what.device)
-        self._holder = claims.Holder(
-            worker=self._config.worker, slot=self._config.slot, device=shown, share=self._config.share
-        )
+        self._holder = replace(self._holder, device=shown)
         sweep(study, self._config.data_dir, self._storage.sessions, what.log)
         self._models = KeptModels(study, self._config.data_dir, self._storage.sessions)
         searched = what.objective if isinstance(what.objective, Objective) else None
@@ -203,8 +203,7 @@ class Slot:
         wanted = self._config.shown_device
         if wanted is None or wanted.partition(":")[0] == device.type:
             return wanted or str(device)
-        message = f"torch cannot use {wanted}, which this machine has, and takes {device} instead"
-        self._emit(Event(event="note", message=message))
+        self._note(f"torch cannot use {wanted}, which this machine has, and takes {device} instead")
         return str(device)
 
     def _load(self, study: Study) -> TrialObjective:
@@ -219,6 +218,7 @@ class Slot:
         device = choose_device(self._config.device)
         check_device(device)
         warm_up(device)
+        self._threads = Threads(self._share_of_cores(study.spec), study.spec.training, device, self._note)
         return TrialObjective.load(
             study.spec,
             objective,
@@ -226,8 +226,16 @@ class Slot:
             device,
             share=self._config.share,
             checkpoints=checkpoint_directory(self._config.data_dir, study),
-            log=lambda line: self._emit(Event(event="note", message=line)),
+            log=self._note,
         )
+
+    def _share_of_cores(self, spec: Spec) -> Callable[[], int] | None:
+        by, config = self._config.shares_cores_by, self._config
+        share = partial(cores.share, config.worker, by or 1, config.data_dir, counts_idle=spec.training.deterministic)
+        return None if by is None else share
+
+    def _note(self, line: str) -> None:
+        self._emit(Event(event="note", message=line))
 
     def _try_first(self, study: Study, what: TrialObjective, objective: Objective) -> None:
         """Take a model through all that is needed in the end, unless that was done; one slot of all does so.
@@ -245,7 +253,7 @@ class Slot:
                     if is_mine and is_due():
                         lacks = preflight(objective, study.spec, what.data, what.device)
                         for line in lacks:
-                            self._emit(Event(event="note", message=f"pre-flight: {line}"))
+                            self._note(f"pre-flight: {line}")
                         preflights.record(self._storage.sessions, *done, lacks)
                         return
             except (StorageError, SQLAlchemyError) as error:  # of the turn: others may have taken it
@@ -261,7 +269,7 @@ class Slot:
         told: dict[str, Any] = {"trial": held.number, "attempt": held.attempt}
         self._emit(Event(event="trial_started", token=str(held.token), trial_id=held.trial_id, **told))
         prints.mark(held.number)
-        self._take_share_of_cores()
+        self._threads.start()
         try:
             with Lease(Sessions(self._engine), held) as lease:
                 self._run_held(study, optuna_study, what, held, lease)
@@ -284,18 +292,10 @@ class Slot:
         if what.device.type != "cpu":
             free_memory()  # of a trial that was given back, too
 
-    def _take_share_of_cores(self) -> None:
-        """Have as many threads as there are cores for them now: other workers come and go."""
-        config = self._config
-        if config.shares_cores_by is not None:
-            n_threads = cores.share(config.worker, config.shares_cores_by, config.data_dir)
-            if n_threads != torch.get_num_threads():
-                torch.set_num_threads(n_threads)
-
     def _run_held(
         self, study: Study, optuna_study: StoppableStudy, what: TrialObjective, held: claims.Claim, lease: Lease
     ) -> None:
-        what = replace(what, shared=shared_checkpoint(study, self._storage, held))
+        what = replace(what, shared=shared_checkpoint(study, self._storage, held), threads=self._threads)
         optuna_study.stop_asked = False
         optuna_study.sampler = self._sampler_of(held.number)
         trial, outcome, is_written = self._attempt(optuna_study, what, held, lease)
@@ -339,11 +339,11 @@ class Slot:
                 reports.check()
                 if self._is_abandoned():
                     raise Interrupted
+                self._threads.look()
 
-            def alive() -> None:
-                self._tell_alive("batch")
-
-            trial = CheckedTrial(optuna_study, held.trial_id, check, reports, self._retry, alive)
+            trial = CheckedTrial(
+                optuna_study, held.trial_id, check, reports, self._retry, partial(self._tell_alive, "batch")
+            )
             outcome = run_audited(what, trial)
             if outcome.is_poisoned:
                 self._poisoned = outcome  # for as long as this process lives: see `Outcome.error`
@@ -363,7 +363,7 @@ class Slot:
         try:
             if optuna_study.stop_asked:
                 control.set_state(self._storage.sessions, held.study_id, "stopped")
-                self._emit(Event(event="note", message=f"trial {held.number} stopped the study"))
+                self._note(f"trial {held.number} stopped the study")
             attrs = {**outcome.attrs, **self._models.keep_if_best(held, outcome.value, outcome.kept, what.log)}
             self._storage.set_trial_user_attrs(held.trial_id, attrs)
             optuna_study.tell(trial, outcome.value, outcome.state, skip_if_finished=True)

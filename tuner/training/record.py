@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 OWN_NAMES = frozenset(
     {
         *("train_loss", "lr", "epoch", "epochs", "seconds", "train_s", "evaluate_s", "wait_s", "samples_per_s"),
-        *("seed", "device", "versions", "peak_memory_mb", "peak_reserved_mb"),
+        *("seed", "device", "versions", "peak_memory_mb", "peak_reserved_mb", "threads"),
         *("parameters", "trained_parameters", "confirms"),
         *("audit.pruned_at", "audit.value", "audit.seconds"),
     }
@@ -69,6 +69,8 @@ class Record:
             "versions": _recorded_versions(self._device),
             **self._counts,
         }
+        if self._device.type == "cpu":
+            always["threads"] = torch.get_num_threads()
         if peak is not None and self._device.type != "mps":  # which tells of one figure only
             always["peak_reserved_mb"] = _mb(peak[1])
         if not self._epochs:

@@ -18,6 +18,7 @@ class KnownSlot:
     """A slot as the worker knows it.
 
     `may_claim` from when it was told to claim a trial until it has none any more; `wants` while it waits to be told;
+    `has_nothing` from when it found no trial to claim until it has one;
     `waits_alone` while it holds a trial that ran out of memory, and nothing on its device.
     """
 
@@ -29,6 +30,7 @@ class KnownSlot:
     epoch: int | None = None
     wants: bool = False
     may_claim: bool = False
+    has_nothing: bool = False
     waits_alone: bool = False
     was_ready: bool = False
     deaths: int = 0

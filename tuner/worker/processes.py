@@ -89,6 +89,10 @@ class Slots:
         self._start_all()
         return self
 
+    def tell_at_work(self, number: int) -> None:
+        """Have the slots that are at work share the cores, of which there are so many."""
+        self._seat.tell(max(1, number))
+
     def close(self) -> None:
         """Kill what still runs, as on the way out of an error, and leave the cores to others."""
         for slot in self.all:

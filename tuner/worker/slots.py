@@ -27,6 +27,9 @@ _CUDA = {
     # torch looks at it once, when it multiplies its first matrices, and refuses deterministic training without.
     "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
 }
+MAX_OF_CPU = 8
+"""How many trials a CPU runs at a time unless somebody says: each has a copy of the data, and of more at once each
+learns from fewer."""
 MAX_SLOTS = 1000
 """More is a slip of the finger: each is a process of some hundred megabytes."""
 MAX_THREADS = 1024
@@ -84,7 +87,7 @@ class SlotPlan:
         for name in cores.VARIABLES:
             if self.threads is not None or cores.number_of(said.get(name, "")) is None:
                 said[name] = threads
-        return {_COMPILERS: threads, **_CUDA, **said}
+        return {_COMPILERS: threads, **_CUDA, **cores.WAITING, **said}
 
     @property
     def own_environment(self) -> dict[str, str]:
@@ -107,8 +110,11 @@ def plan_slots(
     """Return the slots that `--slots` asks for, the first `at_most`, each with `threads`, if that is given.
 
     They have the part `device_share` of each device among them. `device`, that of `--device`, is for a number. `auto`
-    is one slot for each CUDA or XPU device, or one for the best other device. Raises UsageError.
+    is one slot for each CUDA or XPU device, else as many as a CPU has cores for, or one for the best other device.
+    Raises UsageError.
     """
+    if threads is not None and not 0 < threads <= MAX_THREADS:
+        raise UsageError(f"--threads needs a number from 1 to {MAX_THREADS}, got {threads}")
     is_named = text != "auto" and not _NUMBER.fullmatch(text)
     wanted = text if is_named else device
     gpus = visible_gpus() if wanted is None or "cuda" in wanted else []  # it may take seconds to tell
@@ -116,7 +122,7 @@ def plan_slots(
     if gpus is None:
         kind, gpus = _counted_by_torch()
     if not is_named:
-        devices = _devices(text, device, kind, gpus)
+        devices = _devices(text, device, kind, gpus, threads)
     elif device is not None:
         raise UsageError(f"--slots names the devices already, got --slots {text} and --device {device}: leave one out")
     else:
@@ -125,8 +131,6 @@ def plan_slots(
         raise UsageError(f"{_WANTED}, at least one, got {text!r}")
     devices = devices[:at_most]  # before they share: the others take no memory and no threads
     shares = Counter(devices)
-    if threads is not None and not 0 < threads <= MAX_THREADS:
-        raise UsageError(f"--threads needs a number from 1 to {MAX_THREADS}, got {threads}")
     if not 0 < device_share <= 1:
         raise UsageError(f"--device-share needs a part of 1, as 0.5, got {device_share:g}")
     return [
@@ -188,8 +192,10 @@ def _listed(text: str) -> list[str]:
     return [name for number, instances in enumerate(gpus) for name in instances or [str(number)]]
 
 
-def _devices(text: str, device: str | None, kind: str, gpus: list[str] | None) -> list[str | None]:
+def _devices(text: str, device: str | None, kind: str, gpus: list[str] | None, threads: int | None) -> list[str | None]:
     if text == "auto":
+        if device == "cpu" or (device is None and gpus == [] and sys.platform != "darwin"):  # which may have an mps
+            return [device] * min(MAX_OF_CPU, max(1, cores.count() // (threads or cores.named() or 1)))
         if device is not None:
             return [device]
         return [f"{kind}:{number}" for number in range(len(gpus or ()))] or [None]

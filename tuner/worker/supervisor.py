@@ -82,7 +82,7 @@ class Worker:
         self._engine = engine
         self._study = study
         self._slots = slots.all
-        self._start = slots.start
+        self._start, self._tell_at_work = slots.start, slots.tell_at_work
         self._inbox = slots.inbox
         self._config = config
         self._log = log
@@ -91,7 +91,7 @@ class Worker:
         self._progress = progress or Progress(log)
         self._id = uuid.uuid4()
         self._placement = placement(os.environ)
-        self._n_ended = 0
+        self._n_ended = self._n_at_work = 0
         self._refusal: TunerError | None = None
         self._reason: str | None = None
         self._is_finished = False
@@ -121,6 +121,7 @@ class Worker:
             presence.start()
             shown = None
             try:
+                self._count_at_work()
                 for slot in self._slots:
                     slot.process.send(self._config_of(slot))
                 while any(slot.state != "ended" for slot in self._slots):
@@ -277,6 +278,13 @@ class Worker:
         others = (other for other in self._slots if other is not slot and other.device == slot.device)
         return any(other.may_claim and not other.waits_alone for other in others)
 
+    def _count_at_work(self) -> None:
+        """Leave the cores of slots that have nothing to do to those that have."""
+        n_at_work = sum(not slot.has_nothing for slot in self._slots)
+        if n_at_work != self._n_at_work:
+            self._n_at_work = n_at_work
+            self._tell_at_work(n_at_work)
+
     # What slots tell
 
     def _handle_event(self, slot: KnownSlot, event: dict[str, Any]) -> None:
@@ -305,7 +313,8 @@ class Worker:
     def _on_nothing(self, slot: KnownSlot, event: dict[str, Any]) -> None:
         if event["paused"] and not slot.is_paused:
             self._say(slot, "paused", f"slot {slot.plan.number} waits: {event['message']}")
-        slot.is_paused, slot.may_claim = event["paused"], False
+        slot.is_paused, slot.may_claim, slot.has_nothing = event["paused"], False, True
+        self._count_at_work()
         if self._idle_since is None:
             self._idle_since = time.monotonic()
 
@@ -318,7 +327,8 @@ class Worker:
             token=uuid.UUID(event.pop("token")),
         )
         slot.state, slot.since, slot.is_paused = "running", time.monotonic(), False
-        slot.told_at = slot.since
+        slot.told_at, slot.has_nothing = slot.since, False
+        self._count_at_work()
         self._watchdog.start(slot.plan.number, slot.since)
         slot.last_trial = event["trial"]
         self._presence.tell()
@@ -357,7 +367,8 @@ class Worker:
     def _on_done(self, slot: KnownSlot, event: dict[str, Any]) -> None:
         self._reason = event["message"]
         self._is_finished = True
-        slot.may_claim = False
+        slot.may_claim, slot.has_nothing = False, True
+        self._count_at_work()
         self._end_paused()
 
     def _give_up_trial(self, slot: KnownSlot) -> None:

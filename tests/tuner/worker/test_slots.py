@@ -5,6 +5,7 @@ import sys
 
 import pytest
 
+from tuner import cores
 from tuner.errors import UsageError
 from tuner.worker import slots
 from tuner.worker.slots import plan_slots, visible_gpus
@@ -29,9 +30,37 @@ def test_auto_is_a_slot_for_each_cuda_device(two_gpus):
     assert [plan.own_device for plan in plan_slots("auto")] == [None, None]  # the only one that each sees, if any
 
 
-def test_auto_without_a_gpu_is_one_slot_on_the_best_there_is(no_gpu):
-    assert summary("auto") == [(None, None, 1.0)]
+@pytest.fixture
+def four_cores(monkeypatch):
+    monkeypatch.setattr(cores, "count", lambda: 4)
+    for name in cores.VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="may have an mps")
+def test_auto_without_a_gpu_is_as_many_slots_as_there_are_cores(no_gpu, four_cores):
+    assert summary("auto") == [(None, None, 0.25)] * 4
     assert plan_slots("auto")[0].shown == "auto"
+    assert summary("auto", "cpu") == [("cpu", "", 0.25)] * 4
+    assert len(plan_slots("auto", at_most=3)) == 3
+
+
+@pytest.mark.parametrize(
+    ("n_cores", "threads", "of_openmp", "wanted"),
+    [(4, 2, None, 2), (4, 3, None, 1), (4, 8, None, 1), (4, None, "2", 2), (4, 1, "2", 4), (64, None, None, 8)],
+)
+def test_slots_of_several_threads_are_so_many_as_have_cores_and_no_more_than_learn_from_one_another(
+    no_gpu, four_cores, monkeypatch, n_cores, threads, of_openmp, wanted
+):
+    monkeypatch.setattr(cores, "count", lambda: n_cores)
+    if of_openmp is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", of_openmp)
+    assert len(plan_slots("auto", "cpu", threads=threads)) == wanted
+
+
+def test_a_machine_of_apple_has_one_slot_on_the_best_there_is(no_gpu, four_cores, monkeypatch):
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert summary("auto") == [(None, None, 1.0)]
 
 
 def test_slots_share_a_gpu_and_see_no_other(two_gpus):
@@ -43,7 +72,7 @@ def test_slots_share_a_gpu_and_see_no_other(two_gpus):
 def test_a_number_of_slots_is_dealt_out_to_the_gpus(two_gpus):
     assert [device for device, _, _ in summary("3")] == ["cuda:0", "cuda:1", "cuda:0"]
     assert summary("2", "cuda:1") == [("cuda:1", "GPU-7f", 0.5)] * 2
-    assert summary("auto", "cpu") == [("cpu", "", 1.0)]
+    assert summary("auto", "cuda:1") == [("cuda:1", "GPU-7f", 1.0)]
 
 
 def test_slots_on_the_cpu_see_no_gpu(two_gpus):
@@ -95,6 +124,7 @@ def test_a_slot_s_process_is_set_up_for_its_device_unless_the_worker_s_own_envir
         "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
         "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
         "TORCHINDUCTOR_COMPILE_THREADS": "3",
+        "OMP_WAIT_POLICY": "passive",
     }
     for name in (*wanted, "OMP_NUM_THREADS", "MKL_NUM_THREADS"):
         monkeypatch.delenv(name, raising=False)
@@ -104,6 +134,7 @@ def test_a_slot_s_process_is_set_up_for_its_device_unless_the_worker_s_own_envir
         "CUDA_DEVICE_ORDER": "FASTEST_FIRST",
         "CUBLAS_WORKSPACE_CONFIG": ":16:8",
         "TORCHINDUCTOR_COMPILE_THREADS": "1",
+        "OMP_WAIT_POLICY": "active",
     }
     for name, value in own.items():
         monkeypatch.setenv(name, value)
