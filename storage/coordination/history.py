@@ -11,7 +11,6 @@ from typing import Any
 from sqlalchemy import Connection, Double, and_, case, func, select
 
 from storage.coordination.records import State
-from storage.database.columns import int_array, is_among
 from storage.database.foreign import json_values
 from storage.database.tables import (
     trial_intermediate_values,
@@ -123,26 +122,33 @@ def complete_curves(
     conn: Connection, study_id: int, at_most: int
 ) -> tuple[int, dict[int, tuple[float, dict[int, float]]]]:
     """Return how many trials are complete, and of at most so many, evenly chosen, value and reports by step."""
-    complete = conn.execute(
-        select(trials.c.trial_id, trials.c.number, trial_values.c.value, trial_values.c.value_type)
+    n_complete = func.count().over()
+    complete = (
+        select(
+            trials.c.trial_id,
+            trials.c.number,
+            trial_values.c.value,
+            trial_values.c.value_type,
+            n_complete.label("n"),
+            (func.row_number().over(order_by=trials.c.number) - 1).label("place"),
+        )
         .join(trial_values, and_(trial_values.c.trial_id == trials.c.trial_id, trial_values.c.objective == 0))
         .where(trials.c.study_id == study_id, trials.c.state == "COMPLETE")
-        .order_by(trials.c.number)
-    ).all()
-    some = complete[:: -(-len(complete) // at_most)] if complete else []
-    found: dict[int, tuple[float, dict[int, float]]] = {
-        row.number: (number_of(row.value, row.value_type), {}) for row in some
-    }
-    report = trial_intermediate_values.c
-    reports = conn.execute(
-        select(trials.c.number, report.step, report.intermediate_value, report.intermediate_value_type)
-        .join(trial_intermediate_values, report.trial_id == trials.c.trial_id)
-        .where(is_among(trials.c.trial_id, "trial_ids")),
-        {"trial_ids": int_array(row.trial_id for row in some)},
+        .subquery("complete")
     )
-    for number, step, value, kind in reports:
-        found[number][1][step] = number_of(value, kind)
-    return len(complete), found
+    report = trial_intermediate_values.c
+    rows = conn.execute(
+        select(complete, report.step, report.intermediate_value, report.intermediate_value_type)
+        .outerjoin(trial_intermediate_values, report.trial_id == complete.c.trial_id)
+        .where(complete.c.place % ((complete.c.n + (at_most - 1)) // at_most) == 0)
+        .order_by(complete.c.number)
+    ).all()
+    found: dict[int, tuple[float, dict[int, float]]] = {}
+    for row in rows:
+        _, reports = found.setdefault(row.number, (number_of(row.value, row.value_type), {}))
+        if row.step is not None:
+            reports[row.step] = number_of(row.intermediate_value, row.intermediate_value_type)
+    return (rows[0].n if rows else 0), found
 
 
 def complete_values(conn: Connection, study_id: int) -> list[float]:

@@ -43,7 +43,7 @@ N_TRIALS = 30
 
 def test_workers_decide_as_the_replay_of_what_they_recorded(tuner: Tuner, database: str, tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(OBJECTIVE)
-    options = ("--study", "s", "--trials", str(N_TRIALS), "--pruner", "rungs:epochs=10,eta=2", "--audit", "0.3")
+    options = ("--study", "s", "--trials", str(N_TRIALS), "--pruner", "rungs:epochs=10,eta=1.5", "--audit", "0.5")
     done = tuner("run", tmp_path / "mine.py:objective", *options, "--direction", "minimize", "--workers", "2")
     assert done.code == 0, done.stderr
     engine = open_engine(database)
@@ -57,7 +57,7 @@ def test_workers_decide_as_the_replay_of_what_they_recorded(tuner: Tuner, databa
             )
         ).all()
     engine.dispose()
-    rule, tables = Rungs.at((0.1, 0.3), 10, 2.0), Tables()
+    rule, tables = Rungs.at((0.1, 0.3), 10, 1.5), Tables()
     so_far: dict[int, list[float]] = {}
     stopped: dict[int, int] = {}
     for number, _, step, value, _ in reports:
@@ -90,7 +90,11 @@ def test_workers_decide_as_the_replay_of_what_they_recorded(tuner: Tuner, databa
         assert status["replay"]["pruner"] == "median"
         found = json.loads(tuner("replay", "s", "--json").stdout)
         assert (found["complete"], found["replayed"], found["epochs"]) == (n_complete, n_complete, 10)
-        assert [its["rule"] for its in found["rules"]] == ["median", "percentile", "rungs", "rungs:eta=2"]
+        assert [its["rule"] for its in found["rules"]] == ["median", "percentile", "rungs", "rungs:eta=1.5"]
+        shown = tuner("replay", "s").stdout.splitlines()
+        assert shown[0].startswith(f"s: {n_complete} complete trials of up to 10 epochs")
+        assert [line.split()[0] for line in shown[2:]] == [its["rule"] for its in found["rules"]]
+        assert "--pruner median would have saved" in tuner("status", "s").stdout
     else:
         assert status["replay"] is None
         assert "fewer than 10 complete trials" in tuner("replay", "s").error()

@@ -2,11 +2,16 @@
 
 import math
 
+import optuna
 import pytest
+from optuna.trial import TrialState, create_trial
 
+from storage import open_storage
+from storage.coordination.history import complete_curves
 from storage.optuna_storage.rules import Never, Percentile, Rungs
 from tuner.spec import PrunerSpec
-from tuner.study.replay import Past, replayed, rules_for
+from tuner.study.joining import find_study
+from tuner.study.replay import Past, replay, replayed, rules_for
 
 
 def trials(n, epochs=10, crossing=()):
@@ -59,3 +64,23 @@ def test_the_study_s_own_settings_are_replayed_as_well():
         rules_for(20, None)
     )
     assert list(rules_for(20, PrunerSpec(name="median", settings={"interval_steps": 2}))) == list(rules_for(20, None))
+
+
+def test_a_study_s_complete_trials_are_replayed_evenly_chosen_of_many(database):
+    storage = open_storage(database)
+    study = optuna.create_study(study_name="s", storage=storage, direction="maximize")
+    for number in range(30):
+        state = TrialState.PRUNED if number % 6 == 5 else TrialState.COMPLETE
+        reported = {step: number + step / 10 for step in (1, 2, 3)} if number else {}
+        study.add_trial(create_trial(state=state, value=float(number), intermediate_values=reported))
+    with storage.engine.connect() as conn:
+        n_complete, curves = complete_curves(conn, study._study_id, 20)
+    assert n_complete == 25
+    assert list(curves) == [number for number in range(30) if number % 6 != 5][::2]
+    assert curves[0] == (0.0, {})
+    assert curves[2] == (2.0, {1: 2.1, 2: 2.2, 3: 2.3})
+    found = replay(storage.engine, find_study(storage.engine, "s"), orders=20)
+    assert (found.complete, found.replayed, found.epochs, found.top) == (25, 24, 3, 3)
+    assert [its.best_kept for its in found.rules] == [1.0, 1.0, 1.0]
+    assert all(its.saved.mean > 0 for its in found.rules)
+    storage.engine.dispose()
