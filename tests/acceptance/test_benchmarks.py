@@ -110,9 +110,7 @@ def test_threads_prints_what_was_chosen_and_its_ratio_to_what_is_best_by_hand(da
     )
     assert (done.returncode, done.stderr) == (0, "")
     for side in ("chosen", "1 x 1"):
-        assert re.search(rf"mlp-32 +quiet +{side} +\d+\.\d+ s \(.*\) +\d at once, threads {{\d+: 2}}\n", done.stdout), (
-            side
-        )
+        assert re.search(rf"mlp-32 +quiet +{side} +\d+\.\d+ s \(.*\) +\d at once, threads {{.+}}\n", done.stdout), side
     assert re.search(r"ratio: best by hand, 1 x 1, to chosen \d+\.\d+ \(.*\)\n", done.stdout), done.stdout
 
 

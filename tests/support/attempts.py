@@ -1,5 +1,6 @@
 """One attempt at a trial of a small objective, as a slot makes it."""
 
+import dataclasses
 from pathlib import Path
 
 import optuna
@@ -45,10 +46,12 @@ class Signs(Objective):
         return nn.Linear(2, 2)
 
 
-def attempt(study, objective, *, check=lambda: None, checkpoints=None, log=print, **spec):
+def attempt(study, objective, *, check=lambda: None, checkpoints=None, log=print, threads=None, **spec):
     """Run the study's next trial and tell its end, as a slot does."""
     cpu = torch.device("cpu")
     what = TrialObjective.load(a_spec(**spec), objective, Path(), cpu, checkpoints=checkpoints, log=log)
+    if threads is not None:
+        what = dataclasses.replace(what, threads=threads)
     trial = CheckedTrial(study, study.ask()._trial_id, check)
     outcome = run_attempt(what, trial)
     study.tell(trial, outcome.value, outcome.state)

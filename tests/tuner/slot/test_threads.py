@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import optuna
 import pytest
 import torch
+from attempts import Signs, attempt
 
 from tuner import cores
 from tuner.slot import threads
@@ -112,6 +114,18 @@ def test_a_trial_is_measured_by_its_steps_and_what_was_chosen_is_told(monkeypatc
     assert "ms with 4" in told[0]
     of.start()
     assert torch.get_num_threads() == 4  # another trial, with params of its own
+
+
+def test_the_steps_of_a_training_are_what_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(threads, "BLOCK_S", 0.0)
+    monkeypatch.setattr(threads, "AGAIN_S", 1e9)
+    told: list[str] = []
+    of = Threads(four, log=told.append)
+    of.start()
+    outcome, _ = attempt(optuna.create_study(direction="maximize"), Signs(), threads=of, epochs=30)
+    assert len(told) == 1
+    assert outcome.attrs["threads"] == torch.get_num_threads()
+    assert told[0].startswith(f"computes with {torch.get_num_threads()} thread")
 
 
 def test_what_is_no_step_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
