@@ -8,6 +8,7 @@ import weakref
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import optuna
 import torch
 from torch import Tensor
@@ -72,7 +73,8 @@ class Transformers(TrainerCallback):  # type: ignore[misc, unused-ignore]  # of 
                 directory = self._folder / "checkpoint"
                 directory.mkdir()
                 for name, content in state["own"].items():
-                    (directory / Path(name).name).write_bytes(content.numpy().tobytes())
+                    if name not in _LEFT_OUT:
+                        (directory / Path(name).name).write_bytes(content.numpy().tobytes())
                 self._path = str(directory)
         return self._path
 
@@ -144,4 +146,4 @@ class Transformers(TrainerCallback):  # type: ignore[misc, unused-ignore]  # of 
 
 
 def _bytes_of(path: Path) -> Tensor:
-    return torch.frombuffer(bytearray(path.read_bytes()), dtype=torch.uint8)
+    return torch.from_numpy(np.frombuffer(path.read_bytes(), dtype=np.uint8).copy())
