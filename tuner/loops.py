@@ -57,10 +57,11 @@ def keep_model(
 ) -> None:
     """Keep the model as it is now, if the trial turns out to be the study's best so far; it may be trained further.
 
-    The last call of a trial counts. `example_inputs` is a batch that the model takes, on its device, some rows of which
-    are kept: `tuner export` makes a program of the model by them and compares it. `class_names` are for a model whose
-    outputs are of classes, in their order. Under `study.optimize` nothing is kept. Raises TunerError for a model that
-    cannot be called so or a trial that does not run here, and DivergedError for weights that are NaN or infinite.
+    The last call of a trial counts. `example_inputs` is a batch that the model takes, in order or by name, on its
+    device, some rows of which are kept: `tuner export` makes a program of the model by them and compares it. What the
+    model gives by names keeps them; what is no tensor in it is left out. `class_names` are for a model whose outputs
+    are of classes, in their order. Under `study.optimize` nothing is kept. Raises TunerError for a model that cannot be
+    called so or a trial that does not run here, and DivergedError for weights that are NaN or infinite.
     """
     loop = _running(trial, "keep_model")
     kept = take(model, example_inputs, class_names)

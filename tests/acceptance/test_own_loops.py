@@ -24,9 +24,11 @@ from tuner.study.registry import find_objective
 if TYPE_CHECKING:
     from command import Running
 
-# Waits before a step that is further than the file `gate` beside it says, and leaves what its model gave.
+# Waits before a step that is further than the file `gate` beside it says, and leaves what its model gave. The model is
+# called by name, also on integers, and gives a dataclass, as those of transformers.
 OWN = """
 import threading
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -35,11 +37,30 @@ import tuner
 HERE = Path(__file__).parent
 ROWS = torch.randn(50, 3, generator=torch.Generator().manual_seed(0))
 TARGETS = (ROWS[:, 0] > 0).long()
+BATCH = {"rows": ROWS, "kinds": torch.arange(50) % 2}
+
+
+@dataclass
+class Output:
+    logits: torch.Tensor
+    loss: torch.Tensor | None = None
+
+
+class Model(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.kinds = torch.nn.Embedding(2, 3)
+        self.layers = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Dropout(0.2), torch.nn.Linear(4, 2))
+
+    def forward(self, rows, kinds, labels=None):
+        logits = self.layers(rows + self.kinds(kinds))
+        return Output(logits, None if labels is None else torch.nn.functional.cross_entropy(logits, labels))
 
 
 def objective(trial):
     device = tuner.device(trial)
-    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Dropout(0.2), torch.nn.Linear(4, 2)).to(device)
+    model = Model().to(device)
+    batch = {name: its.to(device) for name, its in BATCH.items()}
     optimizer = torch.optim.Adam(model.parameters(), lr=trial.suggest_float("lr", 0.01, 0.1))
     checkpoint = tuner.checkpoint(trial)
     state, first = checkpoint.load(), 0
@@ -52,15 +73,15 @@ def objective(trial):
         while step > int((HERE / "gate").read_text()):
             threading.Event().wait(0.02)
         model.train()
-        loss = torch.nn.functional.cross_entropy(model(ROWS.to(device)), TARGETS.to(device))
+        loss = model(**batch, labels=TARGETS.to(device)).loss
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         trial.report(loss.item(), step)
         checkpoint.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}, now=True)
-    tuner.keep_model(trial, model, ROWS.to(device), class_names=("no", "yes"))
+    tuner.keep_model(trial, model, batch, class_names=("no", "yes"))
     with torch.no_grad():
-        torch.save(model.eval()(ROWS.to(device)).cpu(), HERE / f"gave-{trial.number}.pt")
+        torch.save(model.eval()(**batch).logits.cpu(), HERE / f"gave-{trial.number}.pt")
     return loss.item()
 """
 
@@ -143,9 +164,10 @@ def _check_export(command: Tuner, tmp_path: Path, best: optuna.trial.FrozenTrial
     assert (told["number"], told["test"], list(told["missing"])) == (best.number, {}, ["test"])
     rows = torch.randn(50, 3, generator=torch.Generator().manual_seed(0))
     gave = torch.load(tmp_path / f"gave-{best.number}.pt")
-    assert torch.equal(tuner.load_model(tmp_path / "model")(rows), gave)
-    np.save(tmp_path / "rows.npy", rows.numpy())
-    said = command("predict", "model", "rows.npy", "--csv").stdout.splitlines()
+    kinds = torch.arange(50) % 2
+    assert torch.equal(tuner.load_model(tmp_path / "model")(rows=rows, kinds=kinds)["logits"], gave)
+    np.savez(tmp_path / "rows.npz", rows=rows.numpy(), kinds=kinds.numpy())
+    said = command("predict", "model", "rows.npz", "--csv").stdout.splitlines()
     assert [line.split(",")[2] for line in said[1:]] == [("no", "yes")[place] for place in gave.argmax(1).tolist()]
     assert command("verify", "model").code == 0
     shown = command("show", "model/", "--json").json()

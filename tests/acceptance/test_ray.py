@@ -1,7 +1,8 @@
-"""Workers under Ray: a cluster of three nodes on this machine, one of which goes away, and what is refused before."""
+"""Workers under Ray: a cluster on this machine that loses nodes, or grows by demand, and what is refused before."""
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import subprocess
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from command import Tuner, wait_for
+from proxy import Proxy
 from sqlalchemy import text
 
 from storage import EmbeddedServer, open_engine, parse_url
@@ -30,6 +32,9 @@ REPORTED = """
     WHERE study_name = 'cut' AND EXISTS (SELECT 1 FROM trial_intermediate_values v WHERE v.trial_id = t.trial_id)
 """
 """The node of each running trial that has reported, and its number."""
+HERE = ray.util.get_node_ip_address()
+AUTOSCALER = {"AUTOSCALER_UPDATE_INTERVAL_S": "1", "RAY_FAKE_CLUSTER": "1"}
+"""How Ray's own tests run its autoscaler."""
 # The first two trials last until they are let go, so that nothing depends on when a node is taken away.
 SLOW = """
 import threading
@@ -47,6 +52,33 @@ def objective(trial):
 """
 
 
+def scaling(address: str) -> dict[str, Any]:
+    """A cluster's configuration by which it has up to two nodes of the resource `grown`, on this machine, by demand."""
+    lists = ("cluster_synced_files", "initialization_commands", "rsync_exclude", "rsync_filter", "setup_commands")
+    of_each = (f"{kind}_{what}_commands" for kind in ("head", "worker") for what in ("setup", "start_ray"))
+    return {
+        "cluster_name": "grows",
+        "provider": {
+            "type": "fake_multinode",
+            "gcs_address": address,
+            "use_node_id_as_ip": True,
+            "disable_node_updaters": True,  # these two as on Kubernetes: else a node that is slow to start would be
+            "worker_liveness_check": False,  # taken for lost
+        },
+        "head_node_type": "ray.head.default",
+        "available_node_types": {
+            "ray.head.default": {"resources": {"cut": 1}, "node_config": {}, "max_workers": 0},
+            "grown": {"resources": {"CPU": 1, "grown": 1}, "node_config": {}, "min_workers": 0, "max_workers": 2},
+        },
+        "max_workers": 2,
+        "upscaling_speed": 1.0,
+        "idle_timeout_minutes": 0.05,
+        **{name: {} for name in ("auth", "docker", "file_mounts")},
+        **{name: [] for name in (*lists, *of_each)},
+        "file_mounts_sync_continuously": False,
+    }
+
+
 @dataclass(frozen=True)
 class Place:
     """A cluster, and a database with a password that its nodes reach, but for the one that has the resource `cut`."""
@@ -56,6 +88,9 @@ class Place:
     url: str
     password: str
     logs: Path
+    modules: Path
+    """Where the nodes that come by demand find modules. What is copied to a node is taken from those beside it on this
+    machine for a moment, as each comes."""
 
     def add(self) -> Any:
         """Add a node with room for a worker."""
@@ -92,17 +127,31 @@ class Place:
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
-    """Three nodes: one that places nothing and does not reach the database, two for a worker each."""
+    """A node that places nothing and does not reach the database, two for a worker each, and two more by demand."""
+    from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE_ID
     from ray.cluster_utils import Cluster
 
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port = listener.getsockname()[1]
+    with socket.create_server(("127.0.0.1", 0)) as listener, socket.create_server(("", 0)) as other:
+        port, head_port = listener.getsockname()[1], other.getsockname()[1]
     server = EmbeddedServer(tmp_path_factory.mktemp("database"))
     server.start(f"127.0.0.1:{port}")
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    away = {"PGHOSTADDR": "127.0.0.99"}
-    head = {"num_cpus": 1, "include_dashboard": False, "env_vars": away, "resources": {"cut": 1}}
-    cluster = Cluster(initialize_head=True, head_node_args=head)
+    grows = tmp_path_factory.mktemp("scaling") / "cluster.json"
+    grows.write_text(json.dumps(scaling(f"{HERE}:{head_port}")))
+    head = {
+        "num_cpus": 1,
+        "include_dashboard": False,
+        "env_vars": {"PGHOSTADDR": "127.0.0.99", "RAY_OVERRIDE_NODE_ID_FOR_TESTING": FAKE_HEAD_NODE_ID},
+        "resources": {"cut": 1},
+        "gcs_server_port": head_port,
+        "autoscaling_config": str(grows),
+    }
+    modules = tmp_path_factory.mktemp("modules")
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in AUTOSCALER.items():
+            patch.setenv(name, value)
+        patch.setenv("PYTHONPATH", str(modules), prepend=os.pathsep)
+        cluster = Cluster(initialize_head=True, head_node_args=head)
     try:
         made = Place(
             address=cluster.address,
@@ -110,6 +159,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
             url=f"postgresql://tuner@127.0.0.1:{port}/tuner",
             password=server.password_file.read_text().strip(),
             logs=Path(cluster.head_node.get_logs_dir_path()),
+            modules=modules,
         )
         made.add()
         made.add()
@@ -229,3 +279,32 @@ def test_stop_has_workers_give_their_trials_back(place: Place, tuner: Tuner, a_s
     )
     assert outcomes == [("released",)]
     assert "no engine that is here" in tuner("launch", "status", "stopped").stderr
+
+
+@pytest.mark.skipif(HERE.startswith("127."), reason="needs an address by which other machines would reach this one")
+def test_a_cluster_grows_by_the_demand_of_workers_and_shrinks_with_it(
+    place: Place, tuner: Tuner, tmp_path: Path
+) -> None:
+    (place.modules / "slowly.py").write_text(SLOW)
+    (place.modules / "limits.py").write_text(f"GO = {str(tmp_path / 'go')!r}\n")
+    proxy = Proxy(place.url, HERE)  # nodes that are still to come would not find a loopback
+    path = os.pathsep.join(filter(None, [str(place.modules), os.environ.get("PYTHONPATH")]))
+    tuner = Tuner({**tuner.environment, "TUNER_STORAGE": str(proxy.url), "PYTHONPATH": path}, tmp_path)
+    made = tuner("create", "slowly:objective", "--study", "grows", "--trials", str(N_TRIALS), "--pruner", "none")
+    assert made.code == 0, made.stderr
+    began = time.monotonic()
+    wanted = ("--workers", "3", "--resources", '{"grown": 1}', "--elastic")
+    launched = tuner("launch", "ray", "grows", "--objective", "slowly:objective", *wanted)
+    assert "ray " in launched.stdout, launched.stderr
+    reported = REPORTED.replace("'cut'", "'grows'")
+    wait_for(lambda: len(place.rows(reported)) == 2, "a report from each of two nodes", LONG_S)
+    assert place.ask("print(ray.cluster_resources()['grown'])") == "2.0"
+    print(f"two nodes grew and reported after {time.monotonic() - began:.1f} s")
+    (tmp_path / "go").touch()
+    ended_at = time.monotonic()
+    grown = "print(ray.cluster_resources().get('grown', 0), ray.util.list_named_actors())"
+    wait_for(lambda: place.ask(grown) == "0 []", "no node that grew is left, and none is asked for", LONG_S)
+    print(f"no node of them is left after {time.monotonic() - ended_at:.1f} s")
+    trials = place.rows("SELECT number, t.state FROM trials t JOIN studies USING (study_id) WHERE study_name = 'grows'")
+    assert sorted(map(tuple, trials)) == [(number, "COMPLETE") for number in range(N_TRIALS)]
+    proxy.close()

@@ -105,6 +105,24 @@ threading.Event().wait()
     wait_for(lambda: not status.exists() or "State:\tZ" in status.read_text(), "it has ended")
 
 
+def kill_its_worker_while_it_imports(directory: str) -> None:
+    """The nursery is not left behind, though its objective hangs and never looks up."""
+    worker = os.fork()
+    if not worker:
+        text = (
+            "\nimport pathlib, threading\npathlib.Path('pid').write_text(str(os.getpid()))\nthreading.Event().wait()\n"
+        )
+        importing(Path(directory), [], text)
+        signal.pause()
+    told = Path(directory, "pid")
+    wait_for(lambda: told.exists() and bool(told.read_text()), "the objective hangs")
+    status = Path("/proc", told.read_text(), "status")
+    assert status.exists()
+    os.kill(worker, signal.SIGKILL)
+    os.waitpid(worker, 0)
+    wait_for(lambda: not status.exists() or "State:\tZ" in status.read_text(), "the nursery ends")
+
+
 def import_odd(directory: str, text: str) -> None:
     """Print why no slot is forked, once."""
     nursery = importing(Path(directory), [], text)

@@ -33,9 +33,9 @@ class Proxy:
     `queries` are those that came since the last `cut` or `forget`, lost ones included.
     """
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, host: str = "127.0.0.1") -> None:
         self._server = parse_url(url)
-        self._listener = socket.create_server(("127.0.0.1", 0))
+        self._listener = socket.create_server((host, 0))
         self._lock = threading.Lock()
         self._threads: list[threading.Thread] = []
         self._open: list[socket.socket] = [self._listener]
@@ -48,7 +48,8 @@ class Proxy:
     def url(self) -> URL:
         """The server's URL by way of this proxy, unencrypted."""
         query = {"sslmode": "disable", "gssencmode": "disable"}
-        return self._server.set(host="127.0.0.1", port=self._listener.getsockname()[1], query=query)
+        host, port = self._listener.getsockname()
+        return self._server.set(host=host, port=port, query=query)
 
     def forget(self) -> None:
         """Count queries from here on."""

@@ -130,13 +130,13 @@ def test_a_metric_that_is_not_logged_fails_the_trial():
     assert (outcome.failure, told in outcome.message) == ("user_error", True), outcome.message
 
 
-def test_a_trainer_of_several_devices_is_refused():
-    # Not by fit, which would run this very program again for the second device before it asks a callback.
-    trainer = lightning.Trainer(accelerator="cpu", devices=2, strategy="ddp", logger=False, enable_checkpointing=False)
-    study = a_study()
-    callback = tuner.callbacks.Lightning(study.ask(), "val_loss")
-    with pytest.raises(tuner.TunerError, match="a trial has one device, got a Trainer of 2: give it devices=1"):
-        callback.setup(trainer, None, "fit")
+def test_a_trainer_of_several_devices_is_refused_before_it_starts_a_process(monkeypatch):
+    started = []
+    monkeypatch.setattr("subprocess.Popen.__init__", lambda *args, **options: started.append(args) or 1 / 0)
+    trains = Trains(devices=2, strategy="ddp")
+    outcome, _ = attempt(a_study(), trains, direction="minimize")
+    assert "a trial has one device, got a Trainer of 2: give it devices=1" in outcome.message
+    assert (outcome.failure, started) == ("user_error", [])
 
 
 def test_lightning_is_asked_for_where_it_is_not_installed(start_python):

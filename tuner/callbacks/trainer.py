@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import shutil
 import tempfile
 import weakref
@@ -18,13 +19,29 @@ from tuner.training import DivergedError
 from tuner.training.checkpoint import set_generator_states
 
 try:
-    from lightning.pytorch import Callback
+    from lightning.pytorch import Callback, Trainer
 except ModuleNotFoundError as _error:
     raise TunerError(
         f"tuner.callbacks.Lightning needs lightning, got no {_error.name}: pip install 'tuner[lightning]'"
     ) from _error
 
 _FILE = "trainer.ckpt"
+_fit = Trainer.fit
+
+
+@functools.wraps(_fit)
+def _fit_on_one_device(trainer: Any, *args: Any, **options: Any) -> Any:
+    """Raise TunerError for a Trainer of several devices that trains a trial, which has one.
+
+    No callback is asked before `fit` has started a process for each device: this very program again, as a worker or as
+    the run of a study.
+    """
+    if trainer.world_size > 1 and any(isinstance(each, Lightning) for each in trainer.callbacks):
+        raise TunerError(f"a trial has one device, got a Trainer of {trainer.world_size}: give it devices=1")
+    return _fit(trainer, *args, **options)
+
+
+Trainer.fit = _fit_on_one_device  # type: ignore[method-assign, assignment, unused-ignore]
 
 
 class Lightning(Callback):  # type: ignore[misc, unused-ignore]  # of any type where Lightning is not installed
@@ -66,12 +83,7 @@ class Lightning(Callback):  # type: ignore[misc, unused-ignore]  # of any type w
                 self._path = str(path)
         return self._path
 
-    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:  # noqa: ARG002 - as Lightning calls it
-        """Raise TunerError for a Trainer of several devices: a trial has one."""
-        if trainer.world_size > 1:
-            raise TunerError(f"a trial has one device, got a Trainer of {trainer.world_size}: give it devices=1")
-
-    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:  # noqa: ARG002
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:  # noqa: ARG002 - as Lightning calls it
         """Have the random generators go on where they were: after this the order of the rows is drawn."""
         if self._generators is not None:
             set_generator_states(self._generators, self._device)

@@ -37,7 +37,10 @@ _WORD: Final = re.compile(r"[\w.+:-]{0,200}", re.ASCII)
 _LABEL: Final = re.compile(r"[^\"'\\\n\r{}]{0,500}")
 _TEXT: Final = re.compile(r"[^\\\n\r]{0,2000}")  # it is quoted in code
 
-_ATEN: Final = re.compile(r"torch\.ops\.aten\.(?P<op>(?!__)\w+)\.(?P<overload>(?!__)\w+)", re.ASCII)
+# Of names with two underscores in front those of the operators on bits, as a & b, which masks are made with.
+_ATEN: Final = re.compile(
+    r"torch\.ops\.aten\.(?P<op>(?!__)\w+|__i?(and|or|xor|lshift|rshift)__)\.(?P<overload>(?!__)\w+)", re.ASCII
+)
 _OTHER_OPERATORS: Final = re.compile(
     r"_operator\.(add|sub|mul|truediv|floordiv|mod|pow|neg|pos|eq|ne|lt|le|gt|ge|and_|or_|getitem)"
     r"|math\.(ceil|floor|trunc|sqrt)"

@@ -129,6 +129,7 @@ class WorkerActor:
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             env=environment,
+            cwd=directory(),
             start_new_session=True,
         ) as process:
             self._process = process
@@ -150,6 +151,7 @@ def look_around(arguments: tuple[str, ...], environment: dict[str, str]) -> tupl
             capture_output=True,
             text=True,
             env={**own_environment(), **environment},
+            cwd=directory(),
             timeout=CHECK_S,
             check=False,
         )
@@ -161,13 +163,24 @@ def look_around(arguments: tuple[str, ...], environment: dict[str, str]) -> tupl
     return done.returncode, told
 
 
+def directory() -> str:
+    """Return the directory that this process was started in, which is the objective's.
+
+    Nodes of one machine may share it. Each that comes makes it anew, so that this process is in one that is gone.
+    """
+    try:
+        return os.getcwd()
+    except FileNotFoundError:
+        return os.readlink("/proc/self/cwd").removesuffix(" (deleted)")
+
+
 def own_environment() -> dict[str, str]:
     """Return this process's environment without what is meant for others.
 
     Ray has Python look for modules in the directory of the objective, whose `storage.py` would be taken for ours.
     """
     environment = {name: value for name, value in os.environ.items() if name not in _OF_ANOTHER_PROCESS}
-    here = os.path.realpath(os.getcwd())
+    here = os.path.realpath(directory())
     paths = environment.pop("PYTHONPATH", "").split(os.pathsep)
     kept = [path for path in paths if path and os.path.realpath(path) != here]
     return {**environment, "PYTHONPATH": os.pathsep.join(kept)} if kept else environment

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, is_dataclass
 from functools import cached_property
 from typing import Any, Final
 
@@ -19,6 +19,7 @@ from tuner.errors import FormatError, TunerError, first_line
 from tuner.formats.program import PROGRAM, load_program, program_file
 from tuner.formats.weights import WEIGHTS, weights_file
 from tuner.places import place_of
+from tuner.slot.plain_model import plain
 from tuner.training.checkpoint import generator_states, set_generator_states
 from tuner.training.compiled import state_of
 from tuner.training.evaluation import device_of
@@ -30,6 +31,7 @@ TOLERANCE: Final = {"cpu": 1e-4}
 OTHER_TOLERANCE: Final = 2e-2
 """By how much of its largest value an output may differ when the model is called again, on the CPU: for one of another
 device by what its products of matrices in TF32 leave."""
+_PREFIXES: Final = ("", "model.", "model.model.")
 _PARALLEL: Final = ("DataParallel", "DistributedDataParallel", "FullyShardedDataParallel")
 
 
@@ -41,6 +43,8 @@ class KeptModel:
     """
 
     model: nn.Module
+    form: nn.Module
+    """The model as it is exported: itself, unless it takes or gives something else than tensors in order or by name."""
     held: Mapping[tuple[str, str, str], Tensor]
     inputs: Inputs
     outputs: Tensors
@@ -75,14 +79,15 @@ class KeptModel:
     def _program(self, missing: dict[str, str]) -> tuple[bytes, dict[str, Tensor]] | None:
         """Return the model's program and its weights; None where there is none, and say why in `missing`."""
         try:
-            again = training.predict(self.model.eval(), self.inputs)
+            model = self.form.eval()
+            again = training.predict(model, self.inputs)
             tolerance = TOLERANCE.get(self.device.type, OTHER_TOLERANCE)
             if not _is_close(again, self.outputs, tolerance):
                 raise FormatError(
                     "the model gives other outputs than when it was kept, with the same weights: its forward() uses"
                     " something that is neither weight nor buffer and has changed since"
                 )
-            data = program_file(self.model, _rows(self.inputs))
+            data = program_file(model, _rows(self.inputs))
             return data, load_program(io.BytesIO(data), PROGRAM).state_dict()
         except FormatError as error:
             missing[PROGRAM] = str(error)
@@ -119,14 +124,17 @@ def take(model: Any, example_inputs: Any, class_names: Sequence[str] = ()) -> Ke
     inputs = map_inputs(lambda tensor: tensor.detach()[:ROWS].clone(), inputs)
     with _without_a_trace(device), _evaluating(model):
         try:
-            outputs: Any = training.predict(model, inputs)
+            form = plain(model.eval(), inputs)
+            outputs: Any = training.predict(form, inputs, _checked_outputs)
+        except _OutputsError:
+            raise
         except Exception as error:
             place = place_of(error)
             raise TunerError(
                 f"keep_model cannot call the model on example_inputs: {type(error).__name__}: {first_line(error)}"
                 f"{'' if place is None else f' ({place})'}; give what its forward takes: a tensor, or a tuple or dict"
             ) from error
-    _check_outputs(outputs, len(tensors(inputs)[0]))
+    _check_rows(outputs, len(tensors(inputs)[0]))
     copies: dict[int, Tensor] = {}
     held = {}
     for key, tensor in _all_tensors(model):
@@ -135,6 +143,7 @@ def take(model: Any, example_inputs: Any, class_names: Sequence[str] = ()) -> Ke
         held[key] = copies[id(tensor)]
     return KeptModel(
         model=model,
+        form=form,
         held=held,
         inputs=map_inputs(lambda tensor: tensor.cpu(), inputs),
         outputs=map_inputs(lambda tensor: tensor.detach().cpu(), outputs),
@@ -187,15 +196,21 @@ def _check_model(model: Any) -> None:
             raise training.DivergedError(f"keep_model got a model whose weight {name!r} has NaN or infinity in it")
 
 
+class _OutputsError(TunerError):
+    """A model's outputs cannot be kept."""
+
+
 def _checked_inputs(given: Any) -> Inputs:
     if isinstance(given, list):
         given = tuple(given)
-    parts = list(given.values()) if isinstance(given, Mapping) else list(given) if isinstance(given, tuple) else [given]
+    if isinstance(given, Mapping):
+        given = {name: part for name, part in given.items() if part is not None}  # as if it were not given
+    parts = list(given.values()) if isinstance(given, dict) else list(given) if isinstance(given, tuple) else [given]
     for part in parts:
         if not isinstance(part, Tensor):
             raise TunerError(
                 "keep_model needs example_inputs that are a tensor, or a tuple or dict of them,"
-                f" got {type(part).__name__}: torch.from_numpy makes one of an array"
+                f" got {type(part).__name__}: {_hint(part)}"
             )
     if not parts or any(part.dim() == 0 or len(part) == 0 for part in parts) or len({len(part) for part in parts}) > 1:
         shapes = ", ".join(str(list(part.shape)) for part in parts)
@@ -204,23 +219,47 @@ def _checked_inputs(given: Any) -> Inputs:
         )
     if len(found := {part.device for part in parts}) > 1:
         raise TunerError(f"keep_model needs example_inputs on one device, got {', '.join(sorted(map(str, found)))}")
-    return dict(given) if isinstance(given, Mapping) else given
+    if isinstance(given, dict) and (odd := [name for name in given if not isinstance(name, str)]):
+        raise TunerError(f"keep_model needs example_inputs by the names of forward's arguments, got {odd[0]!r}")
+    inputs: Inputs = given
+    return inputs
 
 
-def _check_outputs(outputs: Any, n_rows: int) -> None:
-    parts = outputs.values() if type(outputs) is dict else outputs if type(outputs) is tuple else (outputs,)
-    for part in parts:
+def _hint(part: Any) -> str:
+    """Return what to give in the place of what is no tensor."""
+    if part is None:
+        return "give those that the model needs by their names, in a dict"
+    if is_dataclass(part):
+        return "vars() makes a dict of it"
+    return "torch.from_numpy makes one of an array, torch.tensor of a list"
+
+
+def _checked_outputs(outputs: Any) -> Any:
+    """Return the model's outputs for some rows. Raises _OutputsError unless they are tensors with rows."""
+    named = outputs if type(outputs) is dict else dict(enumerate(outputs if type(outputs) is tuple else (outputs,)))
+    for name, part in named.items():
         if not isinstance(part, Tensor):
-            raise TunerError(
-                "keep_model needs a model that gives a tensor, or a tuple or dict of them,"
+            raise _OutputsError(
+                "keep_model needs a model that gives tensors, by name or in order,"
                 f" got {type(part).__name__}: wrap it in a module whose forward returns its logits"
             )
-        if part.dim() == 0 or len(part) != n_rows:
+        if part.dim() == 0:
+            which = f"{name!r}" if type(outputs) is dict else "one"
+            raise _OutputsError(
+                f"keep_model needs a model that gives an output for each row, got {which} that is a single number;"
+                " where it is a loss, leave the labels out of example_inputs"
+            )
+    if not named:
+        raise _OutputsError("keep_model needs a model that gives a tensor, got none")
+    return outputs
+
+
+def _check_rows(outputs: Tensors, n_rows: int) -> None:
+    for part in tensors(outputs):
+        if len(part) != n_rows:
             raise TunerError(
                 f"keep_model needs a model that gives an output for each of {n_rows} rows, got shape {list(part.shape)}"
             )
-    if not parts:
-        raise TunerError("keep_model needs a model that gives a tensor, got none")
 
 
 def _checked_names(names: Sequence[str]) -> tuple[str, ...]:
@@ -302,8 +341,8 @@ def _is_in(program: tuple[bytes, dict[str, Tensor]] | None, name: str, weight: T
 
 
 def _inside(state: Mapping[str, Tensor], name: str) -> Any:
-    """Return a weight of a program, whose model may have been wrapped."""
-    return state.get(name, state.get(f"model.{name}"))
+    """Return a weight of a program, whose model is wrapped, maybe twice."""
+    return next((state[found] for found in (f"{prefix}{name}" for prefix in _PREFIXES) if found in state), None)
 
 
 def _is_close(one: Tensors, other: Tensors, tolerance: float) -> bool:

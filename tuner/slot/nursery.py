@@ -36,6 +36,7 @@ MAX_REQUEST_BYTES: Final = 1 << 16
 _N_STREAMS: Final = 3
 _DEVICES: Final = ("/dev/nvidia", "/dev/kfd", "/dev/dri")
 _PROBE_S: Final = 10.0
+_PR_SET_PDEATHSIG: Final = 1
 
 
 def can_fork() -> bool:
@@ -62,11 +63,15 @@ def forked_to_import(environment: dict[str, str], directory: str, printed: int) 
     """Fork a process that imports torch, and once that is known, the objective that the first request names.
 
     Then it is a nursery. It prints to the descriptor `printed`, and has this environment and directory. Returns as
-    `forked_from_here` does.
+    `forked_from_here` does. Until it is a nursery, and hears of it by its socket, it is killed with this process.
     """
     why_not = _with_threads()
+    # The kernel goes by the thread that forked, and only the first one lasts as long as the process.
+    worker = os.getpid() if threading.get_native_id() == os.getpid() else None
 
     def import_and_serve(requests: socket.socket) -> None:
+        if worker is not None:
+            _end_with(worker)
         nothing = os.open(os.devnull, os.O_RDWR)
         for number, stream in enumerate((nothing, nothing, printed)):
             os.dup2(stream, number)
@@ -79,9 +84,23 @@ def forked_to_import(environment: dict[str, str], directory: str, printed: int) 
         import_torch()
         if reference := requests.recv(MAX_REQUEST_BYTES).decode():
             import_objective(reference)
+            _end_with(None)
             _serve(requests, why_not)
 
     return _forked(import_and_serve)
+
+
+def _end_with(parent: int | None) -> None:
+    """Have the kernel kill this process when its parent ends, in whatever an import hangs; None for no longer.
+
+    Where the kernel refuses, nothing is different.
+    """
+    import ctypes
+
+    number = signal.SIGKILL if parent is not None else 0
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, *map(ctypes.c_ulong, (number, 0, 0, 0)))
+    if parent is not None and os.getppid() != parent:  # it ended before that was said
+        os._exit(1)
 
 
 def _forked(serve: Callable[[socket.socket], None]) -> tuple[int, socket.socket]:

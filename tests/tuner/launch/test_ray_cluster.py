@@ -121,6 +121,20 @@ def test_modules_beside_an_objective_are_not_taken_for_those_of_tuner(tmp_path, 
     assert "TUNER_STORAGE_PASSWORD_FILE" not in found
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux tells where a directory was")
+def test_a_worker_starts_in_a_directory_that_another_node_of_the_machine_has_made_anew(tmp_path, monkeypatch):
+    place = tmp_path / "package"
+    place.mkdir()
+    monkeypatch.setenv("PYTHONPATH", str(place))
+    monkeypatch.chdir(place)
+    place.rmdir()
+    place.mkdir()
+    (place / "mine.py").touch()
+    assert os.listdir(ray_actor.directory()) == ["mine.py"]
+    assert "PYTHONPATH" not in ray_actor.own_environment()
+    monkeypatch.chdir(tmp_path)
+
+
 def test_the_password_is_not_in_what_an_order_shows():
     order = ray_actor.Order(
         label="tuner-s-1", launch="a", number=0, arguments=("worker",), environment={"TUNER_STORAGE": "s3cret"}

@@ -26,7 +26,10 @@ def in_a_process_of_its_own(*arguments: str | Path) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("function", ["fork_and_kill_slots", "kill_the_nursery", "end_it_while_it_imports"])
+@pytest.mark.parametrize(
+    "function",
+    ["fork_and_kill_slots", "kill_the_nursery", "end_it_while_it_imports", "kill_its_worker_while_it_imports"],
+)
 def test_a_nursery_and_its_slots_end_or_are_killed_and_leave_nothing(tmp_path: Path, function: str) -> None:
     assert in_a_process_of_its_own(function, tmp_path) == "all as it should\n"
 
