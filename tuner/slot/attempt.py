@@ -342,6 +342,7 @@ def _train(
             check=check,
             alive=trial.alive,
             on_resume=on_resume,
+            on_compiled=record.compiled,
             log=lambda line: what.log(f"trial {trial.number}: {line}"),
         ),
     )
