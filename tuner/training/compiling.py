@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -196,6 +197,7 @@ class Compiling:
             if self._why_less is not None:
                 self._log(f"--compile: {self._what} alone, as {self._why_less}")
         loss = trial.end()
+        gc.collect()  # what the compiler has followed lies about in cycles, and holds the weights
         self._compile_s += time.perf_counter() - started_at
         return loss
 
@@ -372,10 +374,12 @@ def _shapes(batch: Batch) -> tuple[torch.Size, ...]:
 
 
 def _traced_gradients() -> Any:
-    """Have torch's compiler follow the computation of gradients. Raises AttributeError where it is too old for it."""
+    """Have torch's compiler follow the computation of gradients. Raises RuntimeError where it is too old for that."""
     import torch._dynamo.config as config
 
     its: Any = config
+    if not hasattr(its, "trace_autograd_ops"):
+        raise RuntimeError(f"the compiler of torch {torch.__version__} does not follow the computation of gradients")
     return its.patch(trace_autograd_ops=True)
 
 
