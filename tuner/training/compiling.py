@@ -134,7 +134,8 @@ class Compiling:
     def start_epoch(self) -> None:
         """An epoch begins, and the device has nothing to do."""
         self._is_due = self._compiled is None and not self._is_over and self._before.n_steps > 0
-        self._pace.start_epoch()
+        if not self._is_over:
+            self._pace.start_epoch()
 
     def end_epoch(self) -> None:
         """The device has done all steps of an epoch."""
@@ -154,9 +155,11 @@ class Compiling:
 
     def __call__(self, batch: Batch) -> Tensor:
         """Take one step on the batch's rows."""
-        if self._is_due:
+        if self._is_over:
+            return self._step(batch)
+        if self._is_due and batch.n_rows >= self._n_rows:
             return self._compile(batch)
-        loss = self._by_compiled(batch) if self._compiled is not None and not self._is_over else self._step(batch)
+        loss = self._step(batch) if self._compiled is None else self._by_compiled(self._compiled, batch)
         self._pace.count()
         return loss
 
@@ -164,15 +167,15 @@ class Compiling:
     def _pace(self) -> _Pace:
         return self._before if self._compiled is None else self._after
 
-    def _by_compiled(self, batch: Batch) -> Tensor:
-        assert self._compiled is not None
+    def _by_compiled(self, step: Callable[[Batch], Tensor], batch: Batch) -> Tensor:
         if batch.n_rows != self._n_rows:
             return self._step(batch)
         try:
-            return self._compiled(batch)
+            return step(batch)
         except (ChangedError, _dynamo_error()) as error:  # of compiling for another shape or setting: nothing has run
             why = str(error) if isinstance(error, ChangedError) else f"{type(error).__name__}: {first_line(error)}"
         self._is_over = True
+        self._pace.drop_epoch()
         self._parts.optimizer.zero_grad(set_to_none=True)
         self._log(f"--compile: uncompiled from here on, as {why}")
         return self._step(batch)
@@ -182,7 +185,13 @@ class Compiling:
         self._is_due = False
         started_at = time.perf_counter()
         self._n_rows = batch.n_rows
-        trial = _WholeTrial(self._parts, batch) if self._what == STEP else _ModelTrial(self._parts, batch)
+        try:
+            trial = _WholeTrial(self._parts, batch) if self._what == STEP else _ModelTrial(self._parts, batch)
+        except (RuntimeError, MemoryError) as error:  # of memory for a copy, or the step's own, which will come again
+            self._is_over = True
+            self._log(f"--compile: not compiled, {type(error).__name__}: {first_line(error)}")
+        if self._is_over:
+            return self._step(batch)
         try:
             with _told(self._alive):
                 self._compiled = trial.compiled(self._by)
@@ -231,6 +240,9 @@ class _Pace:
                 torch.accelerator.synchronize(self._device)
             self._began_at = time.perf_counter()
 
+    def drop_epoch(self) -> None:
+        self._began_at = None
+
     def end_epoch(self) -> None:
         if self._began_at is not None and self._n_here:
             self._seconds += time.perf_counter() - self._began_at
@@ -252,8 +264,18 @@ class _Kept:
         for state in parts.optimizer.state.values():
             found += [value for value in state.values() if isinstance(value, Tensor)]
         self._values = {id(tensor): (tensor, tensor.detach().clone()) for tensor in found}
+        self._optimizer = parts.optimizer
         self._device = parts.device
         self._generators = generator_states(parts.device)
+
+    @contextmanager
+    def put_back_after_error(self) -> Iterator[None]:
+        try:
+            yield
+        except BaseException:
+            self._optimizer.zero_grad(set_to_none=True)
+            self.put_back()
+            raise
 
     def of(self, tensors: list[Tensor]) -> list[Tensor]:
         return [self._values[id(tensor)][1] for tensor in tensors]
@@ -273,10 +295,11 @@ class _ModelTrial:
     def __init__(self, parts: Parts, batch: Batch) -> None:
         self._parts, self._batch = parts, batch
         self._began = _Kept(parts)
-        self._loss = parts.gradients(batch, parts.forward).clone()
-        self._trained = [p for group in parts.optimizer.param_groups for p in group["params"] if p.grad is not None]
-        self._grads = [param.grad for param in self._trained]
-        self._ended = _Kept(parts)
+        with self._began.put_back_after_error():
+            self._loss = parts.gradients(batch, parts.forward).clone()
+            self._trained = [p for group in parts.optimizer.param_groups for p in group["params"] if p.grad is not None]
+            self._grads = [param.grad for param in self._trained]
+            self._ended = _Kept(parts)
 
     def compiled(self, by: By) -> Callable[[Batch], Tensor]:
         """Return the compiled step. Raises NotTheSameError and what a compiler raises."""
@@ -316,10 +339,11 @@ class _WholeTrial:
     def __init__(self, parts: Parts, batch: Batch) -> None:
         self._parts, self._batch = parts, batch
         self._began = _Kept(parts)
-        self._loss = parts.gradients(batch, parts.forward).clone()
-        self._trained = [p for group in parts.optimizer.param_groups for p in group["params"] if p.grad is not None]
-        parts.update()
-        self._ended = _Kept(parts)
+        with self._began.put_back_after_error():
+            self._loss = parts.gradients(batch, parts.forward).clone()
+            self._trained = [p for group in parts.optimizer.param_groups for p in group["params"] if p.grad is not None]
+            parts.update()
+            self._ended = _Kept(parts)
 
     def compiled(self, by: By) -> Callable[[Batch], Tensor]:
         """Return the compiled step. Raises NotTheSameError and what a compiler raises."""

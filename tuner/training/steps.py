@@ -202,6 +202,9 @@ class Step:
                 raise
             self._needs_closure = True
             self._check_closure()
+            if self.compiling is not None:
+                self.compiling = None
+                self._log(f"--compile: not compiled, as {type(self._optimizer).__name__} needs a closure")
             self._update_by_closure(batch)
 
     def _update_by_closure(self, batch: Batch) -> None:

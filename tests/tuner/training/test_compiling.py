@@ -6,7 +6,7 @@ from torch import nn
 
 from tuner.data import Split
 from tuner.training import Interrupted, Options, Run, fit
-from tuner.training.compiling import MODEL, STEP, Gain
+from tuner.training.compiling import MODEL, STEP, Gain, _Kept
 from tuner.training.whole_step import _FOLLOWED, WholeStep, why_not_whole
 
 ROWS = 70
@@ -162,6 +162,41 @@ def test_a_training_that_ends_in_its_first_epoch_compiles_nothing_and_one_that_i
     with pytest.raises(Interrupted):
         Trained(True, on_epoch=stop)
     assert lines[-1][-1].startswith("--compile: a step took ")
+
+
+class Late(torch.optim.SGD):
+    """Says at its first step only that it needs a closure."""
+
+    def step(self, closure=None):
+        assert closure is not None, "this optimizer requires a closure"
+        closure()
+        super().step()
+
+
+@pytest.mark.usefixtures("uncompiled")
+@pytest.mark.parametrize("kind", [torch.optim.LBFGS, Late])
+def test_an_optimizer_with_a_closure_trains_as_it_does(kind):
+    compiled = Trained(True, kind=kind)
+    compiled.check_same(Trained(False, kind=kind), rel=0, abs=0)
+    assert compiled.gains == []
+    assert compiled.lines == ([] if kind is not Late else ["--compile: not compiled, as Late needs a closure"])
+
+
+@pytest.mark.usefixtures("uncompiled")
+@pytest.mark.parametrize("calls", [[], ["before the step"]], ids=["before the step", "after it"])
+def test_without_memory_for_what_compiling_keeps_training_goes_on(monkeypatch, calls):
+    kept = _Kept.__init__
+
+    def full(self, parts):
+        kept(self, parts)
+        if parts.optimizer.param_groups[0]["params"][0].grad is not None or not calls:
+            calls.append("after it")
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(_Kept, "__init__", full)
+    compiled = Trained(True)
+    compiled.check_same(Trained(False), rel=0, abs=0)
+    assert compiled.lines == ["--compile: not compiled, OutOfMemoryError: CUDA out of memory"]
 
 
 @pytest.mark.usefixtures("uncompiled")
