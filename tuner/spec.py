@@ -28,6 +28,8 @@ PrunerName = Literal["median", "percentile", "rungs", "hyperband", "asha", "none
 Direction = Literal["maximize", "minimize"]
 Precision = Literal["fp32", "tf32", "bf16", "fp16"]
 DataPlace = Literal["auto", "resident", "stream"]
+CompileMode = Literal["default", "max-autotune"]
+CompileBackend = Literal["inductor", "aot_eager"]
 
 
 class _Frozen(BaseModel):
@@ -91,12 +93,27 @@ class TrainingSpec(_Frozen):
     precision: Precision = "fp32"
     deterministic: bool = False
     compile: bool = False
+    compile_mode: CompileMode = "default"
+    compile_backend: CompileBackend = "inductor"
     cuda_graphs: bool = False
     patience: PositiveInt | None = None
     data: DataPlace = "auto"
     readers: NonNegativeInt | None = None
     prefetch: PositiveInt | None = None
     train_metrics: bool = False
+
+    @model_serializer(mode="wrap")
+    def _without_defaults(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out how to compile where that is the default, so that specs, and what is known by them, stay."""
+        dumped: dict[str, Any] = dump(self)
+        for name, default in _HOW_TO_COMPILE.items():
+            if dumped.get(name) == default:
+                del dumped[name]
+        return dumped
+
+
+_HOW_TO_COMPILE = {name: TrainingSpec.model_fields[name].default for name in ("compile_mode", "compile_backend")}
+"""What is left out of a spec where it is the default."""
 
 
 class Confirms(_Frozen):
@@ -191,7 +208,7 @@ def differences(stored: Spec, wanted: Spec) -> list[str]:
 
 
 def _shown(name: str, leaves: dict[str, Any]) -> Any:
-    value = leaves.get(name, "none")
+    value = leaves.get(name, _HOW_TO_COMPILE.get(name.removeprefix("training."), "none"))
     return value[:12] if name == CODE_HASH else value
 
 

@@ -200,10 +200,12 @@ def test_names_from_the_database_cannot_drive_the_terminal(tuner: Tuner) -> None
 
 def test_each_option_of_training_is_kept_in_the_spec(tuner: Tuner) -> None:
     flags = ["--precision", "bf16", "--compile", "--cuda-graphs", "--deterministic", "--train-metrics"]
+    flags += ["--compile-mode", "max-autotune"]
     done = tuner("create", "digits", *flags, "--patience", "3", "--data", "stream", "--json")
     assert done.json()["spec"]["training"] == {
         "precision": "bf16",
         "compile": True,
+        "compile_mode": "max-autotune",
         "cuda_graphs": True,
         "deterministic": True,
         "patience": 3,

@@ -88,6 +88,17 @@ def test_training_speed_prints_three_sides_and_their_ratios(database: str) -> No
         assert re.search(rf"an epoch of an empty model with report and pruning {where}: \d+\.\d+ ms", done.stdout)
 
 
+def test_compile_speed_prints_three_sides_and_seconds_of_compiling() -> None:
+    arguments = ["--models", "mlp", "--repeats", "1", "--steps", "2", "--backend", "aot_eager", "--device", "cpu"]
+    done = subprocess.run(
+        [sys.executable, BENCHMARKS / "compile_speed.py", *arguments], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"mlp +eager +\d+\.\d+ ms \(.*\) +x 1\.00\n", done.stdout), done.stdout
+    for side in ("model", "whole"):
+        assert re.search(rf"mlp +{side} +\d+\.\d+ ms \(.*\) .* compiled in \d+\.\d s, again \d+\.\d s\n", done.stdout)
+
+
 def test_search_speed_prints_both_sides_and_their_ratio(database: str, tmp_path: Path) -> None:
     arguments = ["--storage", database, "--repeats", "1", "--trials", "2", "--epochs", "1", "--data-dir", tmp_path]
     done = subprocess.run(

@@ -14,7 +14,10 @@ EVERY_COMMAND = ["--storage", "--storage-password-file", "--data-dir", "--log-fo
 OF_A_STUDY = {
     "Study": ["--study", "--set", "--sampler", "--pruner", "--audit", "--direction", "--seed", "--from"],
     "Budget": ["--trials", "--timeout", "--max-failures", "--trial-timeout", "--watchdog", "--epochs", "--patience"],
-    "Training": ["--precision", "--compile", "--cuda-graphs", "--deterministic", "--train-metrics"],
+    "Training": [
+        *("--precision", "--compile", "--compile-mode", "--compile-backend"),
+        *("--cuda-graphs", "--deterministic", "--train-metrics"),
+    ],
     "Data": ["--data", "--readers", "--prefetch", "--checkpoints", "--checkpoint-every"],
 }
 

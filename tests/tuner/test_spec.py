@@ -51,9 +51,26 @@ def test_a_spec_that_was_stored_before_training_had_settings_reads_as_the_defaul
 
 
 def test_every_setting_of_training_reaches_it():
-    training = TrainingSpec(precision="bf16", patience=3, data="stream", compile=True, cuda_graphs=True)
+    training = TrainingSpec(
+        precision="bf16",
+        patience=3,
+        data="stream",
+        compile=True,
+        compile_mode="max-autotune",
+        compile_backend="aot_eager",
+        cuda_graphs=True,
+    )
     options = Options(**training.model_dump())
     assert {name: getattr(options, name) for name in TrainingSpec.model_fields} == training.model_dump()
+
+
+def test_how_to_compile_is_in_a_spec_only_where_it_was_said():
+    plain = a_spec(training=TrainingSpec(compile=True))
+    assert not {"compile_mode", "compile_backend"} & plain.model_dump()["training"].keys()
+    said = a_spec(training=TrainingSpec(compile=True, compile_mode="max-autotune"))
+    assert parse_spec(said.model_dump(mode="json"), "digits") == said
+    told = "training.compile_mode: the study has default, this command says max-autotune"
+    assert differences(plain, said) == [told]
 
 
 def test_a_spec_cannot_be_changed():

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, get_args
 
 from tuner.errors import UsageError
-from tuner.spec import Budget, DataPlace, Precision, TrainingSpec
+from tuner.spec import Budget, CompileBackend, CompileMode, DataPlace, Precision, TrainingSpec
 
 _UNITS_S = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
 
@@ -34,6 +34,8 @@ class StudyPlan:
     patience: int | None = None
     precision: str = "fp32"
     compile_: bool = False
+    compile_mode: str = "default"
+    compile_backend: str = "inductor"
     cuda_graphs: bool = False
     deterministic: bool = False
     train_metrics: bool = False
@@ -99,14 +101,22 @@ class StudyPlan:
         for option, given, allowed in (
             ("--precision", self.precision, get_args(Precision)),
             ("--data", self.data, get_args(DataPlace)),
+            ("--compile-mode", self.compile_mode, get_args(CompileMode)),
+            ("--compile-backend", self.compile_backend, get_args(CompileBackend)),
         ):
             if given not in allowed:
                 raise UsageError(f"{option} needs {', '.join(allowed[:-1])} or {allowed[-1]}, got {given!r}")
+        if not self.compile_ and (self.compile_mode != "default" or self.compile_backend != "inductor"):
+            raise UsageError("--compile-mode and --compile-backend say how to compile: give --compile as well")
+        if self.compile_mode != "default" and self.compile_backend != "inductor":
+            raise UsageError(f"--compile-mode {self.compile_mode} is inductor's, got --compile-backend aot_eager")
         return TrainingSpec.model_validate(
             {
                 "precision": self.precision,
                 "deterministic": self.deterministic,
                 "compile": self.compile_,
+                "compile_mode": self.compile_mode,
+                "compile_backend": self.compile_backend,
                 "cuda_graphs": self.cuda_graphs,
                 "patience": self.patience,
                 "data": self.data,

@@ -11,7 +11,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from tuner.api.planning import StudyPlan
 from tuner.errors import UsageError
-from tuner.spec import DataPlace, Direction, Precision
+from tuner.spec import CompileBackend, CompileMode, DataPlace, Direction, Precision
 
 
 class StudySettings(TypedDict, total=False):
@@ -34,6 +34,8 @@ class StudySettings(TypedDict, total=False):
     patience: int | None
     precision: Precision | None
     compile: bool | None
+    compile_mode: CompileMode | None
+    compile_backend: CompileBackend | None
     cuda_graphs: bool | None
     deterministic: bool | None
     train_metrics: bool | None

@@ -131,8 +131,27 @@ class StudyOptions(StudyPlan):
         ),
     ] = "fp32"
     compile_: Annotated[
-        bool, typer.Option("--compile", help="Compile models by torch.compile.", rich_help_panel=TRAINING)
+        bool,
+        typer.Option(
+            "--compile", help="Compile the training step by torch.compile, after an epoch.", rich_help_panel=TRAINING
+        ),
     ] = False
+    compile_mode: Annotated[
+        str,
+        typer.Option(
+            metavar="default|max-autotune",
+            help="How long to search for the fastest code.",
+            rich_help_panel=TRAINING,
+        ),
+    ] = "default"
+    compile_backend: Annotated[
+        str,
+        typer.Option(
+            metavar="inductor|aot_eager",
+            help="What compiles: aot_eager generates no code, to find what fails.",
+            rich_help_panel=TRAINING,
+        ),
+    ] = "inductor"
     cuda_graphs: Annotated[
         bool,
         typer.Option("--cuda-graphs", help="Launch each training step as one CUDA graph.", rich_help_panel=TRAINING),

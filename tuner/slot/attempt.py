@@ -350,6 +350,7 @@ def _train(
             check=check,
             alive=alive,
             on_resume=on_resume,
+            on_compiled=record.compiled,
             log=lambda line: what.log(f"trial {trial.number}: {line}"),
         ),
     )

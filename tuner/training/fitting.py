@@ -20,10 +20,11 @@ from torch.optim.lr_scheduler import LRScheduler
 from tuner.data import Rows
 from tuner.errors import ObjectiveError
 from tuner.seeds import derive_seed
-from tuner.spec import DataPlace, Direction, Precision
+from tuner.spec import CompileBackend, CompileMode, DataPlace, Direction, Precision
 from tuner.training.batches import Batches, batches_of
 from tuner.training.checkpoint import Checkpoint, State, generator_states, set_generator_states
 from tuner.training.compiled import load_state, state_of
+from tuner.training.compiling import By, Gain
 from tuner.training.devices import current
 from tuner.training.evaluation import Evaluation, Predictions, device_of
 from tuner.training.schedules import Rates, Schedule
@@ -56,6 +57,8 @@ class Options:
 
     precision: Precision = "fp32"
     compile: bool = False
+    compile_mode: CompileMode = "default"
+    compile_backend: CompileBackend = "inductor"
     cuda_graphs: bool = False
     channels_last: bool | None = None
     deterministic: bool = False
@@ -98,8 +101,8 @@ class Run:
     schedule's; `rates`, of each epoch, are what one that follows a metric gave before, and gives again. `check` is
     called before each batch, and ends the training by what it raises; `alive` before each batch of an evaluation.
     With a `checkpoint` the training goes on where it was saved; `on_resume` is called once with the epochs that had
-    ended then. What is `resumable` and raised by a callback has the checkpoint written before it passes through. `log`
-    takes a line for people.
+    ended then, `on_compiled` at the end with what compiling gained, if anything was compiled. What is `resumable` and
+    raised by a callback has the checkpoint written before it passes through. `log` takes a line for people.
     """
 
     options: Options = Options()
@@ -112,6 +115,7 @@ class Run:
     check: Callable[[], None] = _nothing
     alive: Callable[[], None] = _nothing
     on_resume: Callable[[Sequence[Epoch]], None] = _nothing
+    on_compiled: Callable[[Gain], None] = _nothing
     log: Callable[[str], None] = _nothing
 
 
@@ -163,9 +167,10 @@ def fit(
         precision=options.precision,
         max_grad_norm=max_grad_norm,
         channels_last=channels_last,
-        compiled=options.compile,
+        compiled=By(backend=options.compile_backend, mode=options.compile_mode) if options.compile else None,
         cuda_graphs=options.cuda_graphs,
         log=run.log,
+        alive=run.alive,
     )
     training = _Training(model, train, optimizer, scheduler, step, device, batch_size=batch_size, seed=seed, run=run)
     evaluation, on_train = (
@@ -189,6 +194,7 @@ def fit(
         for opened in (run.checkpoint, training, evaluation, on_train):
             if opened is not None:
                 stack.callback(opened.close)
+        stack.callback(training.tell_gain)
         try:
             training.resume()
             last = epochs if run.until is None else min(epochs, run.until)
@@ -251,6 +257,8 @@ class _Training:
         started_at, waited_s = time.perf_counter(), self._batches.waited_s
         rates = self._schedule.start_epoch(number)
         self._model.train()
+        if self._step.compiling is not None:
+            self._step.compiling.start_epoch()
         for batch in self._batches.shuffled(self._order(), self._n_done, derive_seed(self._seed, "epoch", number)):
             self._run.check()
             # Before a step, so that resuming makes one before the epoch ends: torch warns of a schedule stepped first.
@@ -263,6 +271,8 @@ class _Training:
         train_loss = self._losses.mean()
         if not math.isfinite(train_loss):
             raise DivergedError(f"the training loss is {train_loss} in epoch {number}")
+        if self._step.compiling is not None:
+            self._step.compiling.end_epoch()
         return Epoch(
             number=number,
             train_loss=train_loss,
@@ -274,9 +284,17 @@ class _Training:
             wait_s=self._batches.waited_s - waited_s,
         )
 
+    def tell_gain(self) -> None:
+        """Tell what compiling gained, if anything was compiled."""
+        gain = None if self._step.compiling is None else self._step.compiling.gain()
+        if gain is not None:
+            self._run.log(str(gain))
+            self._run.on_compiled(gain)
+
     def close(self) -> None:
-        """End the processes that read the rows."""
+        """End the processes that read the rows, and let go of what was compiled."""
         self._batches.close()
+        self._step.close()
 
     def end_epoch(self, epoch: Epoch) -> None:
         """Take the epoch into the history, and step the schedule."""

@@ -13,6 +13,7 @@ from tuner.training.devices import name_of, peak_of, start_peak
 from tuner.versions import versions
 
 if TYPE_CHECKING:
+    from tuner.training.compiling import Gain
     from tuner.training.fitting import Epoch
 
 
@@ -22,6 +23,7 @@ OWN_NAMES = frozenset(
         *("seed", "device", "versions", "peak_memory_mb", "peak_reserved_mb", "threads"),
         *("parameters", "trained_parameters", "confirms"),
         *("audit.pruned_at", "audit.value", "audit.seconds"),
+        *("compiled", "compile_s", "step_ms_uncompiled", "step_ms_compiled"),
     }
 )
 """What is recorded of a trial and of its epochs beside the metrics, which cannot have these names."""
@@ -49,6 +51,7 @@ class Record:
         self._seed = seed
         self._epochs: list[Epoch] = []
         self._counts: dict[str, int] = {}
+        self._compiled: dict[str, Any] = {}
         start_peak(device)
 
     def count(self, model: nn.Module) -> None:
@@ -59,6 +62,10 @@ class Record:
         """Take an epoch that ended into the sums."""
         self._epochs.append(epoch)
 
+    def compiled(self, gain: Gain) -> None:
+        """Take in what compiling gained."""
+        self._compiled = gain.attrs()
+
     def attrs(self) -> dict[str, Any]:
         """Return the attributes by name; those of the epochs only if there were any."""
         peak = peak_of(self._device)
@@ -68,6 +75,7 @@ class Record:
             "peak_memory_mb": _mb(_process_peak() if peak is None else peak[0]),
             "versions": _recorded_versions(self._device),
             **self._counts,
+            **self._compiled,
         }
         if self._device.type == "cpu":
             always["threads"] = torch.get_num_threads()

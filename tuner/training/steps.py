@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from tuner.data import Batch, Inputs, Rows, map_inputs
 from tuner.errors import ObjectiveError, first_line
 from tuner.spec import Precision
+from tuner.training.compiling import By, Compiling, Forward, Parts
 from tuner.training.graphs import CannotCaptureError, CapturedStep
 
 Loss: TypeAlias = Callable[[Any, Any], Tensor]
@@ -108,12 +109,13 @@ class Step:
         precision: Precision = "fp32",
         max_grad_norm: float | None = None,
         channels_last: bool = False,
-        compiled: bool = False,
+        compiled: By | None = None,
         cuda_graphs: bool = False,
         log: Callable[[str], None] = lambda _: None,
+        alive: Callable[[], None] = lambda: None,
     ) -> None:
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
-        self._model: Any = model  # or its compiled form
+        self._model = model
         self._loss = loss
         self._optimizer = optimizer
         self._params = [param for group in optimizer.param_groups for param in group["params"]]
@@ -125,18 +127,38 @@ class Step:
         self._needs_closure = needs_closure(optimizer)
         if self._needs_closure:
             self._check_closure()
-        self._is_compiled_first = compiled
-        if compiled:
-            self._eager_model = model
-            torch.compiler.reset()  # or it stops after 8 models of a process, as all are called by the same code
-            self._model = torch.compile(model)
+        self._compiled_loss: Forward | None = None
         self._captured: CapturedStep | None = self._to_capture() if cuda_graphs else None
+        self.compiling: Compiling | None = None
+        self._is_compiled_first = compiled is not None and (self._captured is not None or self._needs_closure)
+        if compiled is not None and self._is_compiled_first:
+            self._compiled_loss = compiled.compiled(self._mean_loss)
+        elif compiled is not None:
+            self.compiling = Compiling(self._parts(loss), compiled, self._by_itself, log, alive)
 
     def __call__(self, batch: Batch) -> Tensor:
         """Take one step on the batch's rows."""
         if self._captured is not None:
             return self._by_graph(self._captured, batch)
-        return self._by_itself(batch)
+        return self._by_itself(batch) if self.compiling is None else self.compiling(batch)
+
+    def close(self) -> None:
+        """Let go of what was compiled and holds this step: only garbage collection would free the model."""
+        self._compiled_loss = self.compiling = None
+
+    def _parts(self, loss: Loss) -> Parts:
+        return Parts(
+            model=self._model,
+            loss=loss,
+            optimizer=self._optimizer,
+            device=self._device,
+            max_grad_norm=self._max_grad_norm,
+            is_scaled=self.scaler.is_enabled(),
+            prepared=self._prepared,
+            forward=self._mean_loss,
+            gradients=self._gradients_by,
+            update=self._update,
+        )
 
     def _by_itself(self, batch: Batch) -> Tensor:
         loss = self._first_compiled(batch) if self._is_compiled_first else self._gradients(batch)
@@ -147,10 +169,18 @@ class Step:
         self._optimizer.zero_grad(set_to_none=True)
         return loss
 
-    def _gradients(self, batch: Batch) -> Tensor:
-        inputs = map_inputs(_channels_last, batch.inputs) if self._channels_last else batch.inputs
+    def _prepared(self, inputs: Inputs) -> Inputs:
+        return map_inputs(_channels_last, inputs) if self._channels_last else inputs
+
+    def _mean_loss(self, inputs: Inputs, targets: Any) -> Tensor:
         with autocast(self._device, self._precision):
-            loss = self._loss(call(self._model, inputs), batch.targets)
+            return self._loss(call(self._model, inputs), targets)
+
+    def _gradients(self, batch: Batch) -> Tensor:
+        return self._gradients_by(batch, self._compiled_loss or self._mean_loss)
+
+    def _gradients_by(self, batch: Batch, forward: Forward) -> Tensor:
+        loss = forward(self._prepared(batch.inputs), batch.targets)
         if not isinstance(loss, Tensor) or loss.dim() > 0 or not loss.requires_grad:
             raise ObjectiveError(_why_no_loss(loss))
         self.scaler.scale(loss).backward()
@@ -172,6 +202,9 @@ class Step:
                 raise
             self._needs_closure = True
             self._check_closure()
+            if self.compiling is not None:
+                self.compiling = None
+                self._log(f"--compile: not compiled, as {type(self._optimizer).__name__} needs a closure")
             self._update_by_closure(batch)
 
     def _update_by_closure(self, batch: Batch) -> None:
@@ -194,13 +227,13 @@ class Step:
             raise ObjectiveError(f"max_grad_norm cannot clip gradients here, {why}: let max_grad_norm return None")
 
     def _first_compiled(self, batch: Batch) -> Tensor:
-        """Return the gradients by the compiled model, or, if it cannot be compiled, by the model as it is."""
+        """Return the gradients by the compiled model and loss, or, if they cannot be compiled, by those as they are."""
         self._is_compiled_first = False
         try:
             return self._gradients(batch)
         except RuntimeError as error:  # what torch.compile raises, and what the model itself may
             self._optimizer.zero_grad(set_to_none=True)
-            self._model = self._eager_model
+            self._compiled_loss = None
             loss = self._gradients(batch)
             self._log(f"--compile: not compiled, {type(error).__name__}: {first_line(error)}")
             return loss
