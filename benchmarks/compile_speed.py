@@ -29,6 +29,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from measuring import argument_parser, paired, write_ratios
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
@@ -144,7 +145,7 @@ def in_process_of_its_own(name: str, cache: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = argument_parser(__doc__)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--steps", type=int, default=200)
@@ -160,6 +161,7 @@ def main() -> None:
     name = platform.processor() or platform.machine()
     print(f"{name}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}", end="")
     print(f", {choose_device(options.device)}, {options.backend}, {options.mode}", flush=True)
+    ratios: dict[str, list[float]] = {}
     for model in options.models:
         with tempfile.TemporaryDirectory() as cache:
             cold, warm = (in_process_of_its_own(model, cache) for _ in range(2))
@@ -169,7 +171,9 @@ def main() -> None:
             line = f"  {model:<8}{side:<8}{middle:9.3f} ms ({min(ms):.3f} .. {max(ms):.3f})  x {of_eager / middle:.2f}"
             if side != "eager":
                 line += f"  compiled in {cold['compile_s'][side]:.1f} s, again {warm['compile_s'][side]:.1f} s"
+                ratios[f"{model}, {side}, x faster than eager"] = paired(warm["ms"]["eager"], ms)
             print(line, flush=True)
+    write_ratios(options.ratios, ratios)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,17 @@
-"""What the benchmarks share: a database for the time of a run, the stock side, timing, and a table of both sides."""
+"""What the benchmarks share: a database for the time of a run, the stock side, timing, and both sides in a table and
+as ratios."""
 
 from __future__ import annotations
 
+import argparse
+import json
 import math
 import os
 import platform
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -19,6 +22,36 @@ from storage import EmbeddedServer, ensure_schema, open_engine, parse_url
 from storage.database.engine import engine_options
 
 Times = dict[str, list[float]]
+Ratios = dict[str, list[float]]
+"""How one thing stood to another that was measured in turns with it, a value for each turn: the more the better."""
+
+
+def argument_parser(doc: str | None) -> argparse.ArgumentParser:
+    """Return a parser of what each benchmark is told."""
+    parser = argparse.ArgumentParser(description=(doc or "").splitlines()[0])
+    parser.add_argument("--ratios", type=Path, metavar="FILE", help="write the ratios of all turns there, as JSON")
+    return parser
+
+
+def write_ratios(file: Path | None, ratios: Ratios) -> None:
+    """Write what was measured for whoever asked for it."""
+    if file is not None:
+        file.write_text(json.dumps(ratios))
+
+
+def paired(slow: Sequence[float], fast: Sequence[float]) -> list[float]:
+    """Return how many times as long one side took as the other, for each turn that both had."""
+    return [one / other for one, other in zip(slow, fast, strict=False)]
+
+
+def ratios_of_sides(stock: Times, ours: Times, turns: int, suffix: str) -> Ratios:
+    """Return stock's times over ours, where the calls of one turn count as their median."""
+
+    def by_turn(values: list[float]) -> list[float]:
+        calls = math.ceil(len(values) / turns)
+        return [statistics.median(values[start : start + calls]) for start in range(0, len(values), calls)]
+
+    return {f"{what}, {suffix}": paired(by_turn(stock[what]), by_turn(values)) for what, values in ours.items()}
 
 
 @contextmanager

@@ -12,7 +12,6 @@ of tuner and of what PyTorch's images lack. There, `pip install --no-index --no-
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import platform
@@ -31,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from measuring import Ratios, argument_parser, write_ratios
 from sqlalchemy import text
 
 from storage import EmbeddedServer, open_engine
@@ -337,6 +337,20 @@ def markdown(found: Found) -> str:
     return "\n".join(lines)
 
 
+def ratios(found: Found) -> Ratios:
+    """Return what our step is of the bare one, with both ends that it may be by theirs."""
+    rows = {(row["model"], row["side"]): row for row in found.get("speed", {}).get("rows", [])}
+    return {
+        f"{side} of the bare step, {model}": [
+            bare["step_us_spread"][0] / row["step_us_spread"][1],
+            bare["step_us"] / row["step_us"],
+            bare["step_us_spread"][1] / row["step_us_spread"][0],
+        ]
+        for (model, side), row in rows.items()
+        if side != "bare" and (bare := rows.get((model, "bare"))) is not None
+    }
+
+
 def prepare(directory: Path, python: str) -> None:
     """Put the wheels of tuner, and of what it needs beside PyTorch's, for that Python on Linux into a directory."""
     directory.mkdir(parents=True, exist_ok=True)
@@ -358,7 +372,7 @@ def _installed() -> Iterator[tuple[str, str]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = argument_parser(__doc__)
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument("--parts", nargs="*", choices=list(PARTS), default=list(PARTS))
     parser.add_argument("--out", type=Path, default=Path("on_gpu"))
@@ -381,6 +395,7 @@ def main() -> None:
         (out / "on_gpu.json").write_text(json.dumps(found, indent=1))
         (out / "on_gpu.md").write_text(markdown(found))
     print(markdown(found))
+    write_ratios(options.ratios, ratios(found))
 
 
 if __name__ == "__main__":

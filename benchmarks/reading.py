@@ -13,7 +13,6 @@ and maximum, and stock's median over ours. The stock side of a study of more tha
 
 from __future__ import annotations
 
-import argparse
 import os
 import subprocess
 import sys
@@ -25,7 +24,17 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from filling import fill
-from measuring import Times, database, print_machine, print_sides, timed
+from measuring import (
+    Ratios,
+    Times,
+    argument_parser,
+    database,
+    print_machine,
+    print_sides,
+    ratios_of_sides,
+    timed,
+    write_ratios,
+)
 
 from storage import PostgresStorage, open_engine, parse_url
 from tuner.spec import Budget, ObjectiveSpec, Spec
@@ -106,6 +115,22 @@ class Processes:
             process.communicate()
 
 
+def a_study(url: str, name: str, n_trials: int) -> int:
+    """Return the id of a study of so many finished trials."""
+    spec = Spec(
+        objective=ObjectiveSpec(name="benchmark", code_hash="0" * 64),
+        metric="value",
+        direction="minimize",
+        budget=Budget(trials=n_trials),
+        epochs=20,
+    )
+    engine = open_engine(url)
+    study_id = create_study(engine, name, spec).study_id
+    fill(engine, study_id, n_trials)
+    engine.dispose()
+    return study_id
+
+
 def time_commands(processes: Processes, name: str, stock: Times, ours: Times, *, with_stock: bool) -> None:
     commands = {"best": ["best", name], "status": ["status", name], "studies": ["studies"]}
     for command, arguments in commands.items():
@@ -131,19 +156,9 @@ def time_first_read(processes: Processes, side: str, study_id: int, times: Times
         times[name].append(float(figure))
 
 
-def measure(url: str, n_trials: int, repeats: int, directory: Path) -> None:
+def measure(url: str, n_trials: int, repeats: int, directory: Path) -> Ratios:
     name = f"reading-{n_trials}-{os.getpid()}"
-    spec = Spec(
-        objective=ObjectiveSpec(name="benchmark", code_hash="0" * 64),
-        metric="value",
-        direction="minimize",
-        budget=Budget(trials=n_trials),
-        epochs=20,
-    )
-    engine = open_engine(url)
-    study_id = create_study(engine, name, spec).study_id
-    fill(engine, study_id, n_trials)
-    engine.dispose()
+    study_id = a_study(url, name, n_trials)
     processes = Processes(url, directory)
     stock: Times = defaultdict(list)
     ours: Times = defaultdict(list)
@@ -157,6 +172,8 @@ def measure(url: str, n_trials: int, repeats: int, directory: Path) -> None:
             time_first_read(processes, "stock", study_id, stock)
     print_sides(f"{n_trials} finished trials, ms", stock, ours)
     PostgresStorage(url).delete_study(study_id)
+    took_time = {what: values for what, values in ours.items() if not what.endswith("MB")}  # a small study takes none
+    return ratios_of_sides(stock, took_time, repeats, f"{n_trials} trials")
 
 
 def warm_up(url: str, directory: Path) -> None:
@@ -167,16 +184,18 @@ def warm_up(url: str, directory: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argument_parser(__doc__)
     parser.add_argument("--storage", default=os.environ.get("TUNER_STORAGE"))
     parser.add_argument("--sizes", type=int, nargs="+", default=[1000, 10_000, 50_000])
     parser.add_argument("--repeats", type=int, default=5)
     options = parser.parse_args()
+    ratios: Ratios = {}
     with database(options.storage) as url, tempfile.TemporaryDirectory() as directory:
         print_machine(url)
         warm_up(url, Path(directory))
         for n_trials in options.sizes:
-            measure(url, n_trials, options.repeats, Path(directory))
+            ratios |= measure(url, n_trials, options.repeats, Path(directory))
+    write_ratios(options.ratios, ratios)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,6 @@ CPU time is printed too if it runs on this host.
 
 from __future__ import annotations
 
-import argparse
 import math
 import multiprocessing
 import os
@@ -39,7 +38,7 @@ from pathlib import Path
 
 import optuna
 from filling import N_PARAMS, fill
-from measuring import Times, database, print_machine, timed
+from measuring import Ratios, Times, argument_parser, database, print_machine, timed, write_ratios
 from optuna.samplers import RandomSampler
 from sqlalchemy import Engine, text
 from sqlalchemy.exc import SQLAlchemyError
@@ -342,8 +341,8 @@ def _text(of_process: Path) -> str:
         return ""
 
 
-def run(load: Load, engine: Engine, n_workers: int, n_processes: int, start_within_s: float) -> None:
-    """Run the workers and print what became of them."""
+def run(load: Load, engine: Engine, n_workers: int, n_processes: int, start_within_s: float) -> Ratios:
+    """Run the workers, print what became of them, and return how many of the reports that each wanted it made."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["report_load"])
     ready, results, go = context.Queue(), context.Queue(), context.Event()
@@ -372,7 +371,10 @@ def run(load: Load, engine: Engine, n_workers: int, n_processes: int, start_with
     found = [results.get() for _ in processes]
     for process in processes:
         process.join()
-    show([outcome for outcomes, _ in found for outcome in outcomes], load, server, sum(cpu_s for _, cpu_s in found))
+    outcomes = [outcome for its, _ in found for outcome in its]
+    show(outcomes, load, server, sum(cpu_s for _, cpu_s in found))
+    made = [len(outcome.times.get("report", [])) * load.every_s / load.seconds for outcome in outcomes]
+    return {f"reports made of those wanted, {n_workers} workers": made} if load.every_s else {}
 
 
 def show(outcomes: list[Outcome], load: Load, server: Server, workers_cpu_s: float) -> None:
@@ -411,7 +413,7 @@ def _one_line(error: BaseException) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argument_parser(__doc__)
     parser.add_argument("--storage", default=os.environ.get("TUNER_STORAGE"))
     parser.add_argument("--workers", type=int, nargs="+", default=[100])
     parser.add_argument("--seconds", type=float, default=300.0)
@@ -428,6 +430,7 @@ def main() -> None:
         parser.error("--pooler stands in front of the database of --storage: name that too")
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     enough = CONNECTIONS_PER_PROCESS * PROCESSES_PER_WORKER * max(options.workers) + 20
+    ratios: Ratios = {}
     with database(options.storage, options.max_connections or enough) as url:
         engine = open_engine(url)
         print_machine(url)
@@ -444,9 +447,10 @@ def main() -> None:
                 watch_s=options.watch,
             )
             print(f"{n_workers} workers for {options.seconds:g} s, a report each {options.every:g} s:", flush=True)
-            run(load, engine, n_workers, options.processes, options.start_within)
+            ratios |= run(load, engine, n_workers, options.processes, options.start_within)
             optuna.delete_study(study_name=name, storage=PostgresStorage(url))
         engine.dispose()
+    write_ratios(options.ratios, ratios)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ standard error, and how many seeds won, lost or tied. At most `--rows` rows of t
 
 from __future__ import annotations
 
-import argparse
 import math
 import os
 import platform
@@ -20,6 +19,7 @@ from pathlib import Path
 
 import optuna
 import torch
+from measuring import Ratios, argument_parser, paired, write_ratios
 from optuna.samplers import RandomSampler
 
 from tuner import training
@@ -89,7 +89,7 @@ def loaded(name: str, directory: Path, rows: int, seed: int) -> tuple[Objective,
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argument_parser(__doc__)
     parser.add_argument("--data-dir", type=Path, required=True, help="where the data sets are, or are downloaded to")
     parser.add_argument("--data-sets", nargs="+", default=DATA_SETS)
     parser.add_argument("--seeds", type=int, default=5)
@@ -103,6 +103,7 @@ def main() -> None:
     print(f"{options.seeds} seeds, {options.trials} trials of {options.epochs} epochs, {options.rows} rows at most\n")
     heads = f"{'data set':<20}{'metric':<10}{'best epochs':<16}{'squeezed':>10}{'planned':>10}{'gain':>10}"
     print(f"  {heads}   won/lost/tied")
+    ratios: Ratios = {}
     for name in options.data_sets:
         results = []
         for seed in range(options.seeds):
@@ -119,6 +120,10 @@ def main() -> None:
             f"{statistics.mean(gains):>+10.4f} +- {error:.4f}   {'/'.join(map(str, counts))}",
             flush=True,
         )
+        planned, squeezed = ([result[index] for result in results] for index in (2, 1))
+        better = (planned, squeezed) if objective.direction == "maximize" else (squeezed, planned)
+        ratios[f"planned over squeezed, {name}"] = paired(*better)
+    write_ratios(options.ratios, ratios)
 
 
 if __name__ == "__main__":

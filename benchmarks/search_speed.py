@@ -32,7 +32,7 @@ from pathlib import Path
 
 import optuna
 import torch
-from measuring import database, print_machine
+from measuring import argument_parser, database, paired, print_machine, write_ratios
 from optuna.trial import TrialState
 from torch import Tensor
 from torchvision.datasets import FashionMNIST
@@ -157,7 +157,7 @@ def print_search(repeat: int, side: str, found: Search) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = argument_parser(__doc__)
     parser.add_argument("--storage", default=os.environ.get("TUNER_STORAGE"))
     parser.add_argument("--data-dir", type=Path, default=os.environ.get("TUNER_TEST_DATA"))
     parser.add_argument("--repeats", type=int, default=3)
@@ -194,10 +194,10 @@ def main() -> None:
     for name, its in found.items():
         seconds, best = spread([each.seconds for each in its], 1), spread([each.best for each in its], 4)
         print(f"  {name:<6} seconds {seconds}, best accuracy {best}")
-    pairs = list(zip(found["plain"], found["ours"], strict=True))
-    ratios = [one.seconds / other.seconds for one, other in pairs]
-    gains = [other.best - one.best for one, other in pairs]
+    ratios = paired(*([each.seconds for each in found[side]] for side in ("plain", "ours")))
+    gains = [other.best - one.best for one, other in zip(found["plain"], found["ours"], strict=True)]
     print(f"  ratio: ours {spread(ratios, 2)} x faster, best accuracy {spread(gains, 4)} better")
+    write_ratios(options.ratios, {"a search, x faster than plain": ratios})
 
 
 if __name__ == "__main__":

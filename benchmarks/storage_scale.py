@@ -22,7 +22,17 @@ from collections import defaultdict
 
 import optuna
 from filling import N_PARAMS, N_STEPS, fill
-from measuring import Times, database, print_machine, print_sides, timed
+from measuring import (
+    Ratios,
+    Times,
+    argument_parser,
+    database,
+    print_machine,
+    print_sides,
+    ratios_of_sides,
+    timed,
+    write_ratios,
+)
 from optuna.samplers import BaseSampler, RandomSampler, TPESampler
 from workers import SIDES, Side, WithoutCurves
 
@@ -113,7 +123,7 @@ def print_curves(ours: Times, without: Times) -> None:
     print("  curves add to " + ", ".join(f"{what}: {share:+.1%}" for what, share in added.items()), flush=True)
 
 
-def measure(url: str, n_trials: int, options: argparse.Namespace) -> None:
+def measure(url: str, n_trials: int, options: argparse.Namespace) -> Ratios:
     name = f"scale-{n_trials}-{os.getpid()}"
     times: dict[str, Times] = {side: defaultdict(list) for side in SIDES}
     engine = open_engine(url)
@@ -140,20 +150,23 @@ def measure(url: str, n_trials: int, options: argparse.Namespace) -> None:
     print_curves(times["ours"], times["ours without curves"])
     optuna.delete_study(study_name=name, storage=SIDES["ours"](url, name, RandomSampler()).study._storage)
     engine.dispose()
+    return ratios_of_sides(times["stock"], times["ours"], options.repeats, f"{n_trials} trials")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argument_parser(__doc__)
     parser.add_argument("--storage", default=os.environ.get("TUNER_STORAGE"))
     parser.add_argument("--sizes", type=int, nargs="+", default=[1000, 10_000])
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--firsts", type=int, default=3, help="how often a new worker joins")
     options = parser.parse_args()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
+    ratios: Ratios = {}
     with database(options.storage) as url:
         print_machine(url)
         for n_trials in options.sizes:
-            measure(url, n_trials, options)
+            ratios |= measure(url, n_trials, options)
+    write_ratios(options.ratios, ratios)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import optuna
-from measuring import database, print_machine
+from measuring import argument_parser, database, paired, print_machine, write_ratios
 from threads_objective import KINDS
 
 import tuner
@@ -95,7 +95,7 @@ def run(url: str, study: str, kind: str, setting: str, options: argparse.Namespa
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = argument_parser(__doc__)
     parser.add_argument("--storage", default=os.environ.get("TUNER_STORAGE"))
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument("--repeats", type=int, default=3)
@@ -106,20 +106,22 @@ def main() -> None:
     parser.add_argument("--smallest", action="store_true", help="see that it runs, and no more")
     options = parser.parse_args()
     if options.smallest:
-        options.kinds, options.repeats, options.trials, options.epochs, options.part = ["mlp-32"], 1, 2, 1, 0.0
+        options.kinds, options.trials, options.epochs, options.part = ["mlp-32"], 2, 1, 0.0
     optuna.logging.set_verbosity(optuna.logging.WARNING)
+    ratios: dict[str, list[float]] = {}
     with database(options.storage) as url:
         print_machine(url)
         print(f"{options.trials} trials x {options.epochs} epochs; load {os.getloadavg()[0]:.1f} before", flush=True)
         for kind in options.kinds:
             for n_busy in (0,) if options.smallest else (0, options.busy):
                 with beside(n_busy):
-                    compare(url, kind, n_busy, options)
+                    where = f"beside {n_busy} busy processes" if n_busy else "quiet"
+                    ratios[f"{kind}, {where}, best by hand over chosen"] = compare(url, kind, n_busy, options, where)
+    write_ratios(options.ratios, ratios)
 
 
-def compare(url: str, kind: str, n_busy: int, options: argparse.Namespace) -> None:
-    """Measure all settings with one kind of model, and print them."""
-    where = f"beside {n_busy} busy processes" if n_busy else "quiet"
+def compare(url: str, kind: str, n_busy: int, options: argparse.Namespace, where: str) -> list[float]:
+    """Measure all settings with one kind of model, and print them; returns the ratios, one a repeat."""
     names = [CHOSEN, "1 x 1"] if options.smallest else list(settings())
     found: dict[str, list[float]] = {name: [] for name in names}
     told: dict[str, str] = {}
@@ -133,9 +135,10 @@ def compare(url: str, kind: str, n_busy: int, options: argparse.Namespace) -> No
         print(f"  {kind:<8} {where:<24} {name:<8}{shown}   {told[name]}", flush=True)
     by_hand = [name for name in names if name not in (CHOSEN, BEFORE)]
     best = min(by_hand, key=lambda name: statistics.median(found[name]))
-    ratios = [hand / chosen for hand, chosen in zip(found[best], found[CHOSEN], strict=True)]
+    ratios = paired(found[best], found[CHOSEN])
     spread = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} .. {max(ratios):.2f})"
     print(f"  {kind:<8} {where:<24} ratio: best by hand, {best}, to chosen {spread}", flush=True)
+    return ratios
 
 
 if __name__ == "__main__":

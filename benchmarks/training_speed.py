@@ -18,7 +18,6 @@ ones of the same shape and number. Without --storage, starts an embedded Postgre
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import os
 import platform
@@ -34,7 +33,7 @@ from pathlib import Path
 
 import optuna
 import torch
-from measuring import database
+from measuring import Ratios, argument_parser, database, paired, write_ratios
 from optuna.samplers import RandomSampler
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
@@ -183,7 +182,7 @@ def measure(sides: dict[str, Side], repeats: int) -> dict[str, list[float]]:
     return seconds
 
 
-def compare(images: Tensor, labels: Tensor, batch_size: int, device: torch.device, repeats: int) -> None:
+def compare(images: Tensor, labels: Tensor, batch_size: int, device: torch.device, repeats: int) -> Ratios:
     sides = {
         "plain": plain(images, labels, batch_size, device),
         "ours": ours(images, labels, batch_size, device)[1],
@@ -194,15 +193,15 @@ def compare(images: Tensor, labels: Tensor, batch_size: int, device: torch.devic
     seconds = measure(sides, repeats)
     for name, values in seconds.items():
         middle = statistics.median(values)
-        spread = f"({min(values):.4f} .. {max(values):.4f})"
-        print(f"  batch {batch_size:>4} {name:<8}{middle:9.4f} s {spread:<22}{len(images) / middle:12,.0f} samples/s")
-    print(f"  batch {batch_size:>4} ratio: ours {ratio(seconds, 'plain', 'ours')} x plain,", end="")
-    print(f" {ratio(seconds, 'bare', 'ours')} of the bare step")
+        ends = f"({min(values):.4f} .. {max(values):.4f})"
+        print(f"  batch {batch_size:>4} {name:<8}{middle:9.4f} s {ends:<22}{len(images) / middle:12,.0f} samples/s")
+    plain_ratios, bare_ratios = (paired(seconds[side], seconds["ours"]) for side in ("plain", "bare"))
+    print(f"  batch {batch_size:>4} ratio: ours {spread(plain_ratios)} x plain, {spread(bare_ratios)} of the bare step")
+    return {f"x plain, batch {batch_size}": plain_ratios, f"of the bare step, batch {batch_size}": bare_ratios}
 
 
-def ratio(seconds: dict[str, list[float]], slow: str, fast: str) -> str:
-    """Return the median of the ratios of neighbouring turns, and their spread."""
-    ratios = [one / other for one, other in zip(seconds[slow], seconds[fast], strict=True)]
+def spread(ratios: list[float]) -> str:
+    """Return the median and both ends."""
     return f"{statistics.median(ratios):.2f} ({min(ratios):.2f} .. {max(ratios):.2f})"
 
 
@@ -307,7 +306,7 @@ def trials_an_hour(slots: Sequence[int], trials: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = argument_parser(__doc__)
     parser.add_argument("--data-dir", type=Path, default=os.environ.get("TUNER_TEST_DATA"))
     parser.add_argument("--storage", default=os.environ.get("TUNER_STORAGE"))
     parser.add_argument("--repeats", type=int, default=7)
@@ -325,8 +324,9 @@ def main() -> None:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     print(f"{name}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}, {device}")
     print(f"{len(images)} images, {what}; an epoch in seconds, median (minimum .. maximum) of {options.repeats}")
+    ratios: Ratios = {}
     for batch_size in options.batch_sizes:
-        compare(images, labels, batch_size, device, options.repeats)
+        ratios |= compare(images, labels, batch_size, device, options.repeats)
     with trial_in_memory() as trial:
         overhead(device, trial, "in memory")
     with database(options.storage) as url, trial_in_database(url) as trial:
@@ -334,6 +334,7 @@ def main() -> None:
     trials_an_hour(
         options.slots if options.slots is not None else [1, 2, 4, 8] * (device.type == "cuda"), options.trials
     )
+    write_ratios(options.ratios, ratios)
 
 
 if __name__ == "__main__":

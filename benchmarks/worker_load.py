@@ -26,7 +26,7 @@ from multiprocessing.synchronize import Barrier
 
 import optuna
 from filling import fill
-from measuring import Times, database, print_machine, timed
+from measuring import Ratios, Times, argument_parser, database, print_machine, timed, write_ratios
 from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
 from optuna.samplers import RandomSampler
 from sqlalchemy import Engine
@@ -104,7 +104,7 @@ def a_study(engine: Engine, name: str, history: int) -> str:
     return name
 
 
-def measure(engine: Engine, url: str, n_workers: int, options: argparse.Namespace) -> None:
+def measure(engine: Engine, url: str, n_workers: int, options: argparse.Namespace) -> Ratios:
     rates: dict[str, list[float]] = {side: [] for side in SIDES}
     pooled: dict[str, Times] = {side: defaultdict(list) for side in SIDES}
     errors: dict[str, list[str]] = {side: [] for side in SIDES}
@@ -121,11 +121,12 @@ def measure(engine: Engine, url: str, n_workers: int, options: argparse.Namespac
         shown = f"{n_workers:>7} {side:<6}{spread(rates[side], 2)}"
         shown += "".join(f"{shown_percentiles(pooled[side][call]):>20}" for call in CALLS)
         print(f"{shown}{len(errors[side]):>8}", flush=True)
-    ratios = [ours / max(stock, 1e-9) for stock, ours in zip(rates["stock"], rates["ours"], strict=True)]
-    print(f"{n_workers:>7} ratio {spread(ratios, 1)}", flush=True)
+    ratios = [ours / stock for stock, ours in zip(rates["stock"], rates["ours"], strict=True) if stock]
+    print(f"{n_workers:>7} ratio {spread(ratios, 1) if ratios else '-'}", flush=True)
     for side, its_errors in errors.items():
         for error in sorted(set(its_errors))[:3]:
             print(f"        {side}: {error[:200]}", flush=True)
+    return {f"trials a second, {n_workers} workers": ratios} if ratios else {}
 
 
 def spread(values: list[float], digits: int) -> str:
@@ -140,7 +141,7 @@ def shown_percentiles(values: list[float]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argument_parser(__doc__)
     parser.add_argument("--storage", default=os.environ.get("TUNER_STORAGE"))
     parser.add_argument("--workers", type=int, nargs="+", default=[8, 32, 64])
     parser.add_argument("--seconds", type=float, default=10.0)
@@ -148,14 +149,16 @@ def main() -> None:
     parser.add_argument("--history", type=int, default=10_000, help="finished trials that a study starts with")
     options = parser.parse_args()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
+    ratios: Ratios = {}
     with database(options.storage) as url:
         engine = open_engine(url)
         print_machine(url)
         heads = "".join(f"{call + ' p50 / p99':>20}" for call in CALLS)
         print(f"{'workers':>7} {'':<6}{'trials/s':>9}{'min':>9}{'max':>9}{heads}{'errors':>8}")
         for n_workers in options.workers:
-            measure(engine, url, n_workers, options)
+            ratios |= measure(engine, url, n_workers, options)
         engine.dispose()
+    write_ratios(options.ratios, ratios)
 
 
 if __name__ == "__main__":

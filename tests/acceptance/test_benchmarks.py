@@ -1,4 +1,7 @@
-"""Each benchmark at its smallest size: it runs and prints its figures."""
+"""Each benchmark at its smallest size, by the one command that runs them: it prints its figures and gives ratios.
+
+Nothing is said here of the ratios themselves: the machine has other things to do.
+"""
 
 from __future__ import annotations
 
@@ -7,131 +10,172 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Protocol
 
+import baseline
 import numpy as np
 import pytest
+from baseline import Ratio
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
-def test_main_job_prints_its_phases_and_accuracy_beside_another_checkouts() -> None:
-    arguments = ["--runs", "1", "--trials", "2", "--epochs", "1", "--against", BENCHMARKS.parent]
-    done = subprocess.run(
-        [sys.executable, BENCHMARKS / "main_job.py", *arguments], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    found = {name: float(value) for name, value in re.findall(r"^  (\D+?) +(\d+\.\d+)", done.stdout, re.M)}
+class Runs(Protocol):
+    """Runs one benchmark with more arguments; returns what it printed, and which ratios became its baseline."""
+
+    def __call__(self, name: str, *arguments: str | Path, quiet: bool = True) -> tuple[str, set[str]]: ...
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Runs:
+    def run(name: str, *arguments: str | Path, quiet: bool = True) -> tuple[str, set[str]]:
+        kept = tmp_path / "baseline.json"
+        command = ["-m", "benchmarks", "--only", name, "--turns", "1", "--out", tmp_path, "--baseline", kept, "--write"]
+        done = subprocess.run(
+            [sys.executable, *command, "--", *arguments],
+            capture_output=True,
+            text=True,
+            check=False,
+            cwd=BENCHMARKS.parent,
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stderr == "" or not quiet
+        (ratios,) = baseline.read(kept).values()
+        lines = re.findall(rf"^{name} +(.*?) +\d\S* +- +\S+  new$", done.stdout, re.M)
+        assert lines == list(ratios), done.stdout
+        return (tmp_path / f"{name}.txt").read_text(), set(ratios)
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("now", "before", "verdict"),
+    [
+        (Ratio(median=2.0, spread=0.1), Ratio(median=2.4, spread=0.5), "same"),  # no more than it differed before
+        (Ratio(median=2.0, spread=0.5), Ratio(median=2.4, spread=0.1), "same"),  # no more than it differs now
+        (Ratio(median=2.0, spread=0.1), Ratio(median=2.4, spread=0.2), "fell"),
+        (Ratio(median=2.4, spread=0.1), Ratio(median=2.0, spread=0.2), "rose"),
+        (Ratio(median=2.0, spread=0.0), None, "new"),
+        (None, Ratio(median=2.0, spread=9.0), "gone"),
+    ],
+)
+def test_a_ratio_fell_if_by_more_than_its_spread(now: Ratio | None, before: Ratio | None, verdict: str) -> None:
+    assert baseline.verdict(now, before) == verdict
+
+
+def test_a_baseline_keeps_medians_and_spreads_and_what_was_not_measured_again(tmp_path: Path) -> None:
+    file = tmp_path / "baseline.json"
+    assert baseline.read(file) == {}
+    one, other = Ratio.of([3.0, 1.0, 1.5]), Ratio.of([0.123456])
+    assert one == Ratio(median=1.5, spread=2.0)
+    assert other == Ratio(median=0.123, spread=0.0)
+    baseline.write(file, {"a": {"x": one}, "b": {"x": one}})
+    baseline.write(file, {"b": {"y": other}})
+    assert baseline.read(file) == {"a": {"x": one}, "b": {"y": other}}
+
+
+def test_each_ratio_has_a_line_and_one_that_fell_or_is_gone_is_told() -> None:
+    low, high = Ratio(median=1.0, spread=0.1), Ratio(median=2.0, spread=0.2)
+    lines, is_good = baseline.compared("a", {"x": high, "y": low}, {"x": low, "y": low})
+    assert [line.split() for line in lines] == [
+        ["a", "x", "2", "1", "0.2", "rose"],
+        ["a", "y", "1", "1", "0.1", "same"],
+    ]
+    assert is_good
+    assert not baseline.compared("a", {"x": low, "y": low}, {"x": high, "y": low})[1]
+    assert not baseline.compared("a", {"y": low}, {"x": high, "y": low})[1]
+
+
+def test_the_baseline_has_the_ratios_of_each_benchmark() -> None:
+    benchmarks = {path.stem for path in BENCHMARKS.glob("*.py") if "= argument_parser(__doc__)" in path.read_text()}
+    kept = baseline.read(BENCHMARKS / "baseline.json")
+    assert set(kept) == benchmarks
+    assert all(kept.values())
+
+
+def test_startup_prints_seconds_beside_those_wanted(database: str, run: Runs) -> None:
+    printed, ratios = run("startup", "--storage", database)
+    for what in ("import tuner", "tuner --help", "tuner objectives", "tuner studies", "tuner best", "tuner status"):
+        assert re.search(rf"{what}( +\d+\.\d\d){{3}} +0\.60 +\d+\.\d\d\n", printed), what
+        assert f"import optuna over {what}" in ratios
+
+
+def test_main_job_prints_its_phases_and_accuracy_beside_another_checkouts(run: Runs) -> None:
+    printed, ratios = run("main_job", "--against", BENCHMARKS.parent)
+    found = {name: float(value) for name, value in re.findall(r"^  (\D+?) +(\d+\.\d+)", printed, re.M)}
     phases = [found[name] for name in ("first trial", "search", "export")]
     assert min(phases) > 0
     assert sum(phases) == pytest.approx(found["seconds"], abs=0.01)
     assert 0 < found["test accuracy, there"] <= 1
+    assert "bare imports over export" in ratios
     assert found["seconds, ratio"] == pytest.approx(found["seconds"] / found["seconds, there"], abs=0.01)
 
 
-def test_storage_scale_prints_both_sides_and_their_ratio(database: str) -> None:
-    arguments = ["--storage", database, "--sizes", "30", "--repeats", "2", "--firsts", "1"]
-    done = subprocess.run(
-        [sys.executable, BENCHMARKS / "storage_scale.py", *arguments], capture_output=True, text=True, check=False
-    )
-    assert (done.returncode, done.stderr) == (0, "")
+def test_storage_scale_prints_both_sides_and_their_ratio(database: str, run: Runs) -> None:
+    printed, _ = run("storage_scale", "--storage", database, "--sizes", "30")
     for what in ("first claim", "first read of all trials", "report", "should_prune", "tell", "TPE's first suggest"):
-        assert re.search(rf"{what}( +\d+\.\d+){{7}}", done.stdout), what
-    assert re.search(r"curves add to report: [+-]\d+\.\d%, .*tell: [+-]\d+\.\d%\n", done.stdout)
+        assert re.search(rf"{what}( +\d+\.\d+){{7}}", printed), what
+    assert re.search(r"curves add to report: [+-]\d+\.\d%, .*tell: [+-]\d+\.\d%\n", printed)
 
 
-def test_reading_prints_both_sides_and_their_ratio(database: str) -> None:
-    arguments = ["--storage", database, "--sizes", "30", "--repeats", "1"]
-    done = subprocess.run(
-        [sys.executable, BENCHMARKS / "reading.py", *arguments], capture_output=True, text=True, check=False
-    )
-    assert (done.returncode, done.stderr) == (0, "")
+def test_reading_prints_both_sides_and_their_ratio(database: str, run: Runs) -> None:
+    printed, _ = run("reading", "--storage", database, "--sizes", "30")
     for what in ("tuner best", "tuner status", "tuner studies", "page, first", "page, again", "first read by a worker"):
-        assert re.search(rf"{what}( +\d+\.\d+){{7}}", done.stdout), what
-    assert re.search(r"its memory, MB( +\d+\.\d+){6}", done.stdout)  # too little, at this size, for a ratio
+        assert re.search(rf"{what}( +\d+\.\d+){{7}}", printed), what
+    assert re.search(r"its memory, MB( +\d+\.\d+){6}", printed)  # too little, at this size, for a ratio
 
 
-def test_worker_load_prints_both_sides_and_their_ratio(database: str) -> None:
-    arguments = ["--storage", database, "--workers", "2", "--seconds", "0.5", "--rounds", "1", "--history", "10"]
-    done = subprocess.run(
-        [sys.executable, BENCHMARKS / "worker_load.py", *arguments], capture_output=True, text=True, check=False
-    )
-    assert (done.returncode, done.stderr) == (0, "")
+def test_worker_load_prints_both_sides_and_their_ratio(database: str, run: Runs) -> None:
+    printed, _ = run("worker_load", "--storage", database, "--seconds", "0.5")
     for side in ("stock", "ours"):
-        assert re.search(rf" 2 {side}( +\d+\.\d+){{3}}( +(\d+\.\d+ / \d+\.\d+|-)){{4}} +0\n", done.stdout), done.stdout
-    assert re.search(r" 2 ratio( +\d+\.\d+){3}", done.stdout)
+        assert re.search(rf" 2 {side}( +\d+\.\d+){{3}}( +(\d+\.\d+ / \d+\.\d+|-)){{4}} +0\n", printed), printed
+    assert re.search(r" 2 ratio(( +\d+\.\d+){3}| -)", printed)
 
 
-def test_report_load_prints_percentiles_connections_and_errors(database: str) -> None:
-    arguments = ["--storage", database, "--workers", "2", "--history", "10", "--seconds", "2", "--every", "0.1"]
-    arguments += ["--reports", "3", "--watch", "0.5"]
-    done = subprocess.run(
-        [sys.executable, BENCHMARKS / "report_load.py", *arguments], capture_output=True, text=True, check=False
-    )
-    assert (done.returncode, done.stderr) == (0, "")
-    assert "  2 of 2 workers ready after" in done.stdout
+def test_report_load_prints_percentiles_connections_and_errors(database: str, run: Runs) -> None:
+    printed, _ = run("report_load", "--storage", database)
+    assert "  2 of 2 workers ready after" in printed
     for call in ("report", "should_prune", "claim", "params", "tell", "watch"):
-        assert re.search(rf"{call}( +\d+\.\d+){{3}} +\d+\n", done.stdout), done.stdout
-    assert re.search(r"connections +[2-8] at most\n", done.stdout), done.stdout
-    assert re.search(r"waits +0\n +gave up +0, never got in 0\n", done.stdout), done.stdout
+        assert re.search(rf"{call}( +\d+\.\d+){{3}} +\d+\n", printed), printed
+    assert re.search(r"connections +[2-8] at most\n", printed), printed
+    assert re.search(r"waits +0\n +gave up +0, never got in 0\n", printed), printed
 
 
-def test_training_speed_prints_three_sides_and_their_ratios(database: str) -> None:
-    arguments = ["--storage", database, "--rows", "64", "--repeats", "1", "--batch-sizes", "32", "--device", "cpu"]
-    done = subprocess.run(
-        [sys.executable, BENCHMARKS / "training_speed.py", *arguments], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
+def test_training_speed_prints_three_sides_and_their_ratios(database: str, run: Runs) -> None:
+    printed, _ = run("training_speed", "--storage", database, quiet=False)
     for side in ("plain", "ours", "bare"):
-        assert re.search(rf"batch +32 {side} +\d+\.\d+ s \(", done.stdout)
-    assert re.search(r"ratio: ours \d+\.\d+ \(.*\) x plain, \d+\.\d+ \(.*\) of the bare step", done.stdout)
+        assert re.search(rf"batch +32 {side} +\d+\.\d+ s \(", printed)
+    assert re.search(r"ratio: ours \d+\.\d+ \(.*\) x plain, \d+\.\d+ \(.*\) of the bare step", printed)
     for where in ("in memory", "in PostgreSQL"):
-        assert re.search(rf"an epoch of an empty model with report and pruning {where}: \d+\.\d+ ms", done.stdout)
+        assert re.search(rf"an epoch of an empty model with report and pruning {where}: \d+\.\d+ ms", printed)
 
 
-def test_compile_speed_prints_three_sides_and_seconds_of_compiling() -> None:
-    arguments = ["--models", "mlp", "--repeats", "1", "--steps", "2", "--backend", "aot_eager", "--device", "cpu"]
-    done = subprocess.run(
-        [sys.executable, BENCHMARKS / "compile_speed.py", *arguments], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    assert re.search(r"mlp +eager +\d+\.\d+ ms \(.*\) +x 1\.00\n", done.stdout), done.stdout
+def test_compile_speed_prints_three_sides_and_seconds_of_compiling(run: Runs) -> None:
+    printed, _ = run("compile_speed", quiet=False)
+    assert re.search(r"mlp +eager +\d+\.\d+ ms \(.*\) +x 1\.00\n", printed), printed
     for side in ("model", "whole"):
-        assert re.search(rf"mlp +{side} +\d+\.\d+ ms \(.*\) .* compiled in \d+\.\d s, again \d+\.\d s\n", done.stdout)
+        assert re.search(rf"mlp +{side} +\d+\.\d+ ms \(.*\) .* compiled in \d+\.\d s, again \d+\.\d s\n", printed)
 
 
-def test_search_speed_prints_both_sides_and_their_ratio(database: str, tmp_path: Path) -> None:
-    arguments = ["--storage", database, "--repeats", "1", "--trials", "2", "--epochs", "1", "--data-dir", tmp_path]
-    done = subprocess.run(
-        [sys.executable, BENCHMARKS / "search_speed.py", *arguments], capture_output=True, text=True, check=False
-    )
-    assert (done.returncode, done.stderr) == (0, "")
-    assert "random images" in done.stdout
+def test_search_speed_prints_both_sides_and_their_ratio(database: str, run: Runs) -> None:
+    printed, _ = run("search_speed", "--storage", database)
+    assert "random images" in printed
     for side in ("plain", "ours"):
-        assert re.search(rf"run 0 {side} +\d+\.\d s +2 completed +0 pruned +2 epochs", done.stdout), done.stdout
-        assert re.search(rf"{side} +seconds \d+\.\d \(.*\), best accuracy 0\.\d+ \(.*\)", done.stdout)
-    assert re.search(r"ratio: ours \d+\.\d+ \(.*\) x faster, best accuracy -?0\.\d+ \(.*\) better", done.stdout)
+        assert re.search(rf"run 0 {side} +\d+\.\d s +2 completed +0 pruned +2 epochs", printed), printed
+        assert re.search(rf"{side} +seconds \d+\.\d \(.*\), best accuracy 0\.\d+ \(.*\)", printed)
+    assert re.search(r"ratio: ours \d+\.\d+ \(.*\) x faster, best accuracy -?0\.\d+ \(.*\) better", printed)
 
 
-def test_threads_prints_what_was_chosen_and_its_ratio_to_what_is_best_by_hand(database: str) -> None:
-    done = subprocess.run(
-        [sys.executable, BENCHMARKS / "threads.py", "--smallest", "--storage", database],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert (done.returncode, done.stderr) == (0, "")
+def test_threads_prints_what_was_chosen_and_its_ratio_to_what_is_best_by_hand(database: str, run: Runs) -> None:
+    printed, _ = run("threads", "--storage", database)
     for side in ("chosen", "1 x 1"):
-        assert re.search(rf"mlp-32 +quiet +{side} +\d+\.\d+ s \(.*\) +\d at once, threads {{.+}}\n", done.stdout), side
-    assert re.search(r"ratio: best by hand, 1 x 1, to chosen \d+\.\d+ \(.*\)\n", done.stdout), done.stdout
+        assert re.search(rf"mlp-32 +quiet +{side} +\d+\.\d+ s \(.*\) +\d at once, threads {{.+}}\n", printed), side
+    assert re.search(r"ratio: best by hand, 1 x 1, to chosen \d+\.\d+ \(.*\)\n", printed), printed
 
 
-def test_on_gpu_does_each_part_on_a_cpu_too_and_writes_its_tables(tmp_path: Path) -> None:
-    arguments = ["--device", "cpu", "--smallest", "--out", tmp_path / "out", "--minutes", "20"]
-    done = subprocess.run(
-        [sys.executable, BENCHMARKS / "on_gpu.py", *arguments], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    found = json.loads((tmp_path / "out" / "on_gpu.json").read_text())
+def test_on_gpu_does_each_part_on_a_cpu_too_and_writes_its_tables(tmp_path: Path, run: Runs) -> None:
+    run("on_gpu", quiet=False)
+    found = json.loads((tmp_path / "on_gpu" / "on_gpu.json").read_text())
     assert set(found) == {"machine", "tests", "main", "speed", "slots"}
     (its_tests,) = found["tests"].values()
     assert its_tests["code"] == 0
@@ -141,20 +185,13 @@ def test_on_gpu_does_each_part_on_a_cpu_too_and_writes_its_tables(tmp_path: Path
     (slots,) = found["slots"]["rows"]
     assert slots["ended"] == 12
     assert slots["trials_an_hour"] > 0
-    table = (tmp_path / "out" / "on_gpu.md").read_text()
+    table = (tmp_path / "on_gpu" / "on_gpu.md").read_text()
     assert re.search(r"digits-mlp \| ours \| [\d.]+ \| [\d.]+ \.\. [\d.]+ \|", table), table
 
 
-def test_retraining_prints_both_ways_and_the_gain(tmp_path: Path) -> None:
-    arguments = ["--data-dir", tmp_path, "--data-sets", "digits", "--seeds", "2", "--trials", "1", "--epochs", "2"]
-    done = subprocess.run(
-        [sys.executable, BENCHMARKS / "retraining.py", *arguments, "--rows", "200"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert (done.returncode, done.stderr) == (0, "")
-    assert re.search(r"digits +accuracy +[12],[12]( +0\.\d{4}){2} +[+-]0\.\d{4} \+- 0\.\d{4}   \d/\d/\d\n", done.stdout)
+def test_retraining_prints_both_ways_and_the_gain(tmp_path: Path, run: Runs) -> None:
+    printed, _ = run("retraining", "--seeds", "2")
+    assert re.search(r"digits +accuracy +[12],[12]( +0\.\d{4}){2} +[+-]0\.\d{4} \+- 0\.\d{4}   \d/\d/\d\n", printed)
 
 
 def test_recording_goes_on_where_it_was_and_is_packed(tmp_path: Path) -> None:

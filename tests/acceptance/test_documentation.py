@@ -16,7 +16,7 @@ import torch
 import typer
 from optuna.trial import TrialState
 
-from tuner.cli.app import app
+from tuner.cli.app import make_app
 from tuner.cli.options import StudyOptions
 from tuner.slot.attempt import TrialObjective, run_attempt
 from tuner.slot.checked_trial import CheckedTrial
@@ -107,7 +107,7 @@ def test_the_readme_is_short_and_leads_to_every_page() -> None:
 def commands() -> dict[str, Any]:
     """The commands as they are called, such as `db start`."""
     found: dict[str, Any] = {}
-    for name, command in typer.main.get_command(app).commands.items():  # type: ignore[attr-defined]
+    for name, command in typer.main.get_command(make_app()).commands.items():  # type: ignore[attr-defined]
         inner = getattr(command, "commands", {})
         found |= {f"{name} {its}": of_group for its, of_group in inner.items()} or {name: command}
     return found
@@ -139,7 +139,7 @@ def test_every_option_of_a_command_is_on_the_page_of_the_command_line(name: str)
 
 
 def test_the_page_of_the_command_line_has_no_other_options() -> None:
-    main = typer.main.get_command(app)
+    main = typer.main.get_command(make_app())
     known = {"--help", *options(main)}.union(*map(options, COMMANDS.values()))
     assert set(re.findall(r"(?<![\w-])--[a-z][\w-]*", PAGE)) == known
     assert {
@@ -149,7 +149,7 @@ def test_the_page_of_the_command_line_has_no_other_options() -> None:
 
 @each_page
 def test_every_command_that_is_shown_is_one(page: Path) -> None:
-    of_main = options(typer.main.get_command(app))
+    of_main = options(typer.main.get_command(make_app()))
     for line in code(page.read_text()):
         for shown in re.findall(r"(?:^|&& |run --rm worker-cpu |\$\()tuner( [^#|;&)]*)", line.strip()):
             words = shlex.split(shown)
@@ -175,7 +175,7 @@ def fenced(page: Path, language: str) -> list[str]:
 
 def parsed(line: str) -> dict[str, Any]:
     """The values of a command line's options and arguments, as the command itself would get them."""
-    group: Any = typer.main.get_command(app)
+    group: Any = typer.main.get_command(make_app())
     words = shlex.split(line)
     while words and words[0] in getattr(group, "commands", {}):
         group = group.commands[words.pop(0)]

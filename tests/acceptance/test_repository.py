@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tuner.cli.app import app
+from tuner.cli.app import make_app
 
 ROOT = Path(__file__).parents[2]
 WORKFLOW = ROOT / ".github/workflows/ci.yml"
@@ -59,7 +59,7 @@ def test_the_workflow_may_only_read() -> None:
 
 
 def test_the_form_asks_for_commands_that_there_are() -> None:
-    known = {command.name for command in app.registered_commands}
+    known = {command.name for command in make_app().registered_commands}
     asked = set(re.findall(r"`tuner (\w+)", FORM.read_text()))
     assert asked == {"doctor", "status"}
     assert asked <= known

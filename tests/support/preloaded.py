@@ -172,6 +172,7 @@ def _import() -> None:
     with quick_imports():
         for module in (*modules, "tuner.cli.app", "tuner.model.export", "tuner.slot.slot"):
             importlib.import_module(module)
+        sys.modules["tuner.cli.app"].make_app()
 
 
 if __name__ == "__main__":

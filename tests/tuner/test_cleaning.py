@@ -18,7 +18,7 @@ from storage.coordination.delivery import Result
 from storage.database.variables import MARK
 from storage.embedded.listing import left_sockets
 from tuner import cleaning
-from tuner.cli.app import app
+from tuner.cli.app import make_app
 from tuner.slot.spool import Spool
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def clean(
         return [left for left in whole(*given) if left.path.is_relative_to(tmp_path)]
 
     def run(*options: str) -> str:
-        app(["--storage", database, "--data-dir", str(tmp_path), "clean", *options], standalone_mode=False)
+        make_app()(["--storage", database, "--data-dir", str(tmp_path), "clean", *options], standalone_mode=False)
         return capsys.readouterr().out
 
     monkeypatch.setattr(cleaning, "look", only_here)

@@ -82,7 +82,8 @@ def test_the_help_of_an_objective_is_its_own():
     ("statement", "absent"),
     [
         ("import tuner", ("torch", "optuna", "pydantic", "sqlalchemy")),
-        ("import tuner.cli.app", ("torch", "optuna", "numpy", "rich")),
+        ("import tuner.cli.app; tuner.cli.app.make_app()", ("torch", "optuna", "numpy", "rich", "sqlalchemy")),
+        ("import tuner.cli.app; tuner.cli.app.make_app('best')", ("pydantic", "sqlalchemy", "tuner.cli.search")),
         ("import tuner.study.joining, tuner.study.registry, tuner.worker.progress, tuner.doctor", ("torch", "optuna")),
         ("import tuner.study.sampling", ("torch",)),
         ("import tuner.slot.shared_checkpoints", ("torch", "optuna", "fsspec")),

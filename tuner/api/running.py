@@ -6,6 +6,7 @@ import os
 import secrets
 import socket
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -135,10 +136,14 @@ def prepare(settings: Settings, engine: Engine, study: Study, log: Log) -> None:
     _drop_left_checkpoints(log, settings, engine, study)
 
 
-def import_for_slots(slots: Slots, settings: Settings, source: ObjectiveSource) -> ObjectiveKind:
+def import_for_slots(
+    slots: Slots, settings: Settings, source: ObjectiveSource, *, with_exporting: bool
+) -> ObjectiveKind:
     """Import the objective, with all that slots need, and have them forked from here; start the database meanwhile.
 
-    What is wrong with the database is told when it is opened.
+    `with_exporting`: what torch.export imports as it is first called is imported as well. It takes a third as long as
+    all the rest, and would be imported twice: by the check before the first trial, in a slot, and by the export. What
+    is wrong with the database is told when it is opened.
     """
     import storage  # noqa: F401 - no two threads shall import it at once
     from tuner.imports import quick_imports
@@ -157,6 +162,10 @@ def import_for_slots(slots: Slots, settings: Settings, source: ObjectiveSource) 
         with quick_imports():
             if is_objective_class(kind):
                 import torchmetrics  # noqa: F401
+
+                if with_exporting:
+                    with suppress(ImportError):  # another version of torch, which has it elsewhere
+                        import torch.export._trace
     slots.has_imported()
     for name, value in before.items():
         if os.environ.get(name) != changed[name]:

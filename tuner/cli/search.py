@@ -112,7 +112,9 @@ def run(
         check_tensorboard(tensorboard)
     slots = Slots(plans, objective, worker_name(), settings.data_dir, imports_here=True)
     try:
-        kind = import_for_slots(slots, settings, source)
+        # Compilers are told of slots as they are imported, and the export is to have more of them.
+        with_exporting = (export or not no_preflight) and not options.compile_
+        kind = import_for_slots(slots, settings, source, with_exporting=with_exporting)
         wanted = Wanted(source=source, kind=kind, settings=planned, given=options.given_settings())
         has_model = is_objective_class(kind)
         engine, (joined, created) = _make_sure(

@@ -13,7 +13,7 @@ from manifests import a_manifest, an_output
 from sklearn.datasets import load_digits
 from torch import nn, tensor
 
-from tuner.cli.app import app
+from tuner.cli.app import make_app
 from tuner.cli.predicting import _cells, _rows, _Writer
 from tuner.errors import TunerError, UsageError
 from tuner.model.input_files import Chunk
@@ -33,7 +33,7 @@ def predict(tmp_path, monkeypatch, capsys):
         Path("stdin").write_bytes(stdin)
         with open("stdin") as opened:
             monkeypatch.setattr("sys.stdin", opened)
-            app(["predict", str(MODEL), *map(str, arguments)], standalone_mode=False)
+            make_app("predict")(["predict", str(MODEL), *map(str, arguments)], standalone_mode=False)
         printed = capsys.readouterr()
         run.told = printed.err
         return printed.out
