@@ -42,7 +42,7 @@ def run(tmp_path: Path) -> Runs:
         assert done.stderr == "" or not quiet
         (ratios,) = baseline.read(kept).values()
         lines = re.findall(rf"^{name} +(.*?) +\d\S* +- +\S+  new$", done.stdout, re.M)
-        assert lines == list(ratios), done.stdout
+        assert lines == list(ratios), done.stdout  # each has its line
         return (tmp_path / f"{name}.txt").read_text(), set(ratios)
 
     return run
@@ -86,10 +86,11 @@ def test_each_ratio_has_a_line_and_one_that_fell_or_is_gone_is_told() -> None:
     assert not baseline.compared("a", {"y": low}, {"x": high, "y": low})[1]
 
 
-def test_the_baseline_has_the_ratios_of_each_benchmark() -> None:
+def test_the_baseline_has_ratios_of_benchmarks_that_there_are() -> None:
     benchmarks = {path.stem for path in BENCHMARKS.glob("*.py") if "= argument_parser(__doc__)" in path.read_text()}
     kept = baseline.read(BENCHMARKS / "baseline.json")
-    assert set(kept) == benchmarks
+    assert "startup" in kept
+    assert set(kept) <= benchmarks
     assert all(kept.values())
 
 
