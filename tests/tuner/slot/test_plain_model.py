@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from tuner.errors import TunerError
 from tuner.formats.program import load_program
 from tuner.slot.kept_model import Unpacked, packed, take, unpacked
+from tuner.slot.plain_model import plain_outputs
 
 IDS = torch.arange(12).reshape(3, 4)
 MASK = torch.ones(3, 4, dtype=torch.bool)
@@ -100,22 +101,28 @@ def called(found: Unpacked, rows: Any) -> Any:
         (lambda logits, hidden: torch.topk(logits, 2), [0, 1]),
     ],
 )
-def test_outputs_of_any_form_are_kept_as_tensors_by_name_or_in_order(form: Any, names: list[str | int]) -> None:
-    model = Tagger(form)
+def test_outputs_of_any_form_are_tensors_by_name_or_in_order(form: Any, names: list[str | int]) -> None:
+    logits, hidden = torch.zeros(3, 2), torch.ones(3, 4, 4)
+    found = plain_outputs(form(logits, hidden))
+    assert (list(found) if isinstance(found, dict) else [*range(len(found))]) == names
+    assert all(isinstance(found[name], Tensor) for name in names)
+
+
+@pytest.mark.parametrize("place", ["hidden.1", 1])
+def test_a_program_gives_them_in_that_form(place: str | int) -> None:
+    model = Tagger(lambda logits, hidden: Output(logits, hidden=(hidden, hidden + 1)))
+    if place == 1:
+        model.form = lambda logits, hidden: (logits, None, [hidden])
     found = kept(model, {"ids": IDS, "mask": MASK, "kinds": None})
-    outputs: Any = found.outputs
-    assert (list(outputs) if isinstance(outputs, dict) else [*range(len(outputs))]) == names
     assert [*found.inputs] == ["ids", "mask"], "None is as if it were not given"
-    rows = {"ids": IDS[:1], "mask": MASK[:1]}
-    again = called(found, rows)
-    for name in names:
-        assert torch.allclose(again[name], outputs[name][:1], atol=1e-6)
+    outputs: Any = found.outputs
+    again = called(found, {"ids": IDS[:1], "mask": MASK[:1]})
+    assert torch.allclose(again[place], outputs[place][:1], atol=1e-6)
 
 
 @pytest.mark.parametrize(
     ("model", "inputs"),
     [
-        (Tagger(), IDS),
         (Tagger(), (IDS, MASK)),
         (Tagger(), UserDict(ids=IDS, mask=MASK)),
         (Whole("ids", "mask"), {"ids": IDS, "mask": MASK}),
