@@ -173,7 +173,7 @@ def test_each_sampler_and_pruner_on_offer_was_looked_through(offered: type) -> N
         top = kind.__module__.partition(".")[0]
         if top in ("builtins", "abc"):
             continue
-        is_scanned = top == "tuner" or kind.__module__.startswith(tuple(CALLED))
+        is_scanned = top in ("tuner", "storage") or kind.__module__.startswith(tuple(CALLED))
         assert is_scanned, kind
         # CMA-ES of Optuna is: what it does about its state is ours
         if top == "optuna" and kind.__name__ != "CmaEsSampler":
