@@ -65,6 +65,7 @@ def test_it_passes_the_preflight_is_pruned_and_goes_on_from_its_checkpoint(data,
     assert next(steps) == 51
 
 
+@pytest.mark.slow
 def test_an_exported_model_gives_both_answers_by_name(exported, data):
     model = exported("two_questions.py:TwoQuestions", PARAMS)
     outputs = model(data.test.inputs[:7])

@@ -125,6 +125,7 @@ def status(storage: PostgresStorage, path: str) -> int:
     return int(found[0][:3])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["x", "n", "c"])
 def test_a_trial_with_a_param_that_cannot_be_read_is_skipped(storage: PostgresStorage, told: Told, name: str) -> None:
     study = a_study(storage)
@@ -144,6 +145,7 @@ def test_a_trial_with_a_param_that_cannot_be_read_is_skipped(storage: PostgresSt
             spoil(storage, bad.format(key), bad=old, trial_id=trial_id, name=name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["user", "system"])
 def test_an_attribute_of_a_trial_that_cannot_be_read_is_skipped(
     storage: PostgresStorage, told: Told, kind: str

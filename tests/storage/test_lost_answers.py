@@ -368,6 +368,7 @@ def test_a_write_is_done_once_though_the_server_crashes_at_it(name, others, cras
         assert (disturbed.result, disturbed.rows) == (undisturbed.result, undisturbed.rows), cut
 
 
+@pytest.mark.slow
 def test_an_immediate_restart_of_the_server_loses_and_repeats_nothing(killable):
     """A thread creates, reports to and completes trials while the server is killed under it and started again."""
     url = killable.url()

@@ -51,6 +51,7 @@ def a_kept_result(data_dir: Path) -> Path:
     return Spool(data_dir).add("theirs", 3, result)
 
 
+@pytest.mark.slow
 def test_what_another_database_may_want_goes_only_if_all_is_to_go(clean: Callable[..., str], tmp_path: Path) -> None:
     theirs = tmp_path / "checkpoints" / "study-7-20260101T000000000000"
     theirs.mkdir(parents=True)
@@ -82,6 +83,7 @@ def test_what_cannot_be_deleted_is_told(tmp_path: Path) -> None:
     assert cleaning.remove(left) == f"{gone} stays: No such file or directory"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root's databases outlive their data directory")
 def test_a_database_goes_once_its_data_directory_is_gone(tmp_path: Path) -> None:
     def ours() -> list[Left]:

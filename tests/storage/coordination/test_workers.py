@@ -109,6 +109,7 @@ def test_workers_are_present_until_they_tell_their_end(sessions, study_id):
     assert sessions.snapshot(lambda conn: workers.count_ended(conn, study_id)) == 1
 
 
+@pytest.mark.slow
 def test_a_worker_that_tells_nothing_is_lost(sessions, study_id):
     # Longer ago than the server started, which would be why.
     wait_for(lambda: sessions.statement(lambda conn: conn.scalar(UP_S)) > workers.SILENT_S, "the server runs a while")

@@ -239,6 +239,7 @@ def test_who_is_not_let_in_is_told_so_by_the_pooler_and_by_the_server_behind_it(
             execute(f"ALTER ROLE tuner PASSWORD '{pooler.password}'")
 
 
+@pytest.mark.slow
 def test_what_is_told_to_be_written_is_there_once_whatever_restarts(server, pooler, engine_of):
     engine = engine_of(pooler.url)
     ensure_schema(engine)

@@ -41,6 +41,7 @@ class Loose(nn.Linear):
 PAIR = (ROWS.inputs[:, :1], ROWS.inputs[:, 1:])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("inputs", [PAIR, dict(zip("xy", PAIR, strict=True))], ids=["in order", "by name"])
 @pytest.mark.parametrize(
     "model", [Predictor(Sums(4, 2), lambda outputs: outputs[0]), Loose(4, 2)], ids=["one", "loose"]

@@ -2,6 +2,7 @@
 
 import re
 
+import pytest
 import yaml
 from exporting import code
 
@@ -9,6 +10,7 @@ from tuner.model.card import card
 from tuner.model.directory import CARD
 
 
+@pytest.mark.slow
 def test_the_cards_metadata_can_be_read_and_its_lines_run(exporting, start_python):
     exporting.start(code("dict"))
     manifest = exporting().manifest

@@ -89,6 +89,7 @@ print(number, found.count("old"), found == sorted(found, reverse=True))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["exchange", "two renames"])
 def test_who_is_killed_at_any_moment_leaves_the_old_export_or_the_new_one(export_copy, start_python, tmp_path, way):
     out, err = start_python(KILLED_AT_EACH_LINE, str(tmp_path), way).communicate(timeout=240)

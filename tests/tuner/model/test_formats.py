@@ -219,6 +219,7 @@ def test_a_trial_and_epochs_of_choice_are_exported(exporting):
         exporting(trial=7)
 
 
+@pytest.mark.slow
 def test_wrong_formats_are_told_before_anything_starts(tmp_path):
     tuner_ = Tuner({"TUNER_STORAGE": "postgresql://nobody@127.0.0.1:1/none"}, tmp_path)
     for options, exit_code, told in [

@@ -92,6 +92,7 @@ def test_a_mean_over_rows_has_the_interval_that_its_metric_gives(metric):
         assert found["fast"][1] - found["fast"][0] == pytest.approx(2 * 1.96 * float(error), rel=0.15)
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_interval_and_what_is_no_number_has_none():
     targets, predicted = torch.randn(50), torch.randn(50)
     first = _bootstrap({"r2": R2Score()}, predicted, targets, 50, seed=3)

@@ -22,6 +22,7 @@ def _as_of_now(directory, **fields):
     (directory / MANIFEST).write_text(changed.model_dump_json())
 
 
+@pytest.mark.slow
 def test_an_export_as_it_was_made_passes_and_is_shown(export_copy, tmp_path):
     assert _problems(export_copy) == {}
     assert len(verify(export_copy)) == 6

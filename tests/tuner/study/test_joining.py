@@ -158,6 +158,7 @@ def test_a_study_is_opened_with_the_spec_it_was_created_with(engine, database):
     assert study.user_attrs == {"objective": "digits", "metric": "accuracy", "epochs": 20, "seed": 2**63 - 1}
 
 
+@pytest.mark.slow
 def test_joining_a_study_takes_what_is_not_given_from_it(engine):
     first = join(engine, "digits", seed=3, sampler="grid", pruner="hyperband", epochs=7, options={"max_units": 128})
     assert first.created

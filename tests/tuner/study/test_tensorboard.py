@@ -32,6 +32,7 @@ def written(directory, number):
 START, END = "_hparams_/session_start_info", "_hparams_/session_end_info"
 
 
+@pytest.mark.slow
 def test_each_epoch_is_written_as_it_ends_and_a_trial_that_was_killed_at_the_end(storage, study, tmp_path):
     said = []
     one, other, untold = (study.ask() for _ in range(3))

@@ -84,6 +84,7 @@ def test_a_whole_step_is_compiled_once_after_an_epoch_and_trains_as_it_is(graphs
     assert compiled.lines == [str(gain)]
 
 
+@pytest.mark.slow
 def test_where_the_update_cannot_be_followed_model_and_loss_are_compiled(graphs):
     compiled = Trained(True, kind=torch.optim.Rprop)
     assert graphs() == 1
@@ -173,6 +174,7 @@ class Late(torch.optim.SGD):
         super().step()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("uncompiled")
 @pytest.mark.parametrize("kind", [torch.optim.LBFGS, Late])
 def test_an_optimizer_with_a_closure_trains_as_it_does(kind):

@@ -76,6 +76,7 @@ print(Nursery.copied().fork({}, (0, 1, 2), print))
     assert forked == "None"
 
 
+@pytest.mark.slow
 def test_torchvision_and_scipy_are_imported_by_who_uses_what_torchmetrics_has_of_them() -> None:
     script = """
 from tuner.imports import quick_imports
