@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import tempfile
 import weakref
@@ -116,7 +117,7 @@ class Transformers(TrainerCallback):  # type: ignore[misc, unused-ignore]  # of 
         is_of_epochs = str(getattr(args.eval_strategy, "value", args.eval_strategy)) == "epoch"
         step = max(0, round(state.epoch) - 1) if is_of_epochs else state.global_step
         number = float(value)
-        if number != number:
+        if math.isnan(number):
             raise DivergedError(f"{self._monitor} is NaN at step {step}")
         self._trial.report(number, step)
         if self._trial.should_prune():

@@ -102,6 +102,8 @@ def replay(engine: Engine, study: AnyStudy, *, orders: int = ORDERS, at_most: in
 
 def rules_for(epochs: int, own: PrunerSpec | None) -> dict[str, Rule]:
     """Return the rules that can be replayed, by the name of their pruner; `own` is a study's, if it has settings."""
+    if own is not None and own.name == "rungs":  # fewer may have been trained, as with --patience
+        epochs = int(str(own.settings.get("epochs", epochs)))
     rules: dict[str, Rule] = {
         "median": Percentile(),
         "percentile": Percentile(25.0),

@@ -31,8 +31,8 @@ class Status:
     `reason` says why no trial is handed out any more; None while some are. `lost` of the running trials have lost
     their worker. `best` is None while there is none, and for a study of several objectives. `failures` are counts and
     latest messages by class. `last_seen` is when a worker last told of itself. `left_s` is None unless the study runs
-    and there is something to reckon it from. `audits` is of a study that
-    audits its pruner, `replay` of the complete trials of a finished study.
+    and there is something to reckon it from. `audits` is of a study that audits its pruner, `replay` of the
+    complete trials of a finished study.
     """
 
     study: AnyStudy
