@@ -67,8 +67,10 @@ TASKS: dict[str, Task] = {
     "california-wide": Task(
         objective="california_housing", epochs=30, rows=4000, bounds={"lr": (1e-5, 1.0), "max_grad_norm": (0.01, 100.0)}
     ),
-    "fashion": Task(objective="fashion_mnist", epochs=15, options={"models": "mlp"}, bounds={"lr": (3e-3, 1e-1)}),
-    "fashion-wide": Task(objective="fashion_mnist", epochs=15, choices=MLP),
+    "fashion": Task(
+        objective="fashion_mnist", epochs=15, rows=4000, options={"models": "mlp"}, bounds={"lr": (3e-3, 1e-1)}
+    ),
+    "fashion-wide": Task(objective="fashion_mnist", epochs=15, rows=4000, choices=MLP),
     "covertype": Task(objective="covertype", epochs=20, rows=6000),
     "covertype-wide": Task(
         objective="covertype",
