@@ -104,7 +104,7 @@ def test_a_watcher_that_was_killed_is_replaced_by_who_joins(new_server, use):
 def test_a_server_may_be_kept(new_server, use):
     server = new_server()
     process = use(server)
-    server_here = EmbeddedServer(server._data_dir)
+    server_here = EmbeddedServer(server._data_dir, home=server._home)
     server_here.start(idle_exit="never")
     process.communicate()
     assert wait_until(lambda: not is_held(server._watch), 30)

@@ -126,7 +126,7 @@ def test_joining_is_fast_and_starts_no_process(server, monkeypatch):
     pid = server.status().pid
     monkeypatch.setattr(subprocess, "Popen", None)
     started = time.monotonic()
-    assert EmbeddedServer(server._data_dir).start() == server.url()
+    assert EmbeddedServer(server._data_dir, home=server._home).start() == server.url()
     assert time.monotonic() - started < 0.05
     assert server.status().pid == pid
 
