@@ -38,6 +38,7 @@ def test_both_questions_are_learned_and_weighed(data):
     assert even[0] < 0.85 < even[1]
 
 
+@pytest.mark.slow
 def test_it_passes_the_preflight_is_pruned_and_goes_on_from_its_checkpoint(data, tmp_path):
     objective = TwoQuestions(max_units=64)
     assert preflight(objective, a_spec(), data, CPU) == []

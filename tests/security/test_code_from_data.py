@@ -146,11 +146,13 @@ def test_what_does_not_is_not() -> None:
     assert makers_of_code(harmless) == set()
 
 
+@pytest.mark.slow
 def test_nothing_of_ours_makes_code_of_data_but_where_it_is_listed() -> None:
     found = {(str(path.relative_to(ROOT)), what) for path in OURS for what in makers_of_code(path.read_text())}
     assert found == set(ALLOWED)
 
 
+@pytest.mark.slow
 def test_what_we_call_of_others_makes_code_of_data_only_where_we_know_it() -> None:
     unknown = []
     for name in CALLED:

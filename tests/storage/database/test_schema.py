@@ -171,6 +171,7 @@ def _a_stock_study(url, trials=3):
     return best
 
 
+@pytest.mark.slow
 def test_a_database_of_stock_optuna_is_adopted_with_its_studies(empty_database, empty_engine):
     best = _a_stock_study(empty_database)
     ensure_schema(empty_engine)

@@ -23,6 +23,7 @@ def test_the_wheel_brings_postgresql_18():
     assert {"initdb", "pg_ctl", "postgres"} <= {path.name for path in (newest.directory / "bin").iterdir()}
 
 
+@pytest.mark.slow
 @as_root
 def test_programs_in_a_closed_directory_are_copied_once_for_the_servers_user(
     tmp_path, nobody, shared_directory, monkeypatch

@@ -15,6 +15,7 @@ def close():
         storage.engine.dispose()
 
 
+@pytest.mark.slow
 def test_a_study_runs_without_a_warning_and_with_heartbeats(empty_database, close):
     storage = close(open_storage(empty_database))
     study = optuna.create_study(storage=storage, study_name="ours")

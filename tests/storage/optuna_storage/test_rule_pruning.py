@@ -114,6 +114,7 @@ def test_the_index_decides_as_optunas_trials_do_while_the_study_changes(
             assert [ours.prune(study, trial) for _, ours in pruners] == theirs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("direction", ["minimize", "maximize"])
 def test_trials_side_by_side_are_stopped_at_rungs_by_both(
     database: str, storage: PostgresStorage, direction: str

@@ -72,6 +72,7 @@ def uncompiled(monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
 
 
+@pytest.mark.slow
 def test_a_whole_step_is_compiled_once_after_an_epoch_and_trains_as_it_is(graphs):
     seen = []
     compiled = Trained(True, max_grad_norm=0.5, on_epoch=lambda _, epoch: seen.append((epoch.number, graphs())))
