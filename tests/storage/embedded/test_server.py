@@ -116,7 +116,7 @@ def test_the_reader_sees_new_tables_and_changes_nothing(server):
 def test_no_tcp_port_is_open(server):
     opened = [_target(descriptor) for descriptor in Path(f"/proc/{server.status().pid}/fd").iterdir()]
     sockets = {target for target in opened if target.startswith("socket:")}
-    assert len(sockets) == 1  # the one in the socket directory
+    assert sockets  # the one in the socket directory, and of a client that connects just now
     for table in ("tcp", "tcp6"):
         lines = Path(f"/proc/net/{table}").read_text().splitlines()[1:]
         assert not sockets & {f"socket:[{line.split()[9]}]" for line in lines}

@@ -31,7 +31,8 @@ def cell(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], dict[str, Any]]:
         name = f"<cell {len(main.__dict__['In'])} {id(main)}>"
         if has_source:
             main.__dict__["In"].append(text)
-            linecache.cache[name] = (len(text), None, text.splitlines(keepends=True), name)
+            lines = text.splitlines(keepends=True)
+            monkeypatch.setitem(linecache.cache, name, (len(text), None, lines, name))  # `id`s come again
         exec(compile(text, name, "exec"), vars(main))  # noqa: S102 - a cell of this file's
         return vars(main)
 
