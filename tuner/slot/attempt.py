@@ -132,13 +132,14 @@ class TrialObjective:
         data_dir: Path,
         device: torch.device,
         *,
+        data: Data | None = None,
         share: float = 1.0,
         checkpoints: Path | None = None,
         log: Callable[[str], None] = lambda _: None,
     ) -> TrialObjective:
         """Load the objective's train and valid data once, onto the device if it fits. The test split stays behind.
 
-        `share` is the part of the device that others leave.
+        `data` are what it has loaded already. `share` is the part of the device that others leave.
 
         Raises TunerError that says what is wrong with the data, BrokenDeviceError.
         """
@@ -149,7 +150,7 @@ class TrialObjective:
         set_deterministic(spec.training.deterministic)
         name = type(objective).__name__
         try:
-            data = load_data(objective, data_dir, spec.training)
+            data = data or load_data(objective, data_dir, spec.training)
             check_doubles(objective, data)
             overlapping = overlaps(data)
             for overlap in overlapping:

@@ -5,6 +5,9 @@ That process is forked itself: from one that has imported the objective, or from
 A request comes over a socket, with the ends of the slot's standard streams and of a socket to answer it: `Request` as
 JSON. The answers are lines of JSON: the slot's `pid`, and when it has ended its `code`, as of `Popen.returncode`; or
 why no slot can be forked from here, `unsuited`.
+
+A request with `data` and one more socket makes another nursery, which loads the data before it takes requests by that
+socket; or ends, if it cannot.
 """
 
 from __future__ import annotations
@@ -146,11 +149,13 @@ class _Nursery:
                 key.data()
 
     def _fork_slot(self) -> None:
-        text, streams, _, _ = socket.recv_fds(self._requests, MAX_REQUEST_BYTES, _N_STREAMS + 1)
+        text, streams, _, _ = socket.recv_fds(self._requests, MAX_REQUEST_BYTES, _N_STREAMS + 2)
         if not text:
             self._is_over = True
             return
+        requests = streams.pop() if len(streams) > _N_STREAMS + 1 else None
         answers = socket.socket(fileno=streams.pop())
+        parent = os.getpid()
         if self._why_not is not None:
             _tell(answers, unsuited=self._why_not)
             answers.close()
@@ -163,9 +168,9 @@ class _Nursery:
         else:
             answers.close()
             self._close()
-            _become_slot(json.loads(text), streams)
-        for stream in streams:
-            os.close(stream)
+            _become(json.loads(text), streams, None if requests is None else socket.socket(fileno=requests), parent)
+        for descriptor in streams if requests is None else (*streams, requests):
+            os.close(descriptor)
 
     def _tell_end(self, slot: _Slot) -> None:
         self._selector.unregister(slot.pidfd)
@@ -247,9 +252,11 @@ def _can_compute() -> bool:
     return status == 0
 
 
-def _become_slot(request: dict[str, Any], streams: list[int]) -> NoReturn:
-    """Be what `tuner.slot.start` is with these standard streams."""
+def _become(request: dict[str, Any], streams: list[int], requests: socket.socket | None, parent: int) -> NoReturn:
+    """Be what `tuner.slot.start` is with these standard streams; or another nursery, if it takes `requests`."""
     try:
+        if requests is not None:
+            _end_with(parent)
         _forget_ends()
         os.setsid()
         for number, stream in enumerate(streams):
@@ -262,9 +269,25 @@ def _become_slot(request: dict[str, Any], streams: list[int]) -> NoReturn:
 
         _open_streams()
         listen()
-        slot.main()
+        if requests is None:
+            slot.main()
+        else:
+            why_not = _with_data(request["data"])
+            _end_with(None)
+            _serve(requests, why_not)
     finally:
         _end(0)
+
+
+def _with_data(source: dict[str, Any]) -> str | None:
+    """Load the data; return why processes that are forked could not use them."""
+    from tuner.errors import TunerError
+    from tuner.slot import loading
+
+    try:
+        return loading.load(loading.DataSource.model_validate(source))
+    except TunerError:  # the slots will tell
+        raise SystemExit from None
 
 
 def _forget_ends() -> None:

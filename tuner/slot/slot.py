@@ -55,6 +55,7 @@ from tuner.slot.checked_trial import CheckedTrial, StoppableStudy
 from tuner.slot.ending import end_group, end_in_time, exit_again
 from tuner.slot.kept_models import KeptModels
 from tuner.slot.lease import Lease
+from tuner.slot.loading import with_data
 from tuner.slot.orders import Orders
 from tuner.slot.preflight import preflight, refuse_leak
 from tuner.slot.pruning import pruner_on
@@ -65,7 +66,7 @@ from tuner.slot.threads import Threads
 from tuner.spec import Spec
 from tuner.study.history import samplers
 from tuner.study.joining import Study, check_code, checkpoint_directory, open_study
-from tuner.study.registry import build_objective, find_objective, is_objective_class
+from tuner.study.registry import find_objective
 from tuner.training import Interrupted, choose_device
 from tuner.training.memory import free_memory
 
@@ -210,10 +211,7 @@ class Slot:
         source = find_objective(self._config.objective)
         check_code(study, source, allow_code_change=self._config.allow_code_change)
         self._code_hash = source.code_hash()
-        kind = source.load()
-        objective = (
-            build_objective(kind, study.spec.objective.options, study.spec.seed) if is_objective_class(kind) else kind
-        )
+        objective, data = with_data(study.spec, self._config.objective, self._config.data_dir)
         set_deterministic(study.spec.training.deterministic)  # before anything is computed
         device = choose_device(self._config.device)
         check_device(device)
@@ -224,6 +222,7 @@ class Slot:
             objective,
             self._config.data_dir,
             device,
+            data=data,
             share=self._config.share,
             checkpoints=checkpoint_directory(self._config.data_dir, study),
             log=self._note,

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import select
 import signal
 import socket
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import IO, Protocol
 
 from tuner.slot import nursery
+from tuner.slot.loading import DataSource
 
 END_S = 1.0
 """How long a nursery may take to end."""
@@ -31,12 +33,14 @@ class Nursery:
     """Forks slots for as long as it lives, from a process that is forked from this one.
 
     That has imported what slots need here (`copied`), or begins with it now (`importing`), until it has to `load` the
-    objective.
+    objective. One that is forked from another has loaded the data, too (`with_data`).
     """
 
-    def __init__(self, pid: int, requests: socket.socket) -> None:
+    def __init__(self, pid: int, requests: socket.socket, forked: _Forked | None = None) -> None:
+        """`forked` is the process as the nursery tells of it that it was forked from, not from this one."""
         self._pid = pid
         self._requests = requests
+        self._forked = forked
         self._is_importing = False
 
     @classmethod
@@ -53,9 +57,30 @@ class Nursery:
         finally:
             os.close(its_prints)
         made._is_importing = True
-        stream = os.fdopen(printed, encoding="utf-8", errors="replace")
-        threading.Thread(target=_forward, args=(stream, on_line), daemon=True).start()
+        _forward(printed, on_line)
         return made
+
+    def with_data(
+        self, source: DataSource, environment: dict[str, str], on_line: Callable[[str], None]
+    ) -> Nursery | None:
+        """Have a nursery forked that loads these data, for slots with that environment; None if none can be forked.
+
+        Waits for the objective to be imported. If it cannot load them, it ends.
+        """
+        ours, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        nothing, (printed, its_prints) = os.open(os.devnull, os.O_RDWR), os.pipe()
+        request = {"environment": environment, "data": source.model_dump(mode="json")}
+        try:
+            forked = self._request(request, (nothing, its_prints, its_prints), lambda _: None, its)
+        finally:
+            its.close()
+            os.close(nothing)
+            os.close(its_prints)
+        _forward(printed, on_line)
+        if forked is None:
+            ours.close()
+            return None
+        return Nursery(forked.pid, ours, forked)
 
     def load(self, objective: str) -> None:
         """Have the objective imported."""
@@ -71,11 +96,22 @@ class Nursery:
         Waits for the objective to be imported. Returns None if the nursery has ended; or, telling why, if a process
         that was forked might not work.
         """
+        return self._request({"environment": environment}, streams, refused)
+
+    def _request(
+        self,
+        request: Mapping[str, object],
+        streams: Sequence[int],
+        refused: Callable[[str], None],
+        *requests: socket.socket,
+    ) -> _Forked | None:
         ours, its = socket.socketpair()
-        request = json.dumps({"environment": environment}).encode()
+        text = json.dumps(request).encode()
         try:
             with its:
-                socket.send_fds(self._requests, [request], [*streams, its.fileno()])
+                if len(text) > nursery.MAX_REQUEST_BYTES:
+                    raise OSError(errno.EMSGSIZE, "too long")
+                socket.send_fds(self._requests, [text], [*streams, its.fileno(), *(each.fileno() for each in requests)])
         except OSError:  # it has ended
             ours.close()
             return None
@@ -94,6 +130,10 @@ class Nursery:
         if self._requests.fileno() < 0:
             return  # it was closed before
         self._requests.close()
+        if self._forked is not None:
+            if not self._forked.has_ended(END_S):
+                self.kill()
+            return
         ended = os.pidfd_open(self._pid)
         try:
             # It may have to delete what the objective made as it was imported.
@@ -103,6 +143,11 @@ class Nursery:
         finally:
             os.close(ended)
         os.waitpid(self._pid, 0)
+
+    def kill(self) -> None:
+        """End the process at once, with what it has started."""
+        if self._forked is None or not self._forked.has_ended(0.0):
+            kill_group(self._pid)
 
 
 class _Forked:
@@ -117,11 +162,20 @@ class _Forked:
         with self._answers:
             return int(json.loads(self._answers.readline() or "{}").get("code", -signal.SIGKILL))
 
+    def has_ended(self, within_s: float) -> bool:
+        """Whether the process has ended within that time, and its number may be another's."""
+        return bool(select.select([self._answers], [], [], within_s)[0])
 
-def _forward(stream: IO[str], on_line: Callable[[str], None]) -> None:
-    with stream:
-        for line in stream:
-            on_line(line.rstrip("\n"))
+
+def _forward(printed: int, on_line: Callable[[str], None]) -> None:
+    """Call `on_line` with each line that comes by a pipe, in a thread."""
+
+    def forward() -> None:
+        with os.fdopen(printed, encoding="utf-8", errors="replace") as stream:
+            for line in stream:
+                on_line(line.rstrip("\n"))
+
+    threading.Thread(target=forward, daemon=True).start()
 
 
 def kill_group(number: int) -> bool:

@@ -38,8 +38,10 @@ Start = Callable[[SlotPlan, tuple[int, int, int]], Running]
 class SlotProcess:
     """The process of one slot. It has imported torch and the objective, or does so, and runs once it is configured."""
 
-    def __init__(self, plan: SlotPlan, start: Start, inbox: Inbox) -> None:
+    def __init__(self, plan: SlotPlan, start: Start, give_up: Callable[[], None], inbox: Inbox) -> None:
+        """`give_up` is called if it is killed while `start` has not started it."""
         self.plan = plan
+        self._give_up = give_up
         self._inbox = inbox
         self._lock = threading.Lock()
         self._process: Running | None = None  # until it is started
@@ -67,8 +69,11 @@ class SlotProcess:
         """End the process at once, with all that it started."""
         with self._lock:
             self._is_killed = True
-            if self._process is None or self._is_over:
-                return  # it is to come; or its number may be another's by now
+            if self._process is None:
+                self._give_up()
+                return  # it is to come
+            if self._is_over:
+                return  # its number may be another's by now
             if not kill_group(self._process.pid):
                 with suppress(ProcessLookupError):  # one that was just forked has no group of its own yet
                     os.kill(self._process.pid, signal.SIGKILL)

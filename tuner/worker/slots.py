@@ -28,8 +28,8 @@ _CUDA = {
     "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
 }
 MAX_OF_CPU = 8
-"""How many trials a CPU runs at a time unless somebody says: each has a copy of the data, and of more at once each
-learns from fewer."""
+"""How many trials a CPU runs at a time unless somebody says: each is a process, and of more at once each learns from
+fewer."""
 MAX_SLOTS = 1000
 """More is a slip of the finger: each is a process of some hundred megabytes."""
 MAX_THREADS = 1024

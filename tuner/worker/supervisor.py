@@ -27,6 +27,7 @@ from tuner.exits import OF_SIGNAL, TOGETHER_S, ExitCode
 from tuner.log import OWN_PRINTS, Log
 from tuner.placement import placement
 from tuner.slot import prints
+from tuner.slot.loading import DataSource
 from tuner.study.joining import Study, why_failed
 from tuner.versions import versions
 from tuner.worker.known_slot import KnownSlot
@@ -82,7 +83,7 @@ class Worker:
         self._engine = engine
         self._study = study
         self._slots = slots.all
-        self._start, self._tell_at_work = slots.start, slots.tell_at_work
+        self._start, self._tell_at_work, self._share_data = slots.start, slots.tell_at_work, slots.share_data
         self._inbox = slots.inbox
         self._config = config
         self._log = log
@@ -122,6 +123,8 @@ class Worker:
             shown = None
             try:
                 self._count_at_work()
+                objective, data_dir = self._config["objective"], Path(self._config["data_dir"])
+                self._share_data(DataSource.of(self._study.spec, objective, data_dir))
                 for slot in self._slots:
                     slot.process.send(self._config_of(slot))
                 while any(slot.state != "ended" for slot in self._slots):
