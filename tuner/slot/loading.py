@@ -34,6 +34,9 @@ class DataSource(BaseModel):
         return cls(objective=objective, options=options, seed=seed, training=training, data_dir=data_dir)
 
 
+_FORKABLE = {"jemalloc_bg_thd"}
+"""Threads that begin anew in a process that is forked, by their names. OpenBLAS's end with each fork."""
+
 _loaded: list[tuple[DataSource, Objective, Data]] = []
 
 
@@ -52,7 +55,7 @@ def load(source: DataSource) -> str | None:
     objective = _built(source)
     if not isinstance(objective, Objective):
         raise TunerError("a plain function loads its data itself")
-    n_threads, n_tasks, opened = torch.get_num_threads(), _n_tasks(), _descriptors()
+    n_threads, opened = torch.get_num_threads(), _descriptors()
     torch.set_num_threads(1)
     set_deterministic(source.training.deterministic)
     data = load_data(objective, source.data_dir, source.training)
@@ -60,7 +63,9 @@ def load(source: DataSource) -> str | None:
     _loaded.append((source, objective, data))
     if _descriptors() - opened:
         return "they keep files open, in which processes would share a place"
-    return "loading them starts threads, which a process that is forked would lack" if _n_tasks() > n_tasks else None
+    if _keeps_threads():
+        return "loading them starts threads, which a process that is forked would lack"
+    return None
 
 
 def with_data(spec: Spec, objective: str, data_dir: Path) -> tuple[Objective | FunctionObjective, Data | None]:
@@ -90,5 +95,12 @@ def _descriptors() -> set[str]:
     return found
 
 
-def _n_tasks() -> int:
-    return len(list(Path("/proc/self/task").iterdir()))
+def _keeps_threads() -> bool:
+    """Whether there are threads of libraries that neither end with a fork nor begin anew after it."""
+    forked = os.fork()
+    if not forked:
+        os._exit(0)
+    os.waitpid(forked, 0)
+    names = {int(task.name): (task / "comm").read_text().rstrip("\n") for task in Path("/proc/self/task").iterdir()}
+    del names[os.getpid()]
+    return bool(set(names.values()) - _FORKABLE)
