@@ -12,6 +12,8 @@ import numpy.typing as npt
 
 Array = npt.NDArray[np.float32]
 
+TABLES = Path(__file__).parent / "tables"
+
 
 @dataclass(frozen=True)
 class Recorded:
@@ -52,6 +54,17 @@ class Curves:
     def load(cls, path: Path) -> Curves:
         with np.load(path, allow_pickle=False) as arrays:
             return cls(**{name: arrays[name] for name in arrays.files})
+
+    def recorded(self) -> list[Recorded]:
+        """Return the trainings one by one, as they were packed."""
+        found = []
+        for row, (point, repeat) in enumerate(zip(self.point.tolist(), self.repeat.tolist(), strict=True)):
+            n_epochs = int(np.count_nonzero(~np.isnan(self.seconds[row])))
+            curves = {
+                name: getattr(self, name)[row, :n_epochs].tolist() for name in ("metric", "loss", "test", "seconds")
+            }
+            found.append(Recorded(point, repeat, **curves))
+        return found
 
 
 def pack(recorded: Sequence[Recorded], epochs: int, path: Path) -> str:

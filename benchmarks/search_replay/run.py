@@ -25,13 +25,12 @@ from typing import Any
 
 import optuna
 
+from benchmarks.search_replay.curves import TABLES
 from benchmarks.search_replay.methods import METHODS, OF_RULES
 from benchmarks.search_replay.simulator import Simulation
 from benchmarks.search_replay.tasks import TASKS
 from benchmarks.search_replay.world import Recorded, Scale, Smooth, Table, World
 from tuner.objective import Objective
-
-TABLES = Path(__file__).parent / "tables"
 
 
 @dataclass(frozen=True)

@@ -199,7 +199,7 @@ def test_recording_goes_on_where_it_was_and_is_packed(tmp_path: Path) -> None:
     def record(*arguments: str | Path) -> str:
         command = [sys.executable, "-m", "benchmarks.search_replay.record", "--data-dir", tmp_path, "--tasks", "digits"]
         done = subprocess.run(
-            [*command, "--out", tmp_path / "curves", *arguments],
+            [*command, "--out", tmp_path / "curves", "--tables", tmp_path, *arguments],
             capture_output=True,
             text=True,
             check=False,
@@ -214,12 +214,18 @@ def test_recording_goes_on_where_it_was_and_is_packed(tmp_path: Path) -> None:
     first.write_text(f'{kept}{{"point": 1, "rep')  # it was killed as it wrote
     record("--points", "2")
     assert first.read_text().startswith(kept)
-    assert "6 trainings of 20 epochs" in record("--pack", tmp_path)
+    assert "6 trainings of 20 epochs" in record("--pack")
     with np.load(tmp_path / "digits.npz") as packed:
         assert packed["metric"].shape == packed["seconds"].shape == (6, 20)
         assert packed["point"].tolist() == [0, 1] * 3
         assert packed["repeat"].tolist() == [0, 0, 1, 1, 2, 2]
         assert 0.5 < packed["test"].max() <= 1
+    table = (tmp_path / "digits.npz").read_bytes()
+    first.unlink()
+    record("--points", "2")
+    assert first.read_text() == ""
+    record("--pack")
+    assert (tmp_path / "digits.npz").read_bytes() == table
 
 
 def test_a_replay_is_compared_and_our_median_decides_as_stock_does(tmp_path: Path) -> None:
