@@ -46,6 +46,9 @@ METHODS: dict[str, Method] = {
     ),
     "tpe + rungs": Method(sampler=tpe, scales=lambda epochs: Rungs.at(TENTH_AND_THIRD, epochs)),
     "tpe + rungs 1 in 2": Method(sampler=tpe, scales=lambda epochs: Rungs.at(TENTH_AND_THIRD, epochs, eta=2.0)),
+    "tpe + rungs, in doubt on": Method(
+        sampler=tpe, scales=lambda epochs: Rungs.at(TENTH_AND_THIRD, epochs), doubts=1.0
+    ),
     "tpe + three rungs": Method(sampler=tpe, scales=lambda epochs: Rungs.at((0.1, 0.3, 0.6), epochs)),
     "tpe + first epoch": Method(sampler=tpe, scales=lambda epochs: Rungs.at((0.0, 0.3), epochs)),
     "tpe + calibrated": Method(sampler=tpe, rule=Calibrated()),

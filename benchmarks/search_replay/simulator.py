@@ -32,7 +32,8 @@ class Method:
 
     With `promotes` a trial that is not among the best 1/eta of its rung is paused and not stopped, and goes on once it
     is. `asks_last`: the pruner is asked after a training's last epoch too, as a plain loop of Optuna's does.
-    `shows_paused` tells the sampler of paused trials as pruned ones.
+    `shows_paused` tells the sampler of paused trials as pruned ones. `doubts` is how many standard deviations of a seed
+    a trial is taken to be better than it reported when it is judged, so that what noise may have decided is postponed.
     """
 
     sampler: Callable[[int], BaseSampler]
@@ -41,6 +42,7 @@ class Method:
     asks_last: bool = False
     promotes: Promotion | None = None
     shows_paused: bool = True
+    doubts: float = 0.0
     scales: Callable[[int], Rule] | None = None
     """The rule for a training of so many epochs, where it depends on that."""
 
@@ -194,7 +196,8 @@ class Simulation:
         return now
 
     def _is_stopped(self, trial: _Trial, step: int) -> bool:
-        return self._rule.stops(step, trial.best, self._history) or trial.trial.should_prune()
+        value = trial.best - self._method.doubts * float(self._world.table.noise[step])
+        return self._rule.stops(step, value, self._history) or trial.trial.should_prune()
 
     def _look_at_incumbent(self, trial: _Trial, value: float, step: int, now: float) -> None:
         if not self.trace.value or value < self.trace.value[-1]:

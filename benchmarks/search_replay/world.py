@@ -40,6 +40,7 @@ class World(Protocol):
     """A task whose trainings are known."""
 
     task: Task
+    table: Table
     has_params: bool
     """Whether params decide how a training goes, so that the time a sampler takes is the search's."""
 
@@ -74,6 +75,8 @@ class Table:
     point: npt.NDArray[np.int32]
     ceiling: float
     """Spearman's correlation of the best values of two seeds of the same points."""
+    noise: Floats
+    """By how much seeds of a good point differ in their best values up to an epoch (epochs,): a standard deviation."""
 
     @classmethod
     def load(cls, directory: Path, name: str, objective: Objective) -> Table:
@@ -92,6 +95,7 @@ class Table:
             np.where(np.isnan(seconds), usual, seconds),
             curves.point[firsts],
             _ceiling(curves, objective.direction == "maximize"),
+            _noise(curves, objective.direction == "maximize"),
         )
 
 
@@ -103,6 +107,16 @@ def _ceiling(curves: Curves, maximizes: bool) -> float:
     ]
     both = sorted(set(of[0]) & set(of[1]))
     return float(spearmanr([of[0][each] for each in both], [of[1][each] for each in both]).statistic)
+
+
+def _noise(curves: Curves, maximizes: bool) -> Floats:
+    bests = np.fmin.accumulate((-curves.metric if maximizes else curves.metric).astype(float), axis=1)
+    several = [point for point in np.unique(curves.point) if np.sum(curves.point == point) > 1]
+    of_point = [bests[curves.point == point] for point in several]
+    of_point.sort(key=lambda found: float(found[:, -1].mean()))  # those that have diverged come last
+    good = of_point[: len(of_point) // 3]
+    apart = [(found - found.mean(axis=0)) * math.sqrt(len(found) / (len(found) - 1)) for found in good]
+    return np.concatenate(apart).std(axis=0)
 
 
 def between(params: Mapping[str, Any], distributions: Mapping[str, BaseDistribution], names: Sequence[str]) -> Floats:
