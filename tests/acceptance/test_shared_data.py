@@ -144,6 +144,17 @@ def test_a_process_that_ends_as_it_loads_for_all_leaves_it_to_each(tuner: Tuner,
     assert {pid for pid, *_ in lines_of(tuner, "own")} <= set(loaded[1:])
 
 
+def test_an_objective_that_no_fork_takes_along_is_told_of_as_ever(tuner: Tuner) -> None:
+    worker = create(tuner, trials=1)
+    file = tuner.directory / "mine.py"
+    file.write_text(file.read_text() + "\nthreading.Thread(target=threading.Event().wait, daemon=True).start()\n")
+    with tuner.start(*worker, "--allow-code-change") as running:
+        done = running.finish()
+    assert done.code == 0, done.stderr
+    (note,) = (event["message"] for event in running.events("note") if "itself" in event["message"])
+    assert note.startswith("each slot imports mine.py:Mine itself: importing it starts the thread")
+
+
 def test_data_that_cannot_be_loaded_are_told_as_ever(tuner: Tuner) -> None:
     worker = create(tuner, "raise OSError('no such mirror')")
     done = tuner(*worker)

@@ -61,17 +61,21 @@ class Nursery:
         return made
 
     def with_data(
-        self, source: DataSource, environment: dict[str, str], on_line: Callable[[str], None]
+        self,
+        source: DataSource,
+        environment: dict[str, str],
+        on_line: Callable[[str], None],
+        refused: Callable[[str], None],
     ) -> Nursery | None:
-        """Have a nursery forked that loads these data, for slots with that environment; None if none can be forked.
+        """Have a nursery forked that loads these data, for slots with that environment, as `fork` does a slot.
 
-        Waits for the objective to be imported. If it cannot load them, it ends.
+        `on_line` gets each line that is printed. If it cannot load them, it ends.
         """
         ours, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         nothing, (printed, its_prints) = os.open(os.devnull, os.O_RDWR), os.pipe()
         request = {"environment": environment, "data": source.model_dump(mode="json")}
         try:
-            forked = self._request(request, (nothing, its_prints, its_prints), lambda _: None, its)
+            forked = self._request(request, (nothing, its_prints, its_prints), refused, its)
         finally:
             its.close()
             os.close(nothing)

@@ -153,7 +153,8 @@ class Slots:
             if self._with_data is not None:
                 self._with_data.close()
             environment = next(plan.own_environment for plan in self._plans if plan.device == "cpu")
-            self._with_data = nursery.with_data(source, environment, self._tell_printed)
+            refused = partial(self._tell_unsuited, "imports")
+            self._with_data = nursery.with_data(source, environment, self._tell_printed, refused)
             self._source = source
         finally:
             self._has_asked_for_data.set()
