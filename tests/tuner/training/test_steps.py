@@ -335,6 +335,18 @@ def test_what_an_optimizer_raises_of_anything_but_a_closure_ends_the_training():
         train(model, optimizer=FailsOnce(model.parameters(), lr=0.5))
 
 
+def test_what_a_loss_raises_ends_the_training_though_it_would_not_again():
+    failures = iter([RuntimeError("the device was lost")])
+
+    def loss(outputs, targets):
+        for error in failures:
+            raise error
+        return nn.functional.cross_entropy(outputs, targets)
+
+    with pytest.raises(RuntimeError, match="the device was lost"):
+        train(nn.Linear(4, 2), loss=loss)
+
+
 @pytest.mark.parametrize(
     ("loss", "told"),
     [
