@@ -1,8 +1,10 @@
 import errno
+import gc
 import multiprocessing
 import os
 import signal
 import threading
+import weakref
 
 import numpy as np
 import pytest
@@ -415,6 +417,16 @@ def test_closing_ends_readers_that_are_stuck(monkeypatch, streamed):
     finally:
         signal.signal(signal.SIGCHLD, handler)
     assert [reader.exitcode for reader in readers] == [-signal.SIGKILL] * 2
+
+
+def test_what_was_closed_leaves_nothing_to_be_done_at_the_exit():
+    rows = Streamed(Samples(Pairs()), 4, CPU, 1)
+    list(rows.in_order())
+    at_exit = weakref.ref(rows._at_exit)
+    rows.close()
+    del rows
+    gc.collect()
+    assert at_exit() is None
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ from resuming import assert_same, interrupt_after, interrupt_at, some_rows, trai
 from torch import nn
 
 from tuner.data import Samples, Split
+from tuner.errors import SharedPlaceError
 from tuner.training import Interrupted, Options, Run, fit
 from tuner.training.checkpoint import Checkpoint
 from tuner.training.steps import fastest
@@ -189,6 +190,29 @@ def test_a_deleted_checkpoint_leaves_nothing_behind(tmp_path):
     assert os.listdir(tmp_path / "study-1") == ["trial-33.pt"]
     Checkpoint(tmp_path / "study-1" / "trial-33.pt").delete()
     assert not (tmp_path / "study-1").exists()
+
+
+class Away:
+    """A place that other machines would find, and that is away."""
+
+    def __str__(self):
+        return "the far place"
+
+    def fail(self, *_):
+        raise SharedPlaceError("it is away")
+
+    head = read = write = delete = fail
+
+
+def test_a_copy_that_cannot_be_deleted_is_told_and_the_file_is_gone(tmp_path):
+    checkpoint = Checkpoint(tmp_path / "study-1" / "a.pt", shared=Away(), log=(lines := []).append)
+    checkpoint.save({"n": 1}, (0, 0), last=True)
+    checkpoint.delete()
+    assert lines == [
+        "cannot copy the checkpoint to the far place: it is away",
+        "cannot delete the checkpoint in the far place: it is away",
+    ]
+    assert os.listdir(tmp_path) == []
 
 
 def test_a_state_is_copied_when_it_is_saved(tmp_path):

@@ -96,15 +96,18 @@ def test_where_the_update_cannot_be_followed_model_and_loss_are_compiled(graphs)
     assert compiled.gains[0].what == MODEL
 
 
-def test_what_cannot_be_compiled_trains_as_it_is_and_says_why_in_one_line(monkeypatch):
+@pytest.mark.parametrize(
+    "kind", [None, pytest.param(functools.partial(torch.optim.LBFGS, max_iter=2), marks=pytest.mark.slow)]
+)
+def test_what_cannot_be_compiled_trains_as_it_is_and_says_why_in_one_line(monkeypatch, kind):
     compile_ = torch.compile
 
     def broken(graph, inputs):
         raise NotImplementedError("no such backend")
 
     monkeypatch.setattr(torch, "compile", lambda function, **_: compile_(function, backend=broken))
-    compiled = Trained(True)
-    compiled.check_same(Trained(False), rel=0, abs=0)
+    compiled = Trained(True, kind=kind)
+    compiled.check_same(Trained(False, kind=kind), rel=0, abs=0)
     (line,) = compiled.lines
     assert line.startswith("--compile: not compiled, BackendCompilerFailed: ")
     assert compiled.gains == []

@@ -9,6 +9,7 @@ from torchmetrics import ClasswiseWrapper, MeanMetric, MeanSquaredError
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score, MulticlassRecall
 
 from tuner.data import Samples, Split
+from tuner.errors import ObjectiveError
 from tuner.training import DivergedError, Options, Run, evaluate, evaluation, fit, predict
 from tuner.training.steps import call
 
@@ -361,6 +362,15 @@ def test_evaluation_takes_no_more_rows_than_the_largest_outputs_allow(monkeypatc
     found = evaluate(model, kind(rows), {"mean": MeanMetricOf()}, predictions)
     assert seen == [8] + [10] * 5
     assert found["mean"] == pytest.approx(float(predictions(model(rows.inputs)).mean().detach()), abs=1e-6)
+
+
+def test_a_model_that_gives_no_tensor_is_told_so():
+    class Nothing(nn.Module):
+        def forward(self, x):
+            return None
+
+    with pytest.raises(ObjectiveError, match="a prediction needs to be one tensor, got NoneType"):
+        predict(Nothing(), rows_of().inputs)
 
 
 class MeanMetricOf(MeanMetric):

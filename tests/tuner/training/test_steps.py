@@ -317,6 +317,49 @@ def test_an_optimizer_that_only_says_at_its_first_step_that_it_needs_a_closure_g
     assert history[-1].train_loss < 0.7 * history[0].train_loss
 
 
+class FailsOnce(torch.optim.SGD):
+    """Fails at its first step, of nothing that a closure would mend."""
+
+    failed = False
+
+    def step(self, closure=None):
+        if not self.failed:
+            self.failed = True
+            raise RuntimeError("the device was lost")
+        return super().step(closure)
+
+
+def test_what_an_optimizer_raises_of_anything_but_a_closure_ends_the_training():
+    model = nn.Linear(4, 2)
+    with pytest.raises(RuntimeError, match="the device was lost"):
+        train(model, optimizer=FailsOnce(model.parameters(), lr=0.5))
+
+
+def test_what_a_loss_raises_ends_the_training_though_it_would_not_again():
+    failures = iter([RuntimeError("the device was lost")])
+
+    def loss(outputs, targets):
+        for error in failures:
+            raise error
+        return nn.functional.cross_entropy(outputs, targets)
+
+    with pytest.raises(RuntimeError, match="the device was lost"):
+        train(nn.Linear(4, 2), loss=loss)
+
+
+@pytest.mark.parametrize(
+    ("loss", "told"),
+    [
+        (lambda outputs, targets: 0.5, "a tensor that is one number, got float: take the mean"),
+        (lambda outputs, targets: outputs.mean(1), r"a tensor that is one number, got a tensor of shape \[16\]"),
+        (lambda outputs, targets: outputs.mean().detach(), "got one without a gradient"),
+    ],
+)
+def test_a_loss_that_cannot_be_followed_is_refused(loss, told):
+    with pytest.raises(ObjectiveError, match=told):
+        train(nn.Linear(4, 2), loss=loss)
+
+
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
