@@ -35,7 +35,7 @@ from torch.optim import SGD, AdamW, Optimizer
 
 from tuner.data import Batch
 from tuner.training import choose_device
-from tuner.training.compiling import By
+from tuner.training.checked_step import By
 from tuner.training.steps import Step, fastest
 
 BATCH = 64

@@ -6,7 +6,8 @@ from torch import nn
 
 from tuner.data import Split
 from tuner.training import Interrupted, Options, Run, fit
-from tuner.training.compiling import MODEL, STEP, Gain, _Kept
+from tuner.training.checked_step import _Kept
+from tuner.training.compiling import MODEL, STEP, Gain
 from tuner.training.whole_step import _FOLLOWED, WholeStep, why_not_whole
 
 ROWS = 70
