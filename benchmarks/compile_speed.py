@@ -13,7 +13,8 @@ Each model has two processes, one after the other: the first finds an empty cach
 first has left. Prints milliseconds a step in the second (median, minimum .. maximum), the ratio to eager, and seconds
 of compiling in both. A third one, with an empty cache again, has the whole step compiled by a process beside it, as a
 trial on a CPU has (`tuner/training/compile_aside.py`), and prints how long it stood still then, how long that process
-worked, and how many times as long the steps took beside it. With `--cpu-time`, for a machine that others use too, steps are timed by the process's CPU time.
+was at work, and by how much it slowed the steps. With `--cpu-time`, for a machine that others use too, the sides' steps
+are timed by the process's CPU time.
 """
 
 from __future__ import annotations
@@ -132,7 +133,7 @@ def aside(name: str, device: torch.device, by: By) -> dict[str, float]:
         compiling.end_epoch()
     assert gain.slowed_s is not None
     worked_s = time.perf_counter() - started_at - gain.compile_s
-    return {"still_s": gain.compile_s, "worked_s": worked_s, "slower": worked_s / (worked_s - gain.slowed_s)}
+    return {"still_s": gain.compile_s, "worked_s": worked_s, "slowed_s": gain.slowed_s}
 
 
 SIDES = {"eager": eager, "model": model_alone, "whole": whole}
@@ -205,10 +206,8 @@ def main() -> None:
         if can_compile_aside(device, by):
             with tempfile.TemporaryDirectory() as cache:
                 found = in_process_of_its_own(model, cache, "--aside")
-            line = (
-                f"  {model:<8}aside   stood still for {found['still_s']:.1f} s, after {found['worked_s']:.1f} s beside"
-            )
-            print(f"{line} the process that compiled, with steps x {found['slower']:.2f}", flush=True)
+            line = f"  {model:<8}aside   stood still for {found['still_s']:.1f} s, after {found['worked_s']:.1f} s"
+            print(f"{line} of compiling beside it that slowed its steps by {found['slowed_s']:.1f} s", flush=True)
     write_ratios(options.ratios, ratios)
 
 
