@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Final, NoReturn
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from storage.files import open_lock, own_directory
 from tuner.data import Batch
@@ -132,9 +132,13 @@ def name_of(parts: Parts, batch: Batch, by: By) -> str:
     told = (
         *(sys.version, torch.__version__, torch.get_num_threads(), by, parts.precision, parts.max_grad_norm),
         *(modules, parts.loss, type(parts.optimizer), groups),
-        [(name, tensor.shape, tensor.stride(), tensor.dtype) for name, tensor in tensors],
+        [(name, tensor.shape, tensor.dtype, _layout(tensor)) for name, tensor in tensors],
     )
     return hashlib.sha256(_ADDRESS.sub("", repr(told)).encode(errors="replace")).hexdigest()
+
+
+def _layout(tensor: Tensor) -> object:
+    return tensor.stride() if tensor.layout == torch.strided else tensor.layout
 
 
 def _be_process(parent: int, work: Callable[[], bool], lock: int) -> NoReturn:

@@ -1,4 +1,5 @@
 import os
+import warnings
 from pathlib import Path
 
 import pytest
@@ -125,12 +126,18 @@ def test_the_process_holds_no_pipe_of_its_parent_open(aside, tmp_path):
         assert pipe.read() == ""  # at once, though the process works
 
 
-def named(*, dropout=0.1, rate=0.1, momentum=0.9, rows=8, loss=None, **how):
+def named(*, dropout=0.1, rate=0.1, momentum=0.9, rows=8, loss=None, buffer=None, **how):
     model = nn.Sequential(nn.Linear(4, 2), nn.Dropout(dropout))
+    model.register_buffer("kept", buffer)
     optimizer = torch.optim.SGD(model.parameters(), lr=rate, momentum=momentum)
     loss = loss or (lambda outputs, targets: outputs.mean())
     step = Step(model, loss, optimizer, torch.device("cpu"), compiled=By(), **how)
     return name_of(step._parts(loss), Batch(torch.zeros(rows, 4), torch.zeros(rows)), By())
+
+
+def without_strides():
+    with warnings.catch_warnings(action="ignore"):  # that such are new
+        return torch.eye(3).to_sparse_csr()
 
 
 @pytest.mark.parametrize(
@@ -142,8 +149,10 @@ def named(*, dropout=0.1, rate=0.1, momentum=0.9, rows=8, loss=None, **how):
         {"loss": nn.MSELoss()},
         {"precision": "bf16"},
         {"max_grad_norm": 1.0},
+        {"buffer": torch.eye(3)},
+        {"buffer": without_strides()},
     ],
-    ids=str,
+    ids="".join,
 )
 def test_what_is_compiled_otherwise_has_another_name(change):
     assert named(**change) != named()
