@@ -118,14 +118,16 @@ class Compiling:
         """Return what compiling gained so far, None if nothing was compiled."""
         if self._compiled is None:
             return None
-        before_s, beside_s = self._before.step_s, self._beside.step_s
+        before_s, beside_s, slowed_s = self._before.step_s, self._beside.step_s, None
+        if before_s is not None and beside_s is not None:  # that may be shorter by what else the machine does
+            slowed_s = self._beside.n_steps * max(0.0, beside_s - before_s)
         return Gain(
             what=self._what,
             compile_s=self._compile_s,
             before_s=before_s,
             after_s=self._after.step_s,
             n_steps=self._after.n_steps,
-            slowed_s=None if before_s is None or beside_s is None else self._beside.n_steps * (beside_s - before_s),
+            slowed_s=slowed_s,
         )
 
     def __call__(self, batch: Batch) -> Tensor:
