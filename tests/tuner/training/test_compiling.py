@@ -355,6 +355,7 @@ def test_a_training_that_ends_first_ends_the_process_that_compiles(monkeypatch):
     assert beside.trained.lines == ["--compile: not compiled, as the training ended before the compiler did"]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("directory")
 def test_a_later_training_of_the_same_shapes_and_settings_compiles_after_its_first_epoch(monkeypatch):
     for model, epochs in ((None, [0, 0, 0, 1, 1]), (None, [0, 1, 1, 1, 1]), (a_model()[:2], [0, 0, 0, 1, 1])):
