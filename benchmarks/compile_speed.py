@@ -11,7 +11,10 @@ and a CNN of two convolutions with 16 and 32 channels (AdamW, batch 64). Three s
 
 Each model has two processes, one after the other: the first finds an empty cache of compiled code, the second what the
 first has left. Prints milliseconds a step in the second (median, minimum .. maximum), the ratio to eager, and seconds
-of compiling in both. With `--cpu-time`, for a machine that others use too, steps are timed by the process's CPU time.
+of compiling in both. A third one, with an empty cache again, has the whole step compiled by a process beside it, as a
+trial on a CPU has (`tuner/training/compile_aside.py`), and prints how long it stood still then, how long that process
+was at work, and by how much it slowed the steps. With `--cpu-time`, for a machine that others use too, the sides' steps
+are timed by the process's CPU time.
 """
 
 from __future__ import annotations
@@ -26,6 +29,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -35,11 +39,14 @@ from torch.optim import SGD, AdamW, Optimizer
 
 from tuner.data import Batch
 from tuner.training import choose_device
-from tuner.training.compiling import By
+from tuner.training.checked_step import By
+from tuner.training.compile_aside import Aside, can_compile_aside
 from tuner.training.steps import Step, fastest
 
 BATCH = 64
 WARM_UP = 5
+EPOCH = 100
+"""Steps of an epoch beside a process that compiles."""
 
 Side = Callable[[], Any]
 
@@ -111,6 +118,24 @@ def whole(name: str, device: torch.device, by: By) -> tuple[Side, float]:
     return lambda: step(batch), gain.compile_s
 
 
+def aside(name: str, device: torch.device, by: By) -> dict[str, float]:
+    """Train in epochs of some steps until a process beside this one has compiled, and then this one."""
+    model, optimizer, batch = built(name, device)
+    beside = Aside(Path(os.environ["TORCHINDUCTOR_CACHE_DIR"]))
+    step = Step(model, nn.CrossEntropyLoss(), optimizer, device, compiled=by, aside=beside, log=sys.exit)
+    compiling = step.compiling
+    assert compiling is not None
+    started_at = time.perf_counter()
+    while (gain := compiling.gain()) is None:
+        compiling.start_epoch()
+        for _ in range(EPOCH):
+            step(batch)
+        compiling.end_epoch()
+    assert gain.slowed_s is not None
+    worked_s = time.perf_counter() - started_at - gain.compile_s
+    return {"still_s": gain.compile_s, "worked_s": worked_s, "slowed_s": gain.slowed_s}
+
+
 SIDES = {"eager": eager, "model": model_alone, "whole": whole}
 
 
@@ -133,9 +158,9 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
     return {"compile_s": {side: seconds for side, (_, seconds) in made.items()}, "ms": ms}
 
 
-def in_process_of_its_own(name: str, cache: str) -> dict[str, Any]:
+def in_process_of_its_own(name: str, cache: str, *how: str) -> dict[str, Any]:
     environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache}
-    arguments = [sys.executable, __file__, *sys.argv[1:], "--measure", name]
+    arguments = [sys.executable, __file__, *sys.argv[1:], "--measure", name, *how]
     done = subprocess.run(arguments, env=environment, stdout=subprocess.PIPE, text=True, check=True)
     *lines, last = done.stdout.splitlines()
     for line in lines:
@@ -154,13 +179,18 @@ def main() -> None:
     parser.add_argument("--mode", default="default", choices=("default", "max-autotune"))
     parser.add_argument("--cpu-time", action="store_true")
     parser.add_argument("--measure", choices=MODELS, help=argparse.SUPPRESS)
+    parser.add_argument("--aside", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    device, by = choose_device(options.device), By(backend=options.backend, mode=options.mode)
+    if options.aside:
+        print(json.dumps(aside(options.measure, device, by)))
+        return
     if options.measure:
         print(json.dumps(measure(options.measure, options)))
         return
     name = platform.processor() or platform.machine()
     print(f"{name}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}", end="")
-    print(f", {choose_device(options.device)}, {options.backend}, {options.mode}", flush=True)
+    print(f", {device}, {options.backend}, {options.mode}", flush=True)
     ratios: dict[str, list[float]] = {}
     for model in options.models:
         with tempfile.TemporaryDirectory() as cache:
@@ -173,6 +203,11 @@ def main() -> None:
                 line += f"  compiled in {cold['compile_s'][side]:.1f} s, again {warm['compile_s'][side]:.1f} s"
                 ratios[f"{model}, {side}, x faster than eager"] = paired(warm["ms"]["eager"], ms)
             print(line, flush=True)
+        if can_compile_aside(device, by):
+            with tempfile.TemporaryDirectory() as cache:
+                found = in_process_of_its_own(model, cache, "--aside")
+            line = f"  {model:<8}aside   stood still for {found['still_s']:.1f} s, after {found['worked_s']:.1f} s"
+            print(f"{line} of compiling beside it that slowed its steps by {found['slowed_s']:.1f} s", flush=True)
     write_ratios(options.ratios, ratios)
 
 

@@ -29,3 +29,9 @@ def keep_compiled_apart() -> None:
         except OSError:  # most trainings need none; one that does says by this name what is missing
             directory = _NOWHERE
     os.environ[_VARIABLE] = str(directory)
+
+
+def compiled_directory() -> Path | None:
+    """Return where `torch.compile` keeps what it compiled, None where that was left to torch."""
+    directory = os.environ.get(_VARIABLE)
+    return Path(directory) if directory else None

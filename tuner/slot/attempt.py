@@ -346,6 +346,7 @@ def _train(
             options=training.Options(**what.spec.training.model_dump()),
             metric=metric,
             direction=what.spec.direction,
+            may_fork=True,
             checkpoint=what.checkpoint(trial.number, trial.params),
             resumable=(Interrupted, StudyHaltedError, UnreachableError),
             check=check,

@@ -23,7 +23,6 @@ import socket
 import sys
 import threading
 import traceback
-import warnings
 import weakref
 from collections.abc import Callable
 from contextlib import suppress
@@ -33,13 +32,13 @@ from pathlib import Path
 from typing import Any, Final, NoReturn
 
 from tuner.exits import OF_SIGNAL, handle_until_fork
+from tuner.forks import end_with, fork
 from tuner.slot.preparing import AS_READ, import_objective, import_torch, listen
 
 MAX_REQUEST_BYTES: Final = 1 << 16
 _N_STREAMS: Final = 3
 _DEVICES: Final = ("/dev/nvidia", "/dev/kfd", "/dev/dri")
 _PROBE_S: Final = 10.0
-_PR_SET_PDEATHSIG: Final = 1
 
 
 def can_fork() -> bool:
@@ -74,7 +73,7 @@ def forked_to_import(environment: dict[str, str], directory: str, printed: int) 
 
     def import_and_serve(requests: socket.socket) -> None:
         if worker is not None:
-            _end_with(worker)
+            end_with(worker)
         nothing = os.open(os.devnull, os.O_RDWR)
         for number, stream in enumerate((nothing, nothing, printed)):
             os.dup2(stream, number)
@@ -87,23 +86,10 @@ def forked_to_import(environment: dict[str, str], directory: str, printed: int) 
         import_torch()
         if reference := requests.recv(MAX_REQUEST_BYTES).decode():
             import_objective(reference)
-            _end_with(None)
+            end_with(None)
             _serve(requests, why_not)
 
     return _forked(import_and_serve)
-
-
-def _end_with(parent: int | None) -> None:
-    """Have the kernel kill this process when its parent ends, in whatever an import hangs; None for no longer.
-
-    Where the kernel refuses, nothing is different.
-    """
-    import ctypes
-
-    number = signal.SIGKILL if parent is not None else 0
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, *map(ctypes.c_ulong, (number, 0, 0, 0)))
-    if parent is not None and os.getppid() != parent:  # it ended before that was said
-        os._exit(1)
 
 
 def _forked(serve: Callable[[socket.socket], None]) -> tuple[int, socket.socket]:
@@ -111,7 +97,7 @@ def _forked(serve: Callable[[socket.socket], None]) -> tuple[int, socket.socket]
     with suppress(OSError, ValueError, AttributeError):  # nobody reads it, or the objective did away with it
         sys.stdout.flush()
         sys.stderr.flush()
-    if pid := _fork():
+    if pid := fork():
         its.close()
         return pid, ours
     try:
@@ -160,7 +146,7 @@ class _Nursery:
             _tell(answers, unsuited=self._why_not)
             answers.close()
             self._is_over = True
-        elif pid := _fork():
+        elif pid := fork():
             slot = _Slot(pid, os.pidfd_open(pid), answers)
             self._slots.append(slot)
             self._selector.register(slot.pidfd, selectors.EVENT_READ, partial(self._tell_end, slot))
@@ -202,13 +188,6 @@ def _tell(answers: socket.socket, **told: Any) -> None:
         answers.sendall(f"{json.dumps(told)}\n".encode())
 
 
-def _fork() -> int:
-    with warnings.catch_warnings():
-        # Python counts threads of libraries that end and begin with a fork, as those of OpenBLAS.
-        warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)
-        return os.fork()
-
-
 def _with_threads() -> str | None:
     others = [thread.name for thread in threading.enumerate() if thread is not threading.main_thread()]
     return (
@@ -231,7 +210,7 @@ def _can_compute() -> bool:
     """Whether torch can compute with threads in a process that is forked: not if it has begun to before (libgomp)."""
     import torch
 
-    pid = _fork()
+    pid = fork()
     if not pid:
         code = 1
         try:

@@ -17,14 +17,17 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from tuner.caches import compiled_directory
 from tuner.data import Rows
 from tuner.errors import ObjectiveError
 from tuner.seeds import derive_seed
 from tuner.spec import CompileBackend, CompileMode, DataPlace, Direction, Precision
 from tuner.training.batches import Batches, batches_of
+from tuner.training.checked_step import By
 from tuner.training.checkpoint import Checkpoint, State, generator_states, set_generator_states
+from tuner.training.compile_aside import Aside, can_compile_aside
 from tuner.training.compiled import load_state, state_of
-from tuner.training.compiling import By, Gain
+from tuner.training.compiling import Gain
 from tuner.training.devices import current
 from tuner.training.evaluation import Evaluation, Predictions, device_of
 from tuner.training.schedules import Rates, Schedule
@@ -100,6 +103,7 @@ class Run:
     `metric` and `direction` say which epoch is best, for `patience`. Training ends after the epoch `until` of the
     schedule's; `rates`, of each epoch, are what one that follows a metric gave before, and gives again. `check` is
     called before each batch, and ends the training by what it raises; `alive` before each batch of an evaluation.
+    Where this process `may_fork` the step is compiled by a fork while it trains, unless it is deterministic.
     With a `checkpoint` the training goes on where it was saved; `on_resume` is called once with the epochs that had
     ended then, `on_compiled` at the end with what compiling gained, if anything was compiled. What is `resumable` and
     raised by a callback has the checkpoint written before it passes through. `log` takes a line for people.
@@ -110,6 +114,7 @@ class Run:
     direction: Direction = "maximize"
     until: int | None = None
     rates: Sequence[Sequence[float]] = ()
+    may_fork: bool = False
     checkpoint: Checkpoint | None = None
     resumable: tuple[type[Exception], ...] = (Interrupted,)
     check: Callable[[], None] = _nothing
@@ -159,6 +164,7 @@ def fit(
     channels_last = _wants_channels_last(model, device) if options.channels_last is None else options.channels_last
     if channels_last:
         model.to(memory_format=torch.channels_last)
+    compiled = By(backend=options.compile_backend, mode=options.compile_mode) if options.compile else None
     step = Step(
         model,
         loss,
@@ -167,7 +173,8 @@ def fit(
         precision=options.precision,
         max_grad_norm=max_grad_norm,
         channels_last=channels_last,
-        compiled=By(backend=options.compile_backend, mode=options.compile_mode) if options.compile else None,
+        compiled=compiled,
+        aside=None if compiled is None else _aside(compiled, device, run),
         cuda_graphs=options.cuda_graphs,
         log=run.log,
         alive=run.alive,
@@ -285,10 +292,13 @@ class _Training:
         )
 
     def tell_gain(self) -> None:
-        """Tell what compiling gained, if anything was compiled."""
-        gain = None if self._step.compiling is None else self._step.compiling.gain()
-        if gain is not None:
-            self._run.log(str(gain))
+        """Tell what compiling gained, or that it came too late."""
+        compiling = self._step.compiling
+        if compiling is None:
+            return
+        if (line := compiling.told()) is not None:
+            self._run.log(line)
+        if (gain := compiling.gain()) is not None:
             self._run.on_compiled(gain)
 
     def close(self) -> None:
@@ -429,6 +439,17 @@ def best_epoch(history: Sequence[Epoch], metric: str, direction: Direction) -> E
 
 def _is_whole(number: object) -> bool:
     return isinstance(number, Integral) and not isinstance(number, bool)  # NumPy's as well
+
+
+def _aside(compiled: By, device: torch.device, run: Run) -> Aside | None:
+    """Return what compiles beside the training; None where that waits for the compiler, after its first epoch.
+
+    With deterministic algorithms it does, as which epoch is the first compiled one would depend on who is faster.
+    """
+    directory = compiled_directory()
+    if not run.may_fork or run.options.deterministic or directory is None or not can_compile_aside(device, compiled):
+        return None
+    return Aside(directory)
 
 
 def _wants_channels_last(model: nn.Module, device: torch.device) -> bool:

@@ -23,7 +23,7 @@ OWN_NAMES = frozenset(
         *("seed", "device", "versions", "peak_memory_mb", "peak_reserved_mb", "threads"),
         *("parameters", "trained_parameters", "confirms"),
         *("audit.pruned_at", "audit.value", "audit.seconds"),
-        *("compiled", "compile_s", "step_ms_uncompiled", "step_ms_compiled"),
+        *("compiled", "compile_s", "compile_slowed_s", "step_ms_uncompiled", "step_ms_compiled"),
     }
 )
 """What is recorded of a trial and of its epochs beside the metrics, which cannot have these names."""

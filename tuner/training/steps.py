@@ -15,7 +15,9 @@ from torch.optim import Optimizer
 from tuner.data import Batch, Inputs, Rows, map_inputs
 from tuner.errors import ObjectiveError, first_line
 from tuner.spec import Precision
-from tuner.training.compiling import By, Compiling, Forward, Parts
+from tuner.training.checked_step import By, Forward, Parts
+from tuner.training.compile_aside import Aside
+from tuner.training.compiling import Compiling
 from tuner.training.graphs import CannotCaptureError, CapturedStep
 
 Loss: TypeAlias = Callable[[Any, Any], Tensor]
@@ -110,6 +112,7 @@ class Step:
         max_grad_norm: float | None = None,
         channels_last: bool = False,
         compiled: By | None = None,
+        aside: Aside | None = None,
         cuda_graphs: bool = False,
         log: Callable[[str], None] = lambda _: None,
         alive: Callable[[], None] = lambda: None,
@@ -134,7 +137,7 @@ class Step:
         if compiled is not None and self._is_compiled_first:
             self._compiled_loss = compiled.compiled(self._mean_loss)
         elif compiled is not None:
-            self.compiling = Compiling(self._parts(loss), compiled, self._by_itself, log, alive)
+            self.compiling = Compiling(self._parts(loss), compiled, self._by_itself, log, alive, aside)
 
     def __call__(self, batch: Batch) -> Tensor:
         """Take one step on the batch's rows."""
@@ -143,7 +146,9 @@ class Step:
         return self._by_itself(batch) if self.compiling is None else self.compiling(batch)
 
     def close(self) -> None:
-        """Let go of what was compiled and holds this step: only garbage collection would free the model."""
+        """Let go of what is or was compiled and holds this step: only garbage collection would free the model."""
+        if self.compiling is not None:
+            self.compiling.close()
         self._compiled_loss = self.compiling = None
 
     def _parts(self, loss: Loss) -> Parts:
@@ -153,7 +158,7 @@ class Step:
             optimizer=self._optimizer,
             device=self._device,
             max_grad_norm=self._max_grad_norm,
-            is_scaled=self.scaler.is_enabled(),
+            precision=self._precision,
             prepared=self._prepared,
             forward=self._mean_loss,
             gradients=self._gradients_by,

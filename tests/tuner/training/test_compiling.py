@@ -1,12 +1,18 @@
 import functools
+import os
+import signal
+import threading
+from pathlib import Path
 
 import pytest
 import torch
+from command import wait_for
 from torch import nn
 
 from tuner.data import Split
 from tuner.training import Interrupted, Options, Run, fit
-from tuner.training.compiling import MODEL, STEP, Gain, _Kept
+from tuner.training.checked_step import _Kept
+from tuner.training.compiling import MODEL, STEP, Gain
 from tuner.training.whole_step import _FOLLOWED, WholeStep, why_not_whole
 
 ROWS = 70
@@ -26,7 +32,9 @@ def a_model():
 class Trained:
     """A training of four epochs with a falling rate, and what was told of it."""
 
-    def __init__(self, compiled, *, kind=None, model=None, options=None, on_epoch=None, epochs=4, **changes):
+    def __init__(
+        self, compiled, *, kind=None, model=None, options=None, on_epoch=None, epochs=4, may_fork=False, **changes
+    ):
         self.model = a_model() if model is None else model
         kind = kind or functools.partial(torch.optim.SGD, momentum=0.9, weight_decay=1e-3)
         self.optimizer = kind(self.model.parameters(), lr=0.1)
@@ -42,7 +50,7 @@ class Trained:
             batch_size=16,
             seed=1,
             on_epoch=on_epoch and functools.partial(on_epoch, self),
-            run=Run(options=options, log=self.lines.append, on_compiled=self.gains.append),
+            run=Run(options=options, may_fork=may_fork, log=self.lines.append, on_compiled=self.gains.append),
             **{"loss": nn.CrossEntropyLoss(), **changes},
         )
 
@@ -276,3 +284,125 @@ def test_inductors_code_trains_as_what_it_was_made_of(tmp_path, monkeypatch):
     compiled = Trained(True, options=options, kind=torch.optim.AdamW)
     assert [gain.what for gain in compiled.gains] == [STEP]
     compiled.check_same(Trained(False, kind=torch.optim.AdamW), rel=1e-4)
+
+
+@pytest.fixture
+def directory(tmp_path, monkeypatch):
+    """Where it is kept what was compiled."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    return tmp_path
+
+
+def forks():
+    """The processes that this thread has forked and that have not ended, by their numbers."""
+    children = Path(f"/proc/self/task/{threading.get_native_id()}/children").read_text().split()
+    look = os.WEXITED | os.WNOHANG | os.WNOWAIT
+    return [int(child) for child in children if os.waitid(os.P_PID, int(child), look) is None]
+
+
+class Beside:
+    """Trains with a process beside it that compiles, or has others do it; notes what went on after each epoch."""
+
+    def __init__(self, monkeypatch, compile_, *, ends_in=None, stops_it=None, **changes):
+        self.seen, here, number_of = [], os.getpid(), [0]
+
+        def compile_here(function, **_):
+            if os.getpid() != here:
+                compile_()
+            else:
+                number_of[0] += 1
+            return function
+
+        def on_epoch(_, epoch):
+            self.seen.append((epoch.number, len(forks()), number_of[0]))
+            if epoch.number == ends_in:
+                if stops_it is not None:
+                    os.kill(*forks(), stops_it)
+                wait_for(lambda: not forks(), "the end of the process that compiles")
+
+        monkeypatch.setattr(torch, "compile", compile_here)
+        changes = {"options": {"compile_backend": "inductor"}, "may_fork": True, "epochs": 5, **changes}
+        self.trained = Trained(True, on_epoch=on_epoch, **changes)
+        assert forks() == []
+
+
+def stuck():
+    threading.Event().wait()
+
+
+@pytest.mark.usefixtures("directory")
+def test_a_process_compiles_while_the_training_goes_on_which_does_itself_at_the_epoch_after(monkeypatch):
+    beside = Beside(monkeypatch, lambda: None, ends_in=3)
+    assert [(number, compiled) for number, _, compiled in beside.seen] == [(1, 0), (2, 0), (3, 0), (4, 1), (5, 1)]
+    beside.trained.check_same(Trained(False, epochs=5), rel=1e-5)
+    (gain,) = beside.trained.gains
+    assert gain.n_steps == 2 * 5 - 1
+    assert gain.slowed_s is not None
+    assert beside.trained.lines == [str(gain)]
+    assert f" and slowed the steps before by {gain.slowed_s:.1f} s, " in str(gain)
+
+
+@pytest.mark.usefixtures("directory")
+def test_where_the_process_that_compiles_is_killed_the_training_goes_on_uncompiled(monkeypatch):
+    beside = Beside(monkeypatch, stuck, ends_in=2, stops_it=signal.SIGKILL)
+    assert beside.seen == [(1, 0, 0), (2, 1, 0), (3, 0, 0), (4, 0, 0), (5, 0, 0)]
+    beside.trained.check_same(Trained(False, epochs=5), rel=0, abs=0)
+    assert beside.trained.lines == ["--compile: not compiled, as the process that compiled ended by SIGKILL"]
+
+
+@pytest.mark.usefixtures("directory")
+def test_a_training_that_ends_first_ends_the_process_that_compiles(monkeypatch):
+    beside = Beside(monkeypatch, stuck)
+    assert [running for _, running, _ in beside.seen] == [0, 1, 1, 1, 1]
+    beside.trained.check_same(Trained(False, epochs=5), rel=0, abs=0)
+    assert beside.trained.lines == ["--compile: not compiled, as the training ended before the compiler did"]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("directory")
+def test_a_later_training_of_the_same_shapes_and_settings_compiles_after_its_first_epoch(monkeypatch):
+    for model, epochs in ((None, [0, 0, 0, 1, 1]), (None, [0, 1, 1, 1, 1]), (a_model()[:2], [0, 0, 0, 1, 1])):
+        beside = Beside(monkeypatch, lambda: None, ends_in=3, model=model)
+        assert [compiled for _, _, compiled in beside.seen] == epochs
+
+
+@pytest.mark.usefixtures("directory")
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"may_fork": False},
+        {"options": {"compile_backend": "inductor", "deterministic": True}},
+        {"options": {"compile_backend": "aot_eager"}},
+    ],
+)
+def test_a_training_that_may_not_depend_on_who_is_faster_or_not_fork_waits_for_the_compiler(monkeypatch, changes):
+    beside = Beside(monkeypatch, stuck, **changes)
+    assert beside.seen == [(1, 0, 0), (2, 0, 1), (3, 0, 1), (4, 0, 1), (5, 0, 1)]
+
+
+def test_without_a_place_for_a_lock_the_training_waits_for_the_compiler(directory, monkeypatch):
+    (directory / "tuner-locks").write_text("in the way")
+    beside = Beside(monkeypatch, stuck)
+    assert [compiled for _, _, compiled in beside.seen] == [0, 1, 1, 1, 1]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("directory")
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.Rprop], ids=["step", "model"])
+def test_what_the_process_compiled_is_found_on_the_disk(graphs, kind):
+    counted = torch._dynamo.utils.counters
+    names = [("aot_autograd", "autograd_cache_hit"), ("aot_autograd", "autograd_cache_miss")]
+    names.append(("inductor", "fxgraph_cache_miss"))
+    before = [counted[where][name] for where, name in names]
+
+    def on_epoch(_, epoch):
+        if epoch.number == 2:
+            assert len(forks()) == 1
+            wait_for(lambda: not forks(), "the end of the process that compiles", 900)
+
+    compiled = Trained(True, kind=kind, options={"compile_backend": "inductor"}, may_fork=True, on_epoch=on_epoch)
+    (gain,) = compiled.gains
+    assert gain.what == (STEP if kind is torch.optim.AdamW else MODEL)
+    assert graphs() == 1
+    assert [counted[where][name] - n for (where, name), n in zip(names, before, strict=True)] == [1, 0, 0]
+    compiled.check_same(Trained(False, kind=kind), rel=1e-4)
