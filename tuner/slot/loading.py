@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict
 
+from tuner.forks import fork
 from tuner.spec import Spec, TrainingSpec
 
 if TYPE_CHECKING:
@@ -97,7 +98,7 @@ def _descriptors() -> set[str]:
 
 def _keeps_threads() -> bool:
     """Whether there are threads of libraries that neither end with a fork nor begin anew after it."""
-    forked = os.fork()
+    forked = fork()
     if not forked:
         os._exit(0)
     os.waitpid(forked, 0)

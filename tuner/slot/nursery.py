@@ -235,7 +235,7 @@ def _become(request: dict[str, Any], streams: list[int], requests: socket.socket
     """Be what `tuner.slot.start` is with these standard streams; or another nursery, if it takes `requests`."""
     try:
         if requests is not None:
-            _end_with(parent)
+            end_with(parent)
         _forget_ends()
         os.setsid()
         for number, stream in enumerate(streams):
@@ -252,7 +252,7 @@ def _become(request: dict[str, Any], streams: list[int], requests: socket.socket
             slot.main()
         else:
             why_not = _with_data(request["data"])
-            _end_with(None)
+            end_with(None)
             _serve(requests, why_not)
     finally:
         _end(0)
