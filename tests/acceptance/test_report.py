@@ -6,6 +6,7 @@ import json
 import re
 from typing import TYPE_CHECKING, Any
 
+import chromium
 import optuna
 import pytest
 from chromium import a_page
@@ -47,6 +48,7 @@ def fill(study: optuna.Study) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(chromium.executable() is None, reason="no Chromium or Chrome is installed")
 def test_a_report_is_read_without_a_network_and_runs_nothing_that_somebody_wrote(
     tuner: Tuner, database: str, tmp_path: Path
 ) -> None:

@@ -27,20 +27,35 @@ from importlib.machinery import (
     SourcelessFileLoader,
 )
 from pathlib import Path
-from types import FrameType, ModuleType
+from types import CodeType, FrameType, ModuleType
 
 from tuner.places import kind_of
 
 VARIABLE = "TUNER_OBJECTIVE_FILES"
 _PYTHON = sysconfig.get_path("stdlib")
 _PASSES_ON = ("<", f"{_PYTHON}/importlib/", f"{_PYTHON}/runpy.py", f"{_PYTHON}/pkgutil.py")
-_LOADERS = (
-    (ExtensionFileLoader, EXTENSION_SUFFIXES),
-    (SourceFileLoader, SOURCE_SUFFIXES),
-    (SourcelessFileLoader, BYTECODE_SUFFIXES),
-)
 _OF_PROCESSES = tuple(f"{_PYTHON}/{name}" for name in ("pickle.py", "multiprocessing/", "concurrent/"))
 __path__: list[str] = []  # so that the modules which the finder finds may be in here
+
+
+class _FromSource(SourceFileLoader):
+    """Compiles a file at each import, and keeps nothing of it beside the file.
+
+    What Python keeps is taken for the file's as long as its size and the second of its last change are the same: a 1
+    that became a 2 a moment later would be run as the 1.
+    """
+
+    def get_code(self, fullname: str) -> CodeType:
+        file = self.get_filename(fullname)
+        code: CodeType = self.source_to_code(self.get_data(file), file)
+        return code
+
+
+_LOADERS = (
+    (ExtensionFileLoader, EXTENSION_SUFFIXES),
+    (_FromSource, SOURCE_SUFFIXES),
+    (SourcelessFileLoader, BYTECODE_SUFFIXES),
+)
 
 
 def import_file(file: Path) -> ModuleType:
@@ -110,7 +125,7 @@ class _Finder:
     ) -> ModuleSpec | None:
         if not name.startswith(f"{__name__}.") or (file := _files().get(name)) is None:
             return None
-        return importlib.util.spec_from_file_location(name, file)
+        return importlib.util.spec_from_file_location(name, file, loader=_FromSource(name, file))
 
 
 class _Neighbours(FileFinder):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,7 @@ from tuner.errors import TunerError
 from tuner.study.registry import find_objective
 
 if TYPE_CHECKING:
+    import subprocess
     from collections.abc import Callable
     from pathlib import Path
 
@@ -185,3 +187,19 @@ def test_a_neighbour_is_for_the_user_s_own_code_alone(tmp_path: Path, monkeypatc
         find()
     assert find_objective(f"{path}:later").load()(None) == (7, 7)  # type: ignore[operator]
     assert find().VALUE == 7  # it is imported by now
+
+
+def test_what_was_compiled_of_an_edit_a_moment_before_is_not_run(
+    tmp_path: Path, start_python: Callable[..., subprocess.Popen[str]]
+) -> None:
+    show = (
+        "import sys\nfrom tuner.study.registry import find_objective\nprint(find_objective(sys.argv[1]).load()(None))"
+    )
+    found = []
+    for value in ("1.0", "2.0"):
+        for name in ("a.py", "code.py"):  # the latter by another name, as there is a module of Python's
+            os.utime(written(tmp_path, name, f"def objective(trial):\n    return {value}\n"), (0, 0))
+            process = start_python(show, f"{tmp_path / name}:objective", env={"PYTHONDONTWRITEBYTECODE": ""})
+            found.append(process.communicate()[0].strip())
+    assert found == ["1.0", "1.0", "2.0", "2.0"]
+    assert not (tmp_path / "__pycache__").exists()
