@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Final, NoReturn
+from typing import Any, Final, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -161,6 +161,8 @@ def _be_process(parent: int, work: Callable[[], bool], lock: int) -> NoReturn:
 def _work(work: Callable[[], bool], lock: int) -> NoReturn:
     code = 1
     try:
+        modes: Any = torch._inductor
+        modes.config.compile_threads = 1  # the processes that the parent has for it are not this one's
         if work():
             os.pwrite(lock, _DONE, 0)
         code = 0

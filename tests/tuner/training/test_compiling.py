@@ -2,11 +2,11 @@ import functools
 import os
 import signal
 import threading
-from pathlib import Path
 
 import pytest
 import torch
 from command import wait_for
+from processes import forks
 from torch import nn
 
 from tuner.data import Split
@@ -291,13 +291,6 @@ def directory(tmp_path, monkeypatch):
     """Where it is kept what was compiled."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     return tmp_path
-
-
-def forks():
-    """The processes that this thread has forked and that have not ended, by their numbers."""
-    children = Path(f"/proc/self/task/{threading.get_native_id()}/children").read_text().split()
-    look = os.WEXITED | os.WNOHANG | os.WNOWAIT
-    return [int(child) for child in children if os.waitid(os.P_PID, int(child), look) is None]
 
 
 class Beside:
