@@ -31,7 +31,7 @@ from tuner.forks import end_with, fork
 from tuner.training.checked_step import By, Parts
 
 LIMIT_S: Final = 1800.0
-NICE: Final = 10
+NICE: Final = 5
 _DONE: Final = b"compiled\n"
 _ADDRESS: Final = re.compile(r" at 0x[0-9a-f]+")
 

@@ -107,7 +107,7 @@ def test_the_process_ends_with_the_one_that_it_works_for(tmp_path):
         os._exit(0)
     os.waitpid(pid, 0)
     worker, nice = map(int, (tmp_path / "at work").read_text().split())
-    assert nice == min(19, before + 10)
+    assert nice == min(19, before + compile_aside.NICE)
     wait_for(lambda: not is_running(worker), "the end of the process")
 
 

@@ -10,7 +10,7 @@ from processes import forks
 from torch import nn
 
 from tuner.data import Split
-from tuner.training import Interrupted, Options, Run, fit
+from tuner.training import Interrupted, Options, Run, compile_aside, fit
 from tuner.training.checked_step import _Kept
 from tuner.training.compiling import MODEL, STEP, Gain
 from tuner.training.whole_step import _FOLLOWED, WholeStep, why_not_whole
@@ -382,7 +382,8 @@ def test_without_a_place_for_a_lock_the_training_waits_for_the_compiler(director
 @pytest.mark.slow
 @pytest.mark.usefixtures("directory")
 @pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.Rprop], ids=["step", "model"])
-def test_what_the_process_compiled_is_found_on_the_disk(graphs, kind):
+def test_what_the_process_compiled_is_found_on_the_disk(graphs, kind, monkeypatch):
+    monkeypatch.setattr(compile_aside, "NICE", 0)  # on a busy machine it would take many minutes
     counted = torch._dynamo.utils.counters
     names = [("aot_autograd", "autograd_cache_hit"), ("aot_autograd", "autograd_cache_miss")]
     names.append(("inductor", "fxgraph_cache_miss"))
