@@ -150,7 +150,8 @@ class TrialObjective:
         set_deterministic(spec.training.deterministic)
         name = type(objective).__name__
         try:
-            data = data or load_data(objective, data_dir, spec.training)
+            if data is None:
+                data = load_data(objective, data_dir, spec.training)
             check_doubles(objective, data)
             overlapping = overlaps(data)
             for overlap in overlapping:

@@ -68,6 +68,8 @@ def import_file(file: Path) -> ModuleType:
     if str(root) not in sys.path:
         sys.path.append(str(root))
         sys.path_importer_cache[str(root)] = _Neighbours(str(root), *_LOADERS)
+    for directory in file.parents[: len(file.parents) - len(root.parents) - 1]:  # of the packages that it lies in
+        sys.path_importer_cache[str(directory)] = FileFinder(str(directory), *_LOADERS)
     importlib.invalidate_caches()  # it may have been written just now
     if not parts[0].isidentifier() or elsewhere(parts[0], root) is not None:
         parts[0] = _named(root / parts[0] / "__init__.py" if file.parent != root else file)
