@@ -68,8 +68,6 @@ def import_file(file: Path) -> ModuleType:
     if str(root) not in sys.path:
         sys.path.append(str(root))
         sys.path_importer_cache[str(root)] = _Neighbours(str(root), *_LOADERS)
-    for directory in file.parents[: len(file.parents) - len(root.parents) - 1]:  # of the packages that it lies in
-        sys.path_importer_cache[str(directory)] = FileFinder(str(directory), *_LOADERS)
     importlib.invalidate_caches()  # it may have been written just now
     if not parts[0].isidentifier() or elsewhere(parts[0], root) is not None:
         parts[0] = _named(root / parts[0] / "__init__.py" if file.parent != root else file)
@@ -155,4 +153,14 @@ def _is_for_own_code() -> bool:
     return file == __file__ or is_unpickler or kind_of(file) == "own"
 
 
+def _own_packages(directory: str) -> FileFinder:
+    """Find what lies in a package beside an objective. Raises ImportError if the directory is no such package's."""
+    roots = [root for root, finder in sys.path_importer_cache.items() if isinstance(finder, _Neighbours)]
+    is_beside = any(directory.startswith(f"{root}{os.sep}") for root in roots)
+    if not is_beside or not os.path.isdir(directory) or kind_of(os.path.join(directory, "__init__.py")) != "own":
+        raise ImportError(f"{directory} is no package of an objective's", path=directory)
+    return FileFinder(directory, *_LOADERS)
+
+
+sys.path_hooks.insert(0, _own_packages)
 sys.meta_path.append(_Finder)

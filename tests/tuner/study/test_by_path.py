@@ -197,9 +197,13 @@ def test_what_was_compiled_of_an_edit_a_moment_before_is_not_run(
     )
     found = []
     for value in ("1.0", "2.0"):
-        written(tmp_path, "package/__init__.py", "")
+        for package in ("package", "package/inner"):
+            written(tmp_path, f"{package}/__init__.py", "")
+        os.utime(written(tmp_path, "package/inner/deep.py", f"VALUE = {value}\n"), (0, 0))
         for name in ("a.py", "code.py", "package/b.py"):  # code.py by another name, as there is a module of Python's
-            os.utime(written(tmp_path, name, f"def objective(trial):\n    return {value}\n"), (0, 0))
+            is_packed = name.startswith("package")
+            code = "from package.inner.deep import VALUE" if is_packed else f"VALUE = {value}"
+            os.utime(written(tmp_path, name, f"{code}\n\ndef objective(trial):\n    return VALUE\n"), (0, 0))
             process = start_python(show, f"{tmp_path / name}:objective", env={"PYTHONDONTWRITEBYTECODE": ""})
             found.append(process.communicate()[0].strip())
     assert found == ["1.0"] * 3 + ["2.0"] * 3
