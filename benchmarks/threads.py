@@ -113,7 +113,7 @@ def main() -> None:
         print_machine(url)
         print(f"{options.trials} trials x {options.epochs} epochs; load {os.getloadavg()[0]:.1f} before", flush=True)
         for kind in options.kinds:
-            for n_busy in (0,) if options.smallest else (0, options.busy):
+            for n_busy in (0,) if options.smallest else sorted({0, options.busy}):
                 with beside(n_busy):
                     where = f"beside {n_busy} busy processes" if n_busy else "quiet"
                     ratios[f"{kind}, {where}, best by hand over chosen"] = compare(url, kind, n_busy, options, where)

@@ -6,8 +6,10 @@ For each task and number of workers: the interquartile mean over seeds of the re
 its regret on test, after so many full trainings of device time; the ratio of the device time that a method needs to
 the regret that the other has after 10, 20, 40 trainings (the median of the seeds' ratios, with a bootstrap interval of
 95 %; a search that never comes there counts as its whole time); Wilcoxon's test of the paired regrets after all of the
-time, corrected by Holm over the methods of a task. Over the tasks: the geometric mean of the ratios, and the same test
-over their medians.
+time, corrected by Holm over the methods of a task. A method that was run with fewer seeds is compared by those.
+
+Over the tasks: the geometric mean of the ratios, the median and the worst of them, and whether the mean may be chance,
+by the mixed model `log ratio = mean + task + seed`: for as many seeds a task, that is Student's test of the tasks' means.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from scipy.stats import trim_mean, wilcoxon
+from scipy.stats import trim_mean, ttest_1samp, wilcoxon
 
 AT = (1, 2, 4, 8, 16, 24, 40, 64)
 """Device time at which regrets are shown, in full trainings."""
@@ -46,6 +48,10 @@ class Traces:
     @property
     def seeds(self) -> list[int]:
         return sorted(self.at)
+
+    def of_seeds(self, seeds: Sequence[int]) -> Traces:
+        """Return those of some seeds."""
+        return Traces(*({seed: its[seed] for seed in seeds} for its in (self.at, self.value, self.test)), self.trainings)
 
     def regrets(self, which: Mapping[int, list[float]], after: float) -> Floats:
         """Return those after so much device time, by seed; before the first report, that of the first."""
@@ -95,6 +101,8 @@ class Ratio:
     median: float
     low: float
     high: float
+    mean_log: float
+    """The mean over seeds of the ratios' logarithms."""
 
     @classmethod
     def of(cls, mine: Traces, theirs: Traces, after: float) -> Ratio:
@@ -104,7 +112,7 @@ class Ratio:
         draws = np.random.default_rng(0).integers(len(logs), size=(1000, len(logs)))
         medians = np.exp(np.median(logs[draws], axis=1))
         low, high = np.quantile(medians, (0.025, 0.975))
-        return cls(float(np.exp(np.median(logs))), float(low), float(high))
+        return cls(float(np.exp(np.median(logs))), float(low), float(high), float(logs.mean()))
 
 
 def iqm(values: Floats) -> float:
@@ -123,15 +131,18 @@ def holm(ps: Mapping[str, float]) -> dict[str, float]:
 
 
 def paired_p(mine: Traces, theirs: Traces) -> float:
-    """Return Wilcoxon's p of the regrets after all of the time, by seeds that both have; 1 where none differs."""
+    """Return Wilcoxon's p of the regrets after all of the time, by seed; 1 where none differs."""
     differences = mine.regrets(mine.value, mine.trainings) - theirs.regrets(theirs.value, theirs.trainings)
     return 1.0 if not differences.any() else float(wilcoxon(differences).pvalue)
 
 
 def compared(methods: Mapping[str, Traces], against: str) -> dict[str, dict[str, Any]]:
     """Return what is told of each method of a task."""
-    theirs = methods[against]
-    ps = holm({name: paired_p(its, theirs) for name, its in methods.items() if name != against})
+    paired = {}
+    for name, its in methods.items():
+        seeds = sorted(set(its.seeds) & set(methods[against].seeds))
+        paired[name] = its.of_seeds(seeds), methods[against].of_seeds(seeds)
+    ps = holm({name: paired_p(*both) for name, both in paired.items() if name != against})
     return {
         name: {
             "regret": [iqm(its.regrets(its.value, after)) for after in AT if after <= its.trainings],
@@ -141,22 +152,25 @@ def compared(methods: Mapping[str, Traces], against: str) -> dict[str, dict[str,
             "seeds": len(its.seeds),
             "trainings": its.trainings,
         }
-        for name, its in methods.items()
+        for name, (its, theirs) in paired.items()
     }
 
 
 def overall(found: Mapping[tuple[str, int], Mapping[str, Mapping[str, Any]]], workers: int) -> dict[str, Any]:
-    """Return, by method and goal, the geometric mean of the tasks' ratios, their median and the worst of them."""
+    """Return, by method and goal, the geometric mean of the tasks' ratios, their median and the worst of them, and the
+    p of their logarithms' means (NaN of a single task)."""
     tasks = [methods for (_, of), methods in found.items() if of == workers]
     names = set.intersection(*(set(methods) for methods in tasks)) if tasks else set()
     result: dict[str, Any] = {}
     for name in names:
         for after in tasks[0][name]["ratio"]:
-            ratios = [methods[name]["ratio"][after].median for methods in tasks]
+            of_tasks = [methods[name]["ratio"][after] for methods in tasks]
+            ratios, logs = [of.median for of in of_tasks], [of.mean_log for of in of_tasks]
             result.setdefault(name, {})[after] = {
                 "mean": math.exp(float(np.mean(np.log(ratios)))),
                 "median": float(np.median(ratios)),
                 "worst": max(ratios),
+                "p": float(ttest_1samp(logs, 0.0).pvalue) if len(set(logs)) > 1 else math.nan,
             }
     return result
 
@@ -184,7 +198,10 @@ def main(arguments: list[str] | None = None) -> None:
     for workers in sorted({of for _, of in found}):
         print(f"\nall tasks, {workers} workers: device time to the regret after {', '.join(map(str, AFTER))} trainings")
         for name, told in sorted(overall(found, workers).items(), key=lambda item: item[1][max(item[1])]["mean"]):
-            shown = "  ".join(f"{its['mean']:.2f}, worst {its['worst']:.2f}" for its in told.values())
+            shown = "  ".join(
+                f"{its['mean']:.2f}, median {its['median']:.2f}, worst {its['worst']:.2f}, p {its['p']:.3f}"
+                for its in told.values()
+            )
             print(f"  {name:<32} {shown}")
 
 
