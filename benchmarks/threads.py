@@ -77,7 +77,7 @@ def run(url: str, study: str, kind: str, setting: str, options: argparse.Namespa
             storage=url,
             data_dir=directory,
         )
-        unset = (*cores.VARIABLES, "GOMP_SPINCOUNT", *cores.WAITING)
+        unset = (*cores.VARIABLES, *cores.WAITING)
         environ = {name: value for name, value in os.environ.items() if name not in unset}
         environ |= {"TUNER_STORAGE": url, "TUNER_DATA_DIR": directory, **variables}
         command = [sys.executable, "-m", "tuner", "worker", study, "--objective", objective, "--no-preflight"]

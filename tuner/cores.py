@@ -28,12 +28,8 @@ from storage.files import new_file, open_lock, own_directory, require_own
 
 VARIABLES: Final = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 """What users say it by, the first that is a number."""
-WAITING: Final = {"OMP_WAIT_POLICY": "passive"}
-"""Have threads that wait for one another sleep, where the environment says nothing else, before torch is imported.
-
-By default they spin for some ms, on cores that others want: two threads beside busy processes took 10 to 100 times as
-long as one, and waiting so 1.2 to 2.2 times (libgomp, 2 cores with a load of 15, 2026-11).
-"""
+WAITING: Final = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "3000"}
+"""See `waiting`."""
 
 _OWN_GROUPS: Final = Path("/proc/self/cgroup")
 _GROUPS: Final = Path("/sys/fs/cgroup")
@@ -104,6 +100,18 @@ def number_of(text: str) -> int | None:
     """Return the number that OpenMP reads in such a variable; None for none, which it passes over."""
     first = text.partition(",")[0].strip()  # the others are for threads of threads
     return int(first) if first.isascii() and first.isdecimal() and int(first) > 0 else None
+
+
+def waiting() -> dict[str, str]:
+    """Return the variables by which threads that wait for one another soon sleep; none if the environment says how.
+
+    By libgomp's default they spin for some ms, on cores that others want: a step with two threads beside busy processes
+    took 10 to 100 times as long as with one. Those that sleep at once must be woken for each operation: on a quiet
+    machine an MLP's step took 3 to 4 times as long as with one. A few us of spinning, the second variable, take 1.3
+    times there, and beside busy processes 2 to 3 times, asleep 1.5 to 2 (2 cores, torch 2.14, 2026-11). The first alone
+    is for other libraries of OpenMP. To be set before torch is imported.
+    """
+    return {} if WAITING.keys() & os.environ.keys() else dict(WAITING)
 
 
 def share(worker: str, n_slots: int, data_dir: Path, *, counts_idle: bool = False) -> int:

@@ -9,7 +9,7 @@ the regret that the other has after 10, 20, 40 trainings (the median of the seed
 time, corrected by Holm over the methods of a task. A method that was run with fewer seeds is compared by those.
 
 Over the tasks: the geometric mean of the ratios, the median and the worst of them, and whether the mean may be chance,
-by the mixed model `log ratio = mean + task + seed`: for as many seeds a task, that is Student's test of the tasks' means.
+by the mixed model `log ratio = mean + task + seed`: with as many seeds a task, Student's test of the tasks' means.
 """
 
 from __future__ import annotations
@@ -51,7 +51,8 @@ class Traces:
 
     def of_seeds(self, seeds: Sequence[int]) -> Traces:
         """Return those of some seeds."""
-        return Traces(*({seed: its[seed] for seed in seeds} for its in (self.at, self.value, self.test)), self.trainings)
+        at, value, test = ({seed: its[seed] for seed in seeds} for its in (self.at, self.value, self.test))
+        return Traces(at, value, test, self.trainings)
 
     def regrets(self, which: Mapping[int, list[float]], after: float) -> Floats:
         """Return those after so much device time, by seed; before the first report, that of the first."""

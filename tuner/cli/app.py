@@ -126,7 +126,7 @@ def _global(
 def main() -> None:
     """Run the command that the command line names and exit with its code."""
     gc.set_threshold(20_000)  # imports make next to no garbage: `tuner status` takes 0.9 of the time with fewer looks
-    os.environ.update({**cores.WAITING, **os.environ})
+    os.environ.update(cores.waiting())
     open_streams()
     arguments = sys.argv[1:]  # an objective that is imported gets others
     if "--debug" in arguments:

@@ -87,7 +87,7 @@ class SlotPlan:
         for name in cores.VARIABLES:
             if self.threads is not None or cores.number_of(said.get(name, "")) is None:
                 said[name] = threads
-        return {_COMPILERS: threads, **_CUDA, **cores.WAITING, **said}
+        return {_COMPILERS: threads, **_CUDA, **cores.waiting(), **said}
 
     @property
     def own_environment(self) -> dict[str, str]:

@@ -125,6 +125,7 @@ def test_a_slot_s_process_is_set_up_for_its_device_unless_the_worker_s_own_envir
         "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
         "TORCHINDUCTOR_COMPILE_THREADS": "3",
         "OMP_WAIT_POLICY": "passive",
+        "GOMP_SPINCOUNT": "3000",
     }
     for name in (*wanted, "OMP_NUM_THREADS", "MKL_NUM_THREADS"):
         monkeypatch.delenv(name, raising=False)
@@ -138,7 +139,9 @@ def test_a_slot_s_process_is_set_up_for_its_device_unless_the_worker_s_own_envir
     }
     for name, value in own.items():
         monkeypatch.setenv(name, value)
-    assert own.items() <= plan.environment(3).items()
+    environment = plan.environment(3)
+    assert own.items() <= environment.items()
+    assert "GOMP_SPINCOUNT" not in environment  # libgomp would heed it before OMP_WAIT_POLICY
 
 
 @pytest.mark.parametrize(
