@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import optuna
-from optuna.samplers import BaseSampler, GPSampler, RandomSampler, TPESampler
+from optuna.samplers import BaseSampler, GPSampler, RandomSampler
 
 from benchmarks.search_replay.simulator import Method, Promotion
 from storage.optuna_storage.rules import AnyOf, Calibrated, Percentile, Rungs
+from tuner.study.tpe import ScipyTPESampler
 
 
 def random(seed: int) -> BaseSampler:
@@ -16,11 +17,11 @@ def random(seed: int) -> BaseSampler:
 
 
 def tpe(seed: int) -> BaseSampler:
-    return TPESampler(seed=seed)
+    return ScipyTPESampler(seed=seed)
 
 
 def tpe_of(**settings: object) -> Callable[[int], BaseSampler]:
-    return lambda seed: TPESampler(seed=seed, **settings)  # type: ignore[arg-type]
+    return lambda seed: ScipyTPESampler(seed=seed, **settings)  # type: ignore[arg-type]
 
 
 def gp(seed: int) -> BaseSampler:

@@ -28,6 +28,7 @@ from tuner.seeds import derive_seed
 from tuner.spec import PrunerName, PrunerSpec, SamplerName, SamplerSpec
 from tuner.study.cmaes import SafeCmaEsSampler
 from tuner.study.params import MAX_INT, ParamError, as_param, check_distribution, finite, parse_value
+from tuner.study.tpe import ScipyTPESampler
 
 if TYPE_CHECKING:
     from pydantic import JsonValue
@@ -97,7 +98,7 @@ class _QMC(QMCSampler):
 
 
 _SAMPLERS: dict[str, type[BaseSampler]] = {
-    "tpe": optuna.samplers.TPESampler,
+    "tpe": ScipyTPESampler,
     "random": RandomSampler,
     "gp": optuna.samplers.GPSampler,
     "cmaes": SafeCmaEsSampler,
