@@ -167,6 +167,20 @@ def test_search_speed_prints_both_sides_and_their_ratio(database: str, run: Runs
     assert re.search(r"ratio: ours \d+\.\d+ \(.*\) x faster, best accuracy -?0\.\d+ \(.*\) better", printed)
 
 
+def test_search_live_prints_each_study_and_the_differences_of_pruners(database: str, run: Runs) -> None:
+    printed, ratios = run("search_live", "--storage", database)
+    for pruner in ("median", "rungs"):
+        assert re.search(rf"seed 0 {pruner} +\d+\.\d s of trials: 2 complete; best 0\.\d+, test 0\.\d+", printed), (
+            printed
+        )
+    # With two trials nothing is pruned, and the studies are of one seed.
+    for which in ("best", "test"):
+        assert re.search(rf"rungs against median, {which}: \+0\.00000 \+- nan, better in 0 of 1, p 1\.000", printed), (
+            which
+        )
+    assert ratios == {"rungs over median, test"}
+
+
 def test_threads_prints_what_was_chosen_and_its_ratio_to_what_is_best_by_hand(database: str, run: Runs) -> None:
     printed, _ = run("threads", "--storage", database)
     for side in ("chosen", "1 x 1"):
