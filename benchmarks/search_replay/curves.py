@@ -55,6 +55,11 @@ class Curves:
         with np.load(path, allow_pickle=False) as arrays:
             return cls(**{name: arrays[name] for name in arrays.files})
 
+    @property
+    def has_seeds(self) -> bool:
+        """Whether points were trained on several seeds, which a recording does last."""
+        return bool((self.repeat > 0).any())
+
     def recorded(self) -> list[Recorded]:
         """Return the trainings one by one, as they were packed."""
         found = []

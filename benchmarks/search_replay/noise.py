@@ -77,6 +77,9 @@ def main(arguments: list[str] | None = None) -> None:
     there = [name for name in TASKS if (options.tables / f"{name}.npz").exists()]
     for name in options.tasks or there:
         curves = Curves.load(options.tables / f"{name}.npz")
+        if not curves.has_seeds:
+            print(f"\n{name}: was not recorded to its end")
+            continue
         for share in (1.0, 1 / 3):
             pool = Pool.of(curves, maximize=TASKS[name].build().direction == "maximize", share=share)
             print(f"\n{name}, {len(pool.means)} points: a seed's spread is {pool.ratio:.2f} of that of the points")

@@ -80,8 +80,13 @@ class Table:
 
     @classmethod
     def load(cls, directory: Path, name: str, objective: Objective) -> Table:
-        """Read a packed task. Its first training of each point is taken."""
+        """Read a packed task. Its first training of each point is taken.
+
+        Raises ValueError if it was not recorded to its end.
+        """
         curves = Curves.load(directory / f"{name}.npz")
+        if not curves.has_seeds:
+            raise ValueError(f"{name} was not recorded to its end: none of its points is there on several seeds")
         firsts = curves.repeat == 0
 
         def minimized(scores: npt.NDArray[np.float32]) -> Floats:
