@@ -108,6 +108,14 @@ def test_one_slot_loads_its_data_itself(tuner: Tuner) -> None:
     assert [pid for (pid,) in lines_of(tuner, "loads")] == [pid for pid, *_ in lines_of(tuner, "own")]
 
 
+def test_data_that_are_mapped_from_a_file_are_shared_as_well(tuner: Tuner, database: str) -> None:
+    mapped = "import numpy; KEPT['map'] = numpy.memmap(HERE / 'numbers', 'float32', 'w+', shape=(N_ROWS, 8))"
+    done = tuner(*create(tuner, mapped))
+    assert done.code == 0, done.stderr
+    assert [trial.state for trial in trials_of(database)] == [TrialState.COMPLETE] * 6
+    assert len(lines_of(tuner, "loads")) == 1
+
+
 @pytest.mark.parametrize(
     ("does", "why"),
     [
@@ -116,6 +124,10 @@ def test_one_slot_loads_its_data_itself(tuner: Tuner) -> None:
             "loading them starts threads",
         ),
         ("KEPT['file'] = open(__file__)", "they keep files open, in which processes would share a place"),
+        (
+            "from mmap import mmap; KEPT['f'] = f = open(__file__, 'rb'); KEPT['map'] = mmap(f.fileno(), 0, prot=1)",
+            "they keep files open, in which processes would share a place",
+        ),
     ],
 )
 def test_data_that_no_fork_takes_along_are_loaded_by_each_slot(

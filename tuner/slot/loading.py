@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -62,7 +64,7 @@ def load(source: DataSource) -> str | None:
     data = load_data(objective, source.data_dir, source.training)
     torch.set_num_threads(n_threads)
     _loaded.append((source, objective, data))
-    if _descriptors() - opened:
+    if _are_open(_descriptors() - opened):
         return "they keep files open, in which processes would share a place"
     if _keeps_threads():
         return "loading them starts threads, which a process that is forked would lack"
@@ -86,14 +88,22 @@ def _built(source: DataSource) -> Objective | FunctionObjective:
     return build_objective(kind, source.options, source.seed) if is_objective_class(kind) else kind
 
 
-def _descriptors() -> set[str]:
+def _descriptors() -> set[tuple[str, str]]:
+    """Return the descriptors that are open, and what each is of."""
     found = set()
     for descriptor in Path("/proc/self/fd").iterdir():
         try:
-            found.add(f"{descriptor.name} {os.readlink(descriptor)}")
+            found.add((descriptor.name, os.readlink(descriptor)))
         except FileNotFoundError:  # the one that lists them
             continue
     return found
+
+
+def _are_open(descriptors: Iterable[tuple[str, str]]) -> bool:
+    """Whether any has a place in its file; not one by which a file is in memory, as `numpy.memmap` keeps it."""
+    opened = Counter(name for _, name in descriptors)
+    in_memory = {line.split(maxsplit=5)[-1] for line in Path("/proc/self/maps").read_text().splitlines()}
+    return any(number > 1 or name not in in_memory for name, number in opened.items())
 
 
 def _keeps_threads() -> bool:
