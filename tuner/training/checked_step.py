@@ -157,8 +157,8 @@ class Proof:
     def _compiled_whole(self, by: By) -> Callable[[Batch], Tensor]:
         parts = self._parts
         whole = WholeStep(parts.forward, parts.optimizer, self._trained, parts.max_grad_norm, parts.device)
-        function = by.compiled(whole.function, whole=True)
         with _traced_gradients():
+            function = by.compiled(whole.function, whole=True)
             loss = function(parts.prepared(self._batch.inputs), self._batch.targets)
         now = [param.detach() for param in self._trained]
         _check_same(self._loss, loss, self._began.of(self._trained), self._ended.of(self._trained), now)
@@ -202,5 +202,7 @@ def _traced_gradients() -> Any:
 
     its: Any = config
     if not hasattr(its, "trace_autograd_ops"):
-        raise RuntimeError(f"the compiler of torch {torch.__version__} does not follow the computation of gradients")
+        raise RuntimeError(
+            f"the compiler of torch {torch.__version__} does not follow the computation of gradients, as from 2.11 on"
+        )
     return its.patch(trace_autograd_ops=True)
