@@ -27,11 +27,13 @@ from torch import Tensor, nn
 
 from storage.files import open_lock, own_directory
 from tuner.data import Batch
+from tuner.errors import first_line
 from tuner.forks import end_with, fork
 from tuner.training.checked_step import By, Parts
 
 LIMIT_S: Final = 1800.0
 NICE: Final = 5
+MAX_SAID_BYTES: Final = 4096
 _DONE: Final = b"compiled\n"
 _ADDRESS: Final = re.compile(r" at 0x[0-9a-f]+")
 
@@ -60,6 +62,7 @@ class Aside:
         """`directory` is where torch's compiler keeps what it compiled."""
         self._directory = directory / "tuner-locks"
         self._pid: int | None = None
+        self._said = -1
         self._started_at = 0.0
 
     @property
@@ -85,9 +88,14 @@ class Aside:
                 return True
             parent = os.getpid()
             self._started_at = time.monotonic()
-            self._pid = fork()
+            self._said = os.memfd_create("said")
+            try:
+                self._pid = fork()
+            except OSError:
+                os.close(self._said)
+                raise
             if not self._pid:
-                _be_process(parent, work, lock)
+                _be_process(parent, work, lock, self._said)
             return False
         finally:
             os.close(lock)  # a fork has it on
@@ -100,6 +108,7 @@ class Aside:
             os.kill(self._pid, signal.SIGKILL)
             os.waitpid(self._pid, 0)
         self._pid = None
+        os.close(self._said)
 
     def _has_ended(self, pid: int) -> bool:
         try:
@@ -112,8 +121,10 @@ class Aside:
                 raise DiedError(f"the process that compiled was not done after {LIMIT_S / 60:.0f} minutes")
             return False
         self._pid = None
+        said = os.pread(self._said, MAX_SAID_BYTES, 0).decode(errors="replace")
+        os.close(self._said)
         if code := os.waitstatus_to_exitcode(status):
-            how = f"by {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
+            how = f"by {signal.Signals(-code).name}" if code < 0 else f"with {said or f'exit code {code}'}"
             raise DiedError(f"the process that compiled ended {how}")
         return True
 
@@ -141,8 +152,8 @@ def _layout(tensor: Tensor) -> object:
     return tensor.stride() if tensor.layout == torch.strided else tensor.layout
 
 
-def _be_process(parent: int, work: Callable[[], bool], lock: int) -> NoReturn:
-    """Work, after a fork, and end."""
+def _be_process(parent: int, work: Callable[[], bool], lock: int, said: int) -> NoReturn:
+    """Work, after a fork, and end; `said` is a file for why it could not."""
     try:
         os.setpgid(0, 0)  # who ends the parent's group lets a compiler of C++ come to its end
         end_with(parent)
@@ -151,14 +162,14 @@ def _be_process(parent: int, work: Callable[[], bool], lock: int) -> NoReturn:
         gc.freeze()  # what the parent has is not to be ended here, as its readers of samples
         # In a thread, as this one waits for the threads that OpenMP had before the fork; a new one has its own.
         context = contextvars.copy_context()
-        thread = threading.Thread(target=context.run, args=(_work, work, lock))
+        thread = threading.Thread(target=context.run, args=(_work, work, lock, said))
         thread.start()
         thread.join()
     finally:
         os._exit(1)
 
 
-def _work(work: Callable[[], bool], lock: int) -> NoReturn:
+def _work(work: Callable[[], bool], lock: int, said: int) -> NoReturn:
     code = 1
     try:
         modes: Any = torch._inductor
@@ -166,6 +177,9 @@ def _work(work: Callable[[], bool], lock: int) -> NoReturn:
         if work():
             os.pwrite(lock, _DONE, 0)
         code = 0
+    except Exception as error:  # whatever it is, the trial tells of it
+        os.pwrite(said, f"{type(error).__name__}: {first_line(error)}".encode(errors="replace")[:MAX_SAID_BYTES], 0)
+        raise
     finally:
         os._exit(code)
 

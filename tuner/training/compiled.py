@@ -7,11 +7,14 @@ checkpoint, an export - is to fit the model wherever it is built, compiled or no
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import MethodType
 from typing import Any
 
 from torch import nn
 
 _WRAPPED = "_orig_mod"
+_COMPILED = "_torchdynamo_orig_callable"
+"""What a compiled function was made of."""
 
 
 def state_of(model: nn.Module) -> dict[str, Any]:
@@ -26,11 +29,18 @@ def load_state(model: nn.Module, state: Mapping[str, Any]) -> None:
 
 
 def uncompiled(model: nn.Module) -> nn.Module:
-    """Return the model without the wrappers of `torch.compile`, also of its parts, which it loses in place."""
+    """Return the model without the wrappers of `torch.compile`, also of its parts, which it loses in place.
+
+    What a compiled `forward` was made of takes its place: torch 2.10 cannot trace a program through one.
+    """
     model = _unwrapped(model)
     for module in model.modules():
         for name, child in module.named_children():
             setattr(module, name, _unwrapped(child))
+        if (its_own := getattr(vars(module).get("forward"), _COMPILED, None)) is not None:
+            module.forward = its_own
+        elif (function := getattr(type(module).forward, _COMPILED, None)) is not None:
+            module.forward = MethodType(function, module)
     return model
 
 

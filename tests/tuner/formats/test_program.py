@@ -108,7 +108,7 @@ def test_a_program_that_gives_other_outputs_is_told():
         program_file(Counted().eval(), ROWS)
 
 
-@pytest.mark.parametrize("how", ["whole", "part", "in place", "forward"])
+@pytest.mark.parametrize("how", ["whole", "part", "in place", "forward", "own forward"])
 def test_a_model_that_was_compiled_is_traced(how):
     from tuner.training.compiled import uncompiled
 
@@ -125,6 +125,8 @@ def test_a_model_that_was_compiled_is_traced(how):
         model[0] = torch.compile(model[0], backend="eager")
     elif how == "in place":
         model.compile(backend="eager")
+    elif how == "own forward":
+        model.forward = torch.compile(model.forward, backend="eager")
     else:
         model = Forward()
     model.eval()

@@ -70,7 +70,7 @@ def test_what_compiled_nothing_leaves_no_word_of_it(aside):
 
 def test_work_that_raises_is_told(aside):
     assert not aside.is_ready("alike", lambda: 1 / 0)
-    with pytest.raises(DiedError, match="the process that compiled ended with exit code 1"):
+    with pytest.raises(DiedError, match="the process that compiled ended with ZeroDivisionError: division by zero"):
         wait_for(lambda: aside.is_ready("alike", lambda: False), "the end of the work")
 
 
