@@ -33,7 +33,7 @@ SMALLEST = {
     "compile_speed": "--models mlp --repeats {turns} --steps 2 --backend aot_eager --device cpu",
     "threads": "--smallest --repeats {turns}",
     "search_speed": "--repeats {turns} --trials 2 --epochs 1 --data-dir {directory}",
-    "search_live": "--seeds {turns} --trials 2 --epochs 2 --seconds 600 --data-dir {directory}",
+    "search_live": "--seeds {turns} --trials 2 --epochs 1 --seconds 600 --data-dir {directory}",
     "retraining": "--data-dir {directory} --data-sets digits --seeds {turns} --trials 1 --epochs 2 --rows 200",
     "main_job": "--runs {turns} --trials 2 --epochs 1",
     "on_gpu": "--device cpu --smallest --out {directory}/on_gpu --minutes 20",

@@ -173,7 +173,7 @@ def test_search_live_prints_each_study_and_the_differences_of_pruners(database: 
         assert re.search(rf"seed 0 {pruner} +\d+\.\d s of trials: 2 complete; best 0\.\d+, test 0\.\d+", printed), (
             printed
         )
-    # With two trials nothing is pruned, and the studies are of one seed.
+    # In one epoch nothing is pruned, and the studies are of one seed.
     for which in ("best", "test"):
         assert re.search(rf"rungs against median, {which}: \+0\.00000 \+- nan, better in 0 of 1, p 1\.000", printed), (
             which

@@ -109,8 +109,8 @@ def test_one_slot_loads_its_data_itself(tuner: Tuner) -> None:
 
 
 def test_data_that_are_mapped_from_a_file_are_shared_as_well(tuner: Tuner, database: str) -> None:
-    mapped = "import numpy; KEPT['map'] = numpy.memmap(HERE / 'numbers', 'float32', 'w+', shape=(N_ROWS, 8))"
-    done = tuner(*create(tuner, mapped))
+    (tuner.directory / "numbers").write_bytes(bytes(4096))
+    done = tuner(*create(tuner, "import numpy; KEPT['map'] = numpy.memmap(HERE / 'numbers', 'float32', 'r')"))
     assert done.code == 0, done.stderr
     assert [trial.state for trial in trials_of(database)] == [TrialState.COMPLETE] * 6
     assert len(lines_of(tuner, "loads")) == 1
@@ -126,6 +126,10 @@ def test_data_that_are_mapped_from_a_file_are_shared_as_well(tuner: Tuner, datab
         ("KEPT['file'] = open(__file__)", "they keep files open, in which processes would share a place"),
         (
             "from mmap import mmap; KEPT['f'] = f = open(__file__, 'rb'); KEPT['map'] = mmap(f.fileno(), 0, prot=1)",
+            "they keep files open, in which processes would share a place",
+        ),
+        (
+            "import numpy; KEPT['map'] = numpy.memmap(HERE / 'numbers', 'float32', 'w+', shape=(8,))",
             "they keep files open, in which processes would share a place",
         ),
     ],

@@ -100,10 +100,14 @@ def _descriptors() -> set[tuple[str, str]]:
 
 
 def _are_open(descriptors: Iterable[tuple[str, str]]) -> bool:
-    """Whether any has a place in its file; not one by which a file is in memory, as `numpy.memmap` keeps it."""
+    """Whether any is more than what keeps a file in memory to be read, as `numpy.memmap` does.
+
+    One that is written to in memory may hold what is of one process, such as LMDB's locks.
+    """
     opened = Counter(name for _, name in descriptors)
-    in_memory = {line.split(maxsplit=5)[-1] for line in Path("/proc/self/maps").read_text().splitlines()}
-    return any(number > 1 or name not in in_memory for name, number in opened.items())
+    mapped = [line.split(maxsplit=5) for line in Path("/proc/self/maps").read_text().splitlines()]
+    read = {name for _, how, *_, name in mapped} - {name for _, how, *_, name in mapped if how.startswith("rw-s")}
+    return any(number > 1 or name not in read for name, number in opened.items())
 
 
 def _keeps_threads() -> bool:
