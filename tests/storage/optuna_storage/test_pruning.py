@@ -132,7 +132,7 @@ def indexed(
 
 
 @pytest.mark.slow
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     direction=st.sampled_from(["minimize", "maximize"]),
     configurations=st.lists(st.tuples(percentiles, pruner_settings), min_size=1, max_size=4),
@@ -202,7 +202,7 @@ def test_it_decides_as_optunas_percentile_pruner_with_any_settings(
 
 
 @pytest.mark.slow
-@settings(max_examples=1000, deadline=None)
+@settings(max_examples=400, deadline=None)
 @given(batches=st.lists(st.lists(values, max_size=40), max_size=3), percentile=percentiles)
 def test_a_percentile_is_numpys_to_the_last_bit(batches: list[list[float]], percentile: float) -> None:
     reports = Reports()
