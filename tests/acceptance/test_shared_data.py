@@ -110,7 +110,8 @@ def test_one_slot_loads_its_data_itself(tuner: Tuner) -> None:
 
 def test_data_that_are_mapped_from_a_file_are_shared_as_well(tuner: Tuner, database: str) -> None:
     (tuner.directory / "numbers").write_bytes(bytes(4096))
-    done = tuner(*create(tuner, "import numpy; KEPT['map'] = numpy.memmap(HERE / 'numbers', 'float32', 'r')"))
+    twice = "import numpy; KEPT['maps'] = [numpy.memmap(HERE / 'numbers', 'float32', 'r') for _ in range(2)]"
+    done = tuner(*create(tuner, twice))
     assert done.code == 0, done.stderr
     assert [trial.state for trial in trials_of(database)] == [TrialState.COMPLETE] * 6
     assert len(lines_of(tuner, "loads")) == 1

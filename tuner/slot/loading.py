@@ -100,14 +100,15 @@ def _descriptors() -> set[tuple[str, str]]:
 
 
 def _are_open(descriptors: Iterable[tuple[str, str]]) -> bool:
-    """Whether any is more than what keeps a file in memory to be read, as `numpy.memmap` does.
+    """Whether any is more than what keeps a file in memory to be read, as `numpy.memmap` does, one for each time.
 
     One that is written to in memory may hold what is of one process, such as LMDB's locks.
     """
     opened = Counter(name for _, name in descriptors)
     mapped = [line.split(maxsplit=5) for line in Path("/proc/self/maps").read_text().splitlines()]
-    read = {name for _, how, *_, name in mapped} - {name for _, how, *_, name in mapped if how.startswith("rw-s")}
-    return any(number > 1 or name not in read for name, number in opened.items())
+    read = Counter(name for _, how, *_, name in mapped if how != "rw-s")
+    written = {name for _, how, *_, name in mapped if how == "rw-s"}
+    return any(name in written or number > read[name] for name, number in opened.items())
 
 
 def _keeps_threads() -> bool:
