@@ -35,11 +35,17 @@ LIMIT_S: Final = 1800.0
 NICE: Final = 5
 MAX_SAID_BYTES: Final = 4096
 _DONE: Final = b"compiled\n"
+_NO_GRADIENTS: Final = 3
+"""The exit code of a fork that can compute none."""
 _ADDRESS: Final = re.compile(r" at 0x[0-9a-f]+")
 
 
 class DiedError(Exception):
     """The process that compiled did not live to the end of it; the message says how it went."""
+
+
+class NoForkError(Exception):
+    """No fork of this process can compute gradients, as autograd runs threads in it."""
 
 
 def can_compile_aside(device: torch.device, by: By) -> bool:
@@ -74,7 +80,7 @@ class Aside:
         """Whether the disk has what was compiled, by this or another training's process; if none is at it, start one.
 
         It does the work, which returns whether anything was compiled. `name` is the same for what is alike. Raises
-        DiedError, and OSError where no process or no lock is to be had.
+        DiedError, NoForkError, and OSError where no process or no lock is to be had.
         """
         if self._pid is not None:
             return self._has_ended(self._pid)
@@ -123,7 +129,10 @@ class Aside:
         self._pid = None
         said = os.pread(self._said, MAX_SAID_BYTES, 0).decode(errors="replace")
         os.close(self._said)
-        if code := os.waitstatus_to_exitcode(status):
+        code = os.waitstatus_to_exitcode(status)
+        if code == _NO_GRADIENTS:
+            raise NoForkError
+        if code:
             how = f"by {signal.Signals(-code).name}" if code < 0 else f"with {said or f'exit code {code}'}"
             raise DiedError(f"the process that compiled ended {how}")
         return True
@@ -172,6 +181,8 @@ def _be_process(parent: int, work: Callable[[], bool], lock: int, said: int) -> 
 def _work(work: Callable[[], bool], lock: int, said: int) -> NoReturn:
     code = 1
     try:
+        if not _can_follow():
+            os._exit(_NO_GRADIENTS)
         modes: Any = torch._inductor
         modes.config.compile_threads = 1  # the processes that the parent has for it are not this one's
         if work():
@@ -182,6 +193,20 @@ def _work(work: Callable[[], bool], lock: int, said: int) -> NoReturn:
         raise
     finally:
         os._exit(code)
+
+
+def _can_follow() -> bool:
+    """Whether gradients can be computed here: not in a fork of a process that has threads of autograd's.
+
+    It starts them for backward passes within each other, 60 and more, and where a device has a queue of its own.
+    """
+    weight = torch.zeros(1, device="cpu", requires_grad=True)
+    try:
+        with torch.enable_grad():
+            weight.sum().backward()
+    except RuntimeError:
+        return False
+    return True
 
 
 def _let_go() -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from tuner.data import Batch
 from tuner.errors import first_line
 from tuner.training.checked_step import By, Parts, Proof
-from tuner.training.compile_aside import Aside, DiedError, name_of
+from tuner.training.compile_aside import Aside, DiedError, NoForkError, name_of
 from tuner.training.whole_step import ChangedError, why_not_whole
 
 STEP, MODEL = "the whole step", "model and loss"
@@ -156,7 +156,7 @@ class Compiling:
         try:
             name = name_of(self._parts, batch, self._by)
             self._is_waiting = not self._aside.is_ready(name, lambda: self._rehearse(batch))
-        except OSError:  # no process, or no place for its lock
+        except (OSError, NoForkError):  # no process that could, or no place for its lock
             self._is_waiting = False
         except DiedError as error:  # for want of memory, maybe, which this process is not to be ended for
             self._is_waiting, self._is_over = False, True

@@ -1,6 +1,8 @@
 import functools
 import os
 import signal
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -384,6 +386,38 @@ def test_without_a_place_for_a_lock_the_training_waits_for_the_compiler(director
     (directory / "tuner-locks").write_text("in the way")
     beside = Beside(monkeypatch, stuck)
     assert [compiled for _, _, compiled in beside.seen] == [0, 1, 1, 1, 1]
+
+
+class Within(torch.autograd.Function):
+    """Computes gradients while gradients are computed, so many times."""
+
+    @staticmethod
+    def forward(ctx, x, times):
+        ctx.times = times
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        if ctx.times:
+            with torch.enable_grad():
+                Within.apply(torch.ones(1, requires_grad=True), ctx.times - 1).backward()
+        return gradient, None
+
+
+def train_beside_threads_of_autograd():
+    Within.apply(torch.ones(1, requires_grad=True), 100).backward()
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        beside = Beside(monkeypatch, stuck, ends_in=2)
+    assert [compiled for _, _, compiled in beside.seen] == [0, 0, 1, 1, 1]
+    assert beside.trained.lines == [str(gain) for gain in beside.trained.gains]
+
+
+@pytest.mark.usefixtures("directory")
+def test_where_autograd_runs_threads_which_no_fork_goes_on_with_the_training_waits_for_the_compiler():
+    code = f"import runpy; runpy.run_path({__file__!r})[{train_beside_threads_of_autograd.__name__!r}]()"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    ran = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr
 
 
 @pytest.mark.slow
