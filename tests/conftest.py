@@ -45,6 +45,15 @@ def pytest_xdist_auto_num_workers() -> int:
     return (os.cpu_count() or 1) + 1
 
 
+def pytest_collection_finish() -> None:
+    """Have autograd look for devices now, where a test module imports torch.
+
+    After a test that makes fake tensors it finds one of CUDA, and starts a thread for it, which no fork goes on with.
+    """
+    if torch := sys.modules.get("torch"):
+        torch.zeros(1, requires_grad=True).sum().backward()
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Skip what needs a CUDA device where torch has none."""
     if item.get_closest_marker("cuda") is not None:

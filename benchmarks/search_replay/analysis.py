@@ -1,12 +1,14 @@
 """Compare replayed searches: regret over device time, and the device time to another method's regret.
 
-    python -m benchmarks.search_replay.analysis traces [--against "tpe + stock median"]
+    python -m benchmarks.search_replay.analysis traces [--against "tpe + stock median"] [--complete]
 
 For each task and number of workers: the interquartile mean over seeds of the regret of what validation chose, and of
 its regret on test, after so many full trainings of device time; the ratio of the device time that a method needs to
 the regret that the other has after 10, 20, 40 trainings (the median of the seeds' ratios, with a bootstrap interval of
 95 %; a search that never comes there counts as its whole time); Wilcoxon's test of the paired regrets after all of the
 time, corrected by Holm over the methods of a task. A method that was run with fewer seeds is compared by those.
+
+With --complete a search has the best of its complete trials, which can be exported, and not of all that was reported.
 
 Over the tasks: the geometric mean of the ratios, the median and the worst of them, and whether the mean may be chance,
 by the mixed model `log ratio = mean + task + seed`: with as many seeds a task, Student's test of the tasks' means.
@@ -55,11 +57,11 @@ class Traces:
         return Traces(at, value, test, self.trainings)
 
     def regrets(self, which: Mapping[int, list[float]], after: float) -> Floats:
-        """Return those after so much device time, by seed; before the first report, that of the first."""
+        """Return those after so much device time, by seed; until there is any, that of the median point."""
         found = []
         for seed in self.seeds:
-            index = max(bisect_right(self.at[seed], after) - 1, 0)
-            found.append(which[seed][index])
+            n_changes = bisect_right(self.at[seed], after)
+            found.append(which[seed][n_changes - 1] if n_changes else 1.0)
         return np.array(found)
 
     def times_to(self, regrets: Floats) -> Floats:
@@ -71,28 +73,28 @@ class Traces:
         return np.array(found)
 
 
-def read(path: Path) -> dict[tuple[str, int], dict[str, Traces]]:
-    """Return the traces by task and number of workers, and by method."""
+def read(path: Path, which: str = "seen") -> dict[tuple[str, int], dict[str, Traces]]:
+    """Return the traces by task and number of workers, and by method; of what was `seen`, or is `complete`."""
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     grouped: dict[tuple[str, int], dict[str, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
     for line in lines:
         grouped[line["task"], line["workers"]][line["method"]].append(line)
     return {
-        key: {method: _traces(found) for method, found in methods.items()} for key, methods in sorted(grouped.items())
+        key: {method: _traces(found, which) for method, found in methods.items()}
+        for key, methods in sorted(grouped.items())
     }
 
 
-def _traces(lines: Sequence[dict[str, Any]]) -> Traces:
-    def regrets(which: str) -> dict[int, list[float]]:
+def _traces(lines: Sequence[dict[str, Any]], which: str) -> Traces:
+    def regrets(of: str) -> dict[int, list[float]]:
         found = {}
         for line in lines:
             best, median = line["scale"]["best"], line["scale"]["median"]
-            found[line["seed"]] = [(value - best) / (median - best) for value in line[which]]
+            found[line["seed"]] = [(value - best) / (median - best) for value in line[which][of]]
         return found
 
-    return Traces(
-        {line["seed"]: line["at"] for line in lines}, regrets("value"), regrets("test"), lines[0]["trainings"]
-    )
+    at = {line["seed"]: line[which]["at"] for line in lines}
+    return Traces(at, regrets("value"), regrets("test"), lines[0]["trainings"])
 
 
 @dataclass(frozen=True)
@@ -180,10 +182,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("traces", type=Path)
     parser.add_argument("--against", default="tpe + stock median")
+    parser.add_argument("--complete", action="store_true", help="what complete trials came to, not what was reported")
     options = parser.parse_args(arguments)
     found = {
         key: compared(methods, options.against)
-        for key, methods in read(options.traces).items()
+        for key, methods in read(options.traces, "complete" if options.complete else "seen").items()
         if options.against in methods
     }
     for (task, workers), methods in found.items():

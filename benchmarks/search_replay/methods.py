@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import optuna
 from optuna.samplers import BaseSampler, GPSampler, RandomSampler
 
 from benchmarks.search_replay.simulator import Method, Promotion
-from storage.optuna_storage.rules import AnyOf, Calibrated, Percentile, Rungs
+from storage.optuna_storage.rules import AnyOf, Calibrated, History, Percentile, Rungs
 from tuner.study.tpe import ScipyTPESampler
 
 
@@ -26,6 +27,15 @@ def tpe_of(**settings: object) -> Callable[[int], BaseSampler]:
 
 def gp(seed: int) -> BaseSampler:
     return GPSampler(seed=seed, deterministic_objective=False)
+
+
+@dataclass(frozen=True)
+class FromEta(Rungs):
+    """Rungs whose first stops all until eta trials came: a single worker sees several points before it trains one."""
+
+    def stops(self, step: int, value: float, history: History) -> bool:
+        is_early = step == self.steps[0] and len(history.reached(step)) < self.eta
+        return is_early or super().stops(step, value, history)
 
 
 TENTH_AND_THIRD = (0.1, 0.3)
@@ -46,6 +56,7 @@ METHODS: dict[str, Method] = {
         asks_last=True,
     ),
     "tpe + rungs": Method(sampler=tpe, scales=lambda epochs: Rungs.at(TENTH_AND_THIRD, epochs)),
+    "tpe + rungs from three": Method(sampler=tpe, scales=lambda epochs: FromEta.at(TENTH_AND_THIRD, epochs)),
     "tpe + rungs 1 in 2": Method(sampler=tpe, scales=lambda epochs: Rungs.at(TENTH_AND_THIRD, epochs, eta=2.0)),
     "tpe + rungs, in doubt on": Method(
         sampler=tpe, scales=lambda epochs: Rungs.at(TENTH_AND_THIRD, epochs), doubts=1.0
@@ -67,6 +78,7 @@ METHODS: dict[str, Method] = {
     "random + stock median": Method(sampler=random, pruner=lambda _: optuna.pruners.MedianPruner(), asks_last=True),
     "random + median, asked last": Method(sampler=random, rule=Percentile(), asks_last=True),
     "random + rungs": Method(sampler=random, scales=lambda epochs: Rungs.at(TENTH_AND_THIRD, epochs)),
+    "random + rungs from three": Method(sampler=random, scales=lambda epochs: FromEta.at(TENTH_AND_THIRD, epochs)),
     "random + calibrated": Method(sampler=random, rule=Calibrated()),
     "random + promotion": Method(sampler=random, promotes=Promotion(TENTH_AND_THIRD)),
     "gp + median": Method(sampler=gp, rule=Percentile()),

@@ -66,9 +66,10 @@ def replay(search: Search) -> dict[str, Any]:
         Recorded(TASKS[search.task], table, search.seed) if search.of_points else smooth(search.tables, search.task)
     )
     simulation = Simulation(world, objective, METHODS[search.method], workers=search.workers, seed=search.seed)
-    trace = asdict(simulation.run(search.trainings * scale.full_s))
-    trace["at"] = [at / scale.full_s for at in trace["at"]]
-    return {**asdict(search), "scale": asdict(scale), **trace}
+    found = asdict(simulation.run(search.trainings * scale.full_s))
+    for trace in (found["seen"], found["complete"]):
+        trace["at"] = [at / scale.full_s for at in trace["at"]]
+    return {**asdict(search), "scale": asdict(scale), **found}
 
 
 def quiet() -> None:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import optuna
 from optuna.pruners import BasePruner, NopPruner
 from optuna.samplers import BaseSampler
@@ -63,6 +64,8 @@ class _Trial:
     training: Training
     done: int = 0
     best: float = math.inf
+    test: float = math.inf
+    """The test score of the best epoch."""
     values: list[float] = field(default_factory=list)
     bests: list[float] = field(default_factory=list)
 
@@ -103,6 +106,21 @@ class Trace:
     at: list[float] = field(default_factory=list)
     value: list[float] = field(default_factory=list)
     test: list[float] = field(default_factory=list)
+
+    def add(self, at: float, value: float, test: float) -> None:
+        """Note what one has from now on, if it is better than what there was."""
+        if not self.value or value < self.value[-1]:
+            self.at.append(at)
+            self.value.append(value)
+            self.test.append(test)
+
+
+@dataclass
+class Found:
+    """What a search found: of all that was reported, and of complete trials, which can be exported."""
+
+    seen: Trace = field(default_factory=Trace)
+    complete: Trace = field(default_factory=Trace)
     started: int = 0
     completed: int = 0
     epochs: int = 0
@@ -123,13 +141,14 @@ class Simulation:
         self._study = optuna.create_study(
             storage=self._storage, sampler=method.sampler(seed), pruner=method.pruner(epochs), direction="minimize"
         )
+        self._noise = np.random.default_rng(seed)
         self._history = Tables()
         self._rungs = _rungs(method.promotes, epochs)
         self._at_rung: dict[int, list[_Trial]] = {rung: [] for rung in self._rungs}
         self._went_on: dict[int, set[int]] = {rung: set() for rung in self._rungs}
-        self.trace = Trace()
+        self.found = Found()
 
-    def run(self, device_s: float) -> Trace:
+    def run(self, device_s: float) -> Found:
         """Search for so many seconds of device time, all workers' together."""
         events: list[tuple[float, int, int, _Trial | None]] = []
         for worker in range(self._workers):
@@ -147,7 +166,7 @@ class Simulation:
             assert trial is not None
             heapq.heappush(events, (then + trial.training.seconds[trial.done], order, worker, trial))
             order += 1
-        return self.trace
+        return self.found
 
     def _next(self, now: float) -> tuple[_Trial, float]:
         """Return the trial that a free worker takes, and when it begins."""
@@ -158,15 +177,15 @@ class Simulation:
         trial = self._study.ask()
         self._objective.suggest(Bounded(self._world.task, trial))  # type: ignore[arg-type]
         took = time.process_time() - started if self._world.has_params else 0.0
-        self.trace.started += 1
-        training = self._world.training(trial.params, trial.distributions)
+        self.found.started += 1
+        training = self._world.training(trial.params, trial.distributions, self._noise)
         return _Trial(trial, training), now + CLAIM_S + took
 
     def _ended_epoch(self, trial: _Trial, now: float) -> float | None:
         """Return when the trial's next epoch begins; None if the trial ends, or is paused, here."""
         step = trial.done
         trial.done += 1
-        self.trace.epochs += 1
+        self.found.epochs += 1
         value = float(trial.training.value[step])
         if math.isnan(value):
             self._study.tell(trial.trial, state=TrialState.FAIL)
@@ -175,7 +194,10 @@ class Simulation:
         trial.best = min(trial.best, value)
         trial.bests.append(trial.best)
         trial.trial.report(value, step)
-        self._look_at_incumbent(trial, value, step, now)
+        at, test = now * self._workers, float(trial.training.test[step])
+        self.found.seen.add(at, value, test)
+        if value == trial.best:
+            trial.test = test
         self._history.report(step, trial.best)
         is_last = trial.done == self._epochs
         if (not is_last or self._method.asks_last) and self._is_stopped(trial, step):
@@ -183,7 +205,8 @@ class Simulation:
             return None
         if is_last:
             self._history.complete(trial.values)
-            self.trace.completed += 1
+            self.found.complete.add(at, trial.best, trial.test)
+            self.found.completed += 1
             self._study.tell(trial.trial, trial.best)
             return None
         if step in self._at_rung:
@@ -198,12 +221,6 @@ class Simulation:
     def _is_stopped(self, trial: _Trial, step: int) -> bool:
         value = trial.best - self._method.doubts * float(self._world.table.noise[step])
         return self._rule.stops(step, value, self._history) or trial.trial.should_prune()
-
-    def _look_at_incumbent(self, trial: _Trial, value: float, step: int, now: float) -> None:
-        if not self.trace.value or value < self.trace.value[-1]:
-            self.trace.at.append(now * self._workers)
-            self.trace.value.append(value)
-            self.trace.test.append(float(trial.training.test[step]))
 
     def _promotable(self) -> _Trial | None:
         for rung in reversed(self._rungs):

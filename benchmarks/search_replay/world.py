@@ -22,6 +22,8 @@ from benchmarks.search_replay.tasks import Task, points
 from tuner.objective import Objective
 
 Floats = npt.NDArray[np.float64]
+N_NEAR = 16
+"""Recorded points of whose departures from the mean one is drawn."""
 
 
 @dataclass(frozen=True)
@@ -44,8 +46,10 @@ class World(Protocol):
     has_params: bool
     """Whether params decide how a training goes, so that the time a sampler takes is the search's."""
 
-    def training(self, params: Mapping[str, Any], distributions: Mapping[str, BaseDistribution]) -> Training:
-        """Return how a training with these params goes."""
+    def training(
+        self, params: Mapping[str, Any], distributions: Mapping[str, BaseDistribution], noise: np.random.Generator
+    ) -> Training:
+        """Return how a training with these params goes; what chance does to it is drawn from `noise`."""
 
 
 @dataclass(frozen=True)
@@ -147,7 +151,8 @@ def _unit(value: Any, distribution: BaseDistribution) -> float:
 
 class Smooth:
     """The world between recorded points: the mean of a Gaussian process over the logarithms of the curves, one for all
-    epochs, and what the nearest recorded point of the same choices departs from it."""
+    epochs, and chance: what one of the nearest recorded points of the same choices departs from it, drawn anew for each
+    training. The nearest of all predicts no better than another of them, so it is nothing but chance."""
 
     has_params = True
 
@@ -199,31 +204,35 @@ class Smooth:
         """Return Spearman's correlation of the recorded bests with what the world says of each point without it, and
         that of two seeds of the same points, which none can exceed by much."""
         epochs = self.table.value.shape[1]
+        noise = np.random.default_rng(0)
         bests, predicted = self._logs[:, :epochs].min(axis=1), []
         for row in range(len(self._x)):
-            nearest = self._nearest(self._x[row], self._kinds[row], without=row)
-            residual = self._logs[nearest, :epochs] - self._at_points[nearest, :epochs]
+            near = self._near(self._x[row], self._kinds[row], noise, without=row)
+            residual = self._logs[near, :epochs] - self._at_points[near, :epochs]
             predicted.append(float((self._left_out[row, :epochs] + residual).min()))
         return float(spearmanr(bests, predicted).statistic), self.table.ceiling
 
     def _kind(self, params: Mapping[str, Any]) -> tuple[Any, ...]:
         return tuple(params.get(name) for name in self._categorical)
 
-    def _nearest(self, x: Floats, kind: tuple[Any, ...], without: int = -1) -> int:
+    def _near(self, x: Floats, kind: tuple[Any, ...], noise: np.random.Generator, without: int = -1) -> int:
         lengths = np.atleast_1d(self._kernel.length_scale)
         away = (((self._x - x) / lengths) ** 2).sum(axis=1)
         for row, other in enumerate(self._kinds):
             if other != kind or row == without:
                 away[row] = math.inf
-        return int(away.argmin())
+        near = np.argsort(away, kind="stable")[: min(N_NEAR, int(np.isfinite(away).sum()))]
+        return int(noise.choice(near))
 
-    def training(self, params: Mapping[str, Any], distributions: Mapping[str, BaseDistribution]) -> Training:
+    def training(
+        self, params: Mapping[str, Any], distributions: Mapping[str, BaseDistribution], noise: np.random.Generator
+    ) -> Training:
         x = between(params, distributions, self._names)
-        nearest = self._nearest(x, self._kind(params))
+        near = self._near(x, self._kind(params), noise)
         mean = self._level * self._kernel(x[None], self._x)[0] @ self._weights + self._mean
-        curves = np.exp(mean + self._logs[nearest] - self._at_points[nearest])
+        curves = np.exp(mean + self._logs[near] - self._at_points[near])
         value, test, seconds = np.split(curves, 3)
-        value = np.where(np.isnan(self.table.value[nearest]), math.nan, value)
+        value = np.where(np.isnan(self.table.value[near]), math.nan, value)
         return Training(value, test, seconds)
 
 
@@ -237,7 +246,9 @@ class Recorded:
         self.table = table
         self._order = iter(np.random.default_rng(seed).permutation(len(table.value)))
 
-    def training(self, params: Mapping[str, Any], distributions: Mapping[str, BaseDistribution]) -> Training:
-        del params, distributions
+    def training(
+        self, params: Mapping[str, Any], distributions: Mapping[str, BaseDistribution], noise: np.random.Generator
+    ) -> Training:
+        del params, distributions, noise
         row = next(self._order)
         return Training(self.table.value[row], self.table.test[row], self.table.seconds[row])

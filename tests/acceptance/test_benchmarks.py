@@ -262,8 +262,12 @@ def test_a_replay_is_compared_and_our_median_decides_as_stock_does(tmp_path: Pat
     run("run", "--out", traces, *searches, "--methods", stock, ours, "random + rungs")
     assert traces.read_text().startswith(kept)
     lines = [json.loads(line) for line in traces.read_text().splitlines()]
-    found = {(line["method"], line["seed"]): (line["value"], line["started"], line["completed"]) for line in lines}
+    found = {
+        (line["method"], line["seed"]): (line["seen"]["value"], line["started"], line["completed"]) for line in lines
+    }
     assert len(found) == len(lines) == 9
+    for line in lines:
+        assert line["complete"]["value"][-1] >= line["seen"]["value"][-1]
     for seed in range(3):
         assert found[stock, seed] == found[ours, seed]
         assert found[stock, seed] != found["random + rungs", seed]
@@ -277,6 +281,7 @@ def test_a_replay_is_compared_and_our_median_decides_as_stock_does(tmp_path: Pat
             "-c",
             "from benchmarks.search_replay import analysis, noise, plots\n"
             f"analysis.main([{str(traces)!r}, '--against', {stock!r}])\n"
+            f"analysis.main([{str(traces)!r}, '--against', {stock!r}, '--complete'])\n"
             f"plots.main([{str(traces)!r}, *{drawing!r}])\n"
             "noise.main(['--tasks', 'digits'])\n",
         ],
@@ -293,4 +298,5 @@ def test_a_replay_is_compared_and_our_median_decides_as_stock_does(tmp_path: Pat
     shares = re.findall(r"(\d\.\d\d) \( *(\d+)\)", told)
     assert len(shares) == 2 * 4 * 4, "of all points and the best third: tops by seeds"
     assert ("0.38", "8") in shares, "two finalists on five seeds, of all points"
-    assert len(re.findall(r"\n  random \+ rungs( +-?\d+\.\d{3}){5}  \d\.\d\d \(", told)) == 1, told
+    seen, complete = re.findall(r"\n  random \+ rungs((?: +-?\d+\.\d{3}){5})  \d\.\d\d \(", told)
+    assert all(float(its) <= float(other) for its, other in zip(seen.split(), complete.split(), strict=True))

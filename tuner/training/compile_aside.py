@@ -198,7 +198,8 @@ def _work(work: Callable[[], bool], lock: int, said: int) -> NoReturn:
 def _can_follow() -> bool:
     """Whether gradients can be computed here: not in a fork of a process that has threads of autograd's.
 
-    It starts them for backward passes within each other, 60 and more, and where a device has a queue of its own.
+    It starts them for backward passes within each other, 60 and more, and for each device, as which counts one of CUDA
+    once there were fake tensors.
     """
     weight = torch.zeros(1, device="cpu", requires_grad=True)
     try:
