@@ -39,6 +39,7 @@ class FromEta(Rungs):
 
 
 TENTH_AND_THIRD = (0.1, 0.3)
+FIRST_AND_THIRD = (0.0, 0.3)
 
 METHODS: dict[str, Method] = {
     "random": Method(sampler=random),
@@ -62,7 +63,12 @@ METHODS: dict[str, Method] = {
         sampler=tpe, scales=lambda epochs: Rungs.at(TENTH_AND_THIRD, epochs), doubts=1.0
     ),
     "tpe + three rungs": Method(sampler=tpe, scales=lambda epochs: Rungs.at((0.1, 0.3, 0.6), epochs)),
-    "tpe + first epoch": Method(sampler=tpe, scales=lambda epochs: Rungs.at((0.0, 0.3), epochs)),
+    "tpe + first epoch": Method(sampler=tpe, scales=lambda epochs: Rungs.at(FIRST_AND_THIRD, epochs)),
+    "tpe + first epoch 1 in 2": Method(sampler=tpe, scales=lambda epochs: Rungs.at(FIRST_AND_THIRD, epochs, eta=2.0)),
+    "tpe + first epoch, in doubt on": Method(
+        sampler=tpe, scales=lambda epochs: Rungs.at(FIRST_AND_THIRD, epochs), doubts=1.0
+    ),
+    "tpe + first epoch and tenth": Method(sampler=tpe, scales=lambda epochs: Rungs.at((0.0, 0.1, 0.3), epochs)),
     "tpe + calibrated": Method(sampler=tpe, rule=Calibrated()),
     "tpe + calibrated 0.9": Method(sampler=tpe, rule=Calibrated(0.9)),
     "tpe + calibrated 0.5": Method(sampler=tpe, rule=Calibrated(0.5)),
@@ -70,6 +76,7 @@ METHODS: dict[str, Method] = {
         sampler=tpe, scales=lambda epochs: AnyOf((Rungs.at(TENTH_AND_THIRD, epochs), Calibrated()))
     ),
     "tpe + promotion": Method(sampler=tpe, promotes=Promotion(TENTH_AND_THIRD)),
+    "tpe + promotion, first epoch": Method(sampler=tpe, promotes=Promotion(FIRST_AND_THIRD)),
     "tpe + promotion, unseen": Method(sampler=tpe, promotes=Promotion(TENTH_AND_THIRD), shows_paused=False),
     "tpe + one epoch, then the best": Method(sampler=tpe, promotes=Promotion((0.0,), eta=8.0)),
     "tpe by itself + median": Method(sampler=tpe_of(multivariate=False), rule=Percentile()),
