@@ -63,6 +63,7 @@ METHODS: dict[str, Method] = {
         sampler=tpe, scales=lambda epochs: Rungs.at(TENTH_AND_THIRD, epochs), doubts=1.0
     ),
     "tpe + three rungs": Method(sampler=tpe, scales=lambda epochs: Rungs.at((0.1, 0.3, 0.6), epochs)),
+    "tpe + rungs at a twentieth": Method(sampler=tpe, scales=lambda epochs: Rungs.at((0.05, 0.3), epochs)),
     "tpe + first epoch": Method(sampler=tpe, scales=lambda epochs: Rungs.at(FIRST_AND_THIRD, epochs)),
     "tpe + first epoch 1 in 2": Method(sampler=tpe, scales=lambda epochs: Rungs.at(FIRST_AND_THIRD, epochs, eta=2.0)),
     "tpe + first epoch, in doubt on": Method(
