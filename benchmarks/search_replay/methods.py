@@ -39,7 +39,7 @@ class FromEta(Rungs):
 
 
 TENTH_AND_THIRD = (0.1, 0.3)
-FIRST_AND_THIRD = (0.0, 0.3)
+THREE = (0.1, 0.3, 0.6)
 
 METHODS: dict[str, Method] = {
     "random": Method(sampler=random),
@@ -62,14 +62,13 @@ METHODS: dict[str, Method] = {
     "tpe + rungs, in doubt on": Method(
         sampler=tpe, scales=lambda epochs: Rungs.at(TENTH_AND_THIRD, epochs), doubts=1.0
     ),
-    "tpe + three rungs": Method(sampler=tpe, scales=lambda epochs: Rungs.at((0.1, 0.3, 0.6), epochs)),
-    "tpe + rungs at a twentieth": Method(sampler=tpe, scales=lambda epochs: Rungs.at((0.05, 0.3), epochs)),
-    "tpe + first epoch": Method(sampler=tpe, scales=lambda epochs: Rungs.at(FIRST_AND_THIRD, epochs)),
-    "tpe + first epoch 1 in 2": Method(sampler=tpe, scales=lambda epochs: Rungs.at(FIRST_AND_THIRD, epochs, eta=2.0)),
-    "tpe + first epoch, in doubt on": Method(
-        sampler=tpe, scales=lambda epochs: Rungs.at(FIRST_AND_THIRD, epochs), doubts=1.0
+    "tpe + three rungs": Method(sampler=tpe, scales=lambda epochs: Rungs.at(THREE, epochs)),
+    "tpe + three rungs from three": Method(sampler=tpe, scales=lambda epochs: FromEta.at(THREE, epochs)),
+    "tpe + four rungs": Method(sampler=tpe, scales=lambda epochs: Rungs.at((0.0, *THREE), epochs)),
+    "tpe + rungs that double, 1 in 2": Method(
+        sampler=tpe, scales=lambda epochs: Rungs.at((0.1, 0.2, 0.4, 0.8), epochs, eta=2.0)
     ),
-    "tpe + first epoch and tenth": Method(sampler=tpe, scales=lambda epochs: Rungs.at((0.0, 0.1, 0.3), epochs)),
+    "tpe + first epoch": Method(sampler=tpe, scales=lambda epochs: Rungs.at((0.0, 0.3), epochs)),
     "tpe + calibrated": Method(sampler=tpe, rule=Calibrated()),
     "tpe + calibrated 0.9": Method(sampler=tpe, rule=Calibrated(0.9)),
     "tpe + calibrated 0.5": Method(sampler=tpe, rule=Calibrated(0.5)),
@@ -77,7 +76,7 @@ METHODS: dict[str, Method] = {
         sampler=tpe, scales=lambda epochs: AnyOf((Rungs.at(TENTH_AND_THIRD, epochs), Calibrated()))
     ),
     "tpe + promotion": Method(sampler=tpe, promotes=Promotion(TENTH_AND_THIRD)),
-    "tpe + promotion, first epoch": Method(sampler=tpe, promotes=Promotion(FIRST_AND_THIRD)),
+    "tpe + promotion, three rungs": Method(sampler=tpe, promotes=Promotion(THREE)),
     "tpe + promotion, unseen": Method(sampler=tpe, promotes=Promotion(TENTH_AND_THIRD), shows_paused=False),
     "tpe + one epoch, then the best": Method(sampler=tpe, promotes=Promotion((0.0,), eta=8.0)),
     "tpe by itself + median": Method(sampler=tpe_of(multivariate=False), rule=Percentile()),
@@ -87,6 +86,7 @@ METHODS: dict[str, Method] = {
     "random + median, asked last": Method(sampler=random, rule=Percentile(), asks_last=True),
     "random + rungs": Method(sampler=random, scales=lambda epochs: Rungs.at(TENTH_AND_THIRD, epochs)),
     "random + rungs from three": Method(sampler=random, scales=lambda epochs: FromEta.at(TENTH_AND_THIRD, epochs)),
+    "random + three rungs": Method(sampler=random, scales=lambda epochs: Rungs.at(THREE, epochs)),
     "random + calibrated": Method(sampler=random, rule=Calibrated()),
     "random + promotion": Method(sampler=random, promotes=Promotion(TENTH_AND_THIRD)),
     "gp + median": Method(sampler=gp, rule=Percentile()),
