@@ -299,4 +299,4 @@ def test_a_replay_is_compared_and_our_median_decides_as_stock_does(tmp_path: Pat
     assert len(shares) == 2 * 4 * 4, "of all points and the best third: tops by seeds"
     assert ("0.38", "8") in shares, "two finalists on five seeds, of all points"
     seen, complete = re.findall(r"\n  random \+ rungs((?: +-?\d+\.\d{3}){5})  \d\.\d\d \(", told)
-    assert all(float(its) <= float(other) for its, other in zip(seen.split(), complete.split(), strict=True))
+    assert float(seen.split()[-1]) <= float(complete.split()[-1]) < 1
