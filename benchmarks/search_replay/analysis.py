@@ -1,12 +1,13 @@
 """Compare replayed searches: regret over device time, and the device time to another method's regret.
 
-    python -m benchmarks.search_replay.analysis traces [--against "tpe + stock median"] [--complete]
+    python -m benchmarks.search_replay.analysis [traces] [--against "tpe + stock median"] [--complete]
 
-For each task and number of workers: the interquartile mean over seeds of the regret of what validation chose, and of
-its regret on test, after so many full trainings of device time; the ratio of the device time that a method needs to
-the regret that the other has after 10, 20, 40 trainings (the median of the seeds' ratios, with a bootstrap interval of
-95 %; a search that never comes there counts as its whole time); Wilcoxon's test of the paired regrets after all of the
-time, corrected by Holm over the methods of a task. A method that was run with fewer seeds is compared by those.
+Without `traces` those that docs/search.md tells of. For each task and number of workers: the interquartile mean over
+seeds of the regret of what validation chose, and of its regret on test, after so many full trainings of device time;
+the ratio of the device time that a method needs to the regret that the other has after 10, 20, 40 trainings (the median
+of the seeds' ratios, with a bootstrap interval of 95 %; a search that never comes there counts as its whole time);
+Wilcoxon's test of the paired regrets after all of the time, corrected by Holm over the methods of a task. A method that
+was run with fewer seeds is compared by those.
 
 With --complete a search has the best of its complete trials, which can be exported, and not of all that was reported.
 
@@ -17,6 +18,7 @@ by the mixed model `log ratio = mean + task + seed`: with as many seeds a task, 
 from __future__ import annotations
 
 import argparse
+import gzip
 import json
 import math
 from bisect import bisect_right
@@ -30,6 +32,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy.stats import trim_mean, ttest_1samp, wilcoxon
 
+TRACES = Path(__file__).parent / "traces.jsonl.gz"
 AT = (1, 2, 4, 8, 16, 24, 40, 64)
 """Device time at which regrets are shown, in full trainings."""
 AFTER = (10, 20, 40)
@@ -75,7 +78,8 @@ class Traces:
 
 def read(path: Path, which: str = "seen") -> dict[tuple[str, int], dict[str, Traces]]:
     """Return the traces by task and number of workers, and by method; of what was `seen`, or is `complete`."""
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    with gzip.open(path, "rt") if path.suffix == ".gz" else path.open() as file:
+        lines = [json.loads(line) for line in file]
     grouped: dict[tuple[str, int], dict[str, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
     for line in lines:
         grouped[line["task"], line["workers"]][line["method"]].append(line)
@@ -180,7 +184,7 @@ def overall(found: Mapping[tuple[str, int], Mapping[str, Mapping[str, Any]]], wo
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("traces", type=Path)
+    parser.add_argument("traces", type=Path, nargs="?", default=TRACES)
     parser.add_argument("--against", default="tpe + stock median")
     parser.add_argument("--complete", action="store_true", help="what complete trials came to, not what was reported")
     options = parser.parse_args(arguments)

@@ -59,6 +59,9 @@ METHODS: dict[str, Method] = {
     "tpe + rungs": Method(sampler=tpe, scales=lambda epochs: Rungs.at(TENTH_AND_THIRD, epochs)),
     "tpe + rungs from three": Method(sampler=tpe, scales=lambda epochs: FromEta.at(TENTH_AND_THIRD, epochs)),
     "tpe + rungs 1 in 2": Method(sampler=tpe, scales=lambda epochs: Rungs.at(TENTH_AND_THIRD, epochs, eta=2.0)),
+    "tpe + rungs that double from the first epoch, 1 in 2": Method(
+        sampler=tpe, scales=lambda epochs: Rungs.at((0.0, 0.1, 0.2, 0.4, 0.8), epochs, eta=2.0)
+    ),
     "tpe + rungs, in doubt on": Method(
         sampler=tpe, scales=lambda epochs: Rungs.at(TENTH_AND_THIRD, epochs), doubts=1.0
     ),

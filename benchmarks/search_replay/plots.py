@@ -1,9 +1,10 @@
 """Draw replayed searches: regret over device time, a panel a task, as one SVG file.
 
-    python -m benchmarks.search_replay.plots traces --out search.svg [--workers 4] [--methods "tpe + rungs" ..] [--test]
+    python -m benchmarks.search_replay.plots [traces] --out search.svg [--workers 4] [--test]
+        [--methods "tpe + rungs" ..]
 
-Lines are interquartile means over seeds, of the regret by validation or with --test of that on test; both axes are
-logarithmic, device time in full trainings of the median point.
+Without `traces` those that docs/search.md tells of. Lines are interquartile means over seeds, of the regret by
+validation or with --test of that on test; both axes are logarithmic, device time in full trainings of the median point.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.search_replay.analysis import Traces, iqm, read
+from benchmarks.search_replay.analysis import TRACES, Traces, iqm, read
 
 COLOURS = ("#444444", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 PANEL, GAP, COLUMNS = (300, 210), 48, 2
@@ -87,7 +88,7 @@ def drawn(tasks: Mapping[str, Mapping[str, Traces]], methods: Sequence[str], *, 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("traces", type=Path)
+    parser.add_argument("traces", type=Path, nargs="?", default=TRACES)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--workers", type=int, default=4)
     parser.add_argument("--methods", nargs="+", help="in the order of their colours; all that there are by default")

@@ -27,7 +27,7 @@ import optuna
 
 from benchmarks.search_replay.curves import TABLES
 from benchmarks.search_replay.methods import METHODS, OF_RULES
-from benchmarks.search_replay.simulator import Simulation
+from benchmarks.search_replay.simulator import Simulation, Trace
 from benchmarks.search_replay.tasks import TASKS
 from benchmarks.search_replay.world import Recorded, Scale, Smooth, Table, World
 from tuner.objective import Objective
@@ -66,10 +66,20 @@ def replay(search: Search) -> dict[str, Any]:
         Recorded(TASKS[search.task], table, search.seed) if search.of_points else smooth(search.tables, search.task)
     )
     simulation = Simulation(world, objective, METHODS[search.method], workers=search.workers, seed=search.seed)
-    found = asdict(simulation.run(search.trainings * scale.full_s))
-    for trace in (found["seen"], found["complete"]):
-        trace["at"] = [at / scale.full_s for at in trace["at"]]
-    return {**asdict(search), "scale": asdict(scale), **found}
+    found = simulation.run(search.trainings * scale.full_s)
+    told = {**asdict(search), "scale": asdict(scale), **asdict(found)}
+    told["seen"], told["complete"] = (_rounded(trace, scale.full_s) for trace in (found.seen, found.complete))
+    del told["tables"]
+    return told
+
+
+def _rounded(trace: Trace, full_s: float) -> dict[str, list[float]]:
+    """Return what is written of a trace: to a ten-thousandth of a training, and six digits of each score."""
+    scores = {"value": trace.value, "test": trace.test}
+    return {
+        "at": [round(at / full_s, 4) for at in trace.at],
+        **{name: [float(f"{score:.6g}") for score in its] for name, its in scores.items()},
+    }
 
 
 def quiet() -> None:
