@@ -57,8 +57,12 @@ class Curves:
 
     @property
     def has_seeds(self) -> bool:
-        """Whether points were trained on several seeds, which a recording does last."""
-        return bool((self.repeat > 0).any())
+        """Whether points were trained on several seeds, which a recording does last, with no point left out before.
+
+        One that is split over machines may have come to its end in a part of the points alone.
+        """
+        points = np.sort(self.point[self.repeat == 0])
+        return bool((self.repeat > 0).any()) and np.array_equal(points, np.arange(len(points)))
 
     def recorded(self) -> list[Recorded]:
         """Return the trainings one by one, as they were packed."""

@@ -412,6 +412,7 @@ def train_beside_threads_of_autograd():
     assert beside.trained.lines == [str(gain) for gain in beside.trained.gains]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("directory")
 def test_where_autograd_runs_threads_which_no_fork_goes_on_with_the_training_waits_for_the_compiler():
     code = f"import runpy; runpy.run_path({__file__!r})[{train_beside_threads_of_autograd.__name__!r}]()"
