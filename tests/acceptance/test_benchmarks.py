@@ -301,3 +301,42 @@ def test_a_replay_is_compared_and_our_median_decides_as_stock_does(tmp_path: Pat
     assert ("0.38", "8") in shares, "two finalists on five seeds, of all points"
     seen, complete = re.findall(r"\n  random \+ rungs((?: +-?\d+\.\d{3}){5})  \d\.\d\d \(", told)
     assert float(seen.split()[-1]) <= float(complete.split()[-1]) < 1
+
+
+# Two trainings of one point, twice from the same generator; and tables of which a machine's share alone is whole.
+_WORLD = """
+import sys
+from pathlib import Path
+
+directory = sys.argv[1]  # an objective that is imported finds no arguments
+
+import numpy as np
+from benchmarks.search_replay.curves import TABLES, Recorded, pack
+from benchmarks.search_replay.run import smooth, task_of
+from benchmarks.search_replay.tasks import TASKS, points
+
+world = smooth(str(TABLES), "digits")
+(point,) = points(TASKS["digits"], TASKS["digits"].build(), 1)
+for _ in range(2):
+    noise = np.random.default_rng(0)
+    one, other = (world.training(point.params, point.distributions, noise).value for _ in range(2))
+    print(one.min(), other.min())
+
+curves = dict(metric=[0.5], loss=[0.5], test=[0.5], seconds=[1.0])
+share = [Recorded(point, repeat, **curves) for point in (0, 2) for repeat in range(3)]
+pack(share, 1, Path(directory) / "digits.npz")
+task_of(directory, "digits")
+"""
+
+
+def test_chance_is_drawn_anew_for_each_training_and_a_table_of_one_share_is_refused(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", _WORLD, tmp_path], capture_output=True, text=True, check=False, cwd=BENCHMARKS.parent
+    )
+    first, again = done.stdout.splitlines()
+    assert first == again
+    one, other = first.split()
+    assert one != other
+    assert done.stderr.endswith(
+        "ValueError: digits was not recorded to its end: none of its points is there on several seeds\n"
+    )
