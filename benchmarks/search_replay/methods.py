@@ -40,6 +40,7 @@ class FromEta(Rungs):
 
 TENTH_AND_THIRD = (0.1, 0.3)
 THREE = (0.1, 0.3, 0.6)
+DOUBLE = (0.1, 0.2, 0.4, 0.8)
 
 METHODS: dict[str, Method] = {
     "random": Method(sampler=random),
@@ -68,8 +69,12 @@ METHODS: dict[str, Method] = {
     "tpe + three rungs": Method(sampler=tpe, scales=lambda epochs: Rungs.at(THREE, epochs)),
     "tpe + three rungs from three": Method(sampler=tpe, scales=lambda epochs: FromEta.at(THREE, epochs)),
     "tpe + four rungs": Method(sampler=tpe, scales=lambda epochs: Rungs.at((0.0, *THREE), epochs)),
-    "tpe + rungs that double, 1 in 2": Method(
-        sampler=tpe, scales=lambda epochs: Rungs.at((0.1, 0.2, 0.4, 0.8), epochs, eta=2.0)
+    "tpe + rungs that double, 1 in 2": Method(sampler=tpe, scales=lambda epochs: Rungs.at(DOUBLE, epochs, eta=2.0)),
+    "tpe + rungs that double from three, 1 in 2": Method(
+        sampler=tpe, scales=lambda epochs: Rungs.at(DOUBLE, epochs, eta=2.0, n_startup=3)
+    ),
+    "tpe + three rungs, started by three": Method(
+        sampler=tpe, scales=lambda epochs: Rungs.at(THREE, epochs, n_startup=3)
     ),
     "tpe + first epoch": Method(sampler=tpe, scales=lambda epochs: Rungs.at((0.0, 0.3), epochs)),
     "tpe + calibrated": Method(sampler=tpe, rule=Calibrated()),

@@ -66,7 +66,7 @@ class RuleIndex:
                 "unfinished": int_array(self._unfinished),
             }
             rows = self._sessions.statement(lambda conn: conn.execute(_changed(), seen).all())
-            running = Column()
+            running, running_beyond = Column(), 0
             running.add(best)
             for state, curves in _curves(row for row in rows if row.trial_id != trial_id):
                 bests = np.fmin.accumulate(sign * curves, axis=1)
@@ -74,11 +74,14 @@ class RuleIndex:
                     self._take_in(sign * curves, bests, is_complete=state == "COMPLETE")
                 elif step < bests.shape[1]:
                     running.add_all(bests[:, step].tolist())
+                    if step + 1 < bests.shape[1]:
+                        running_beyond += int(np.count_nonzero(~np.isnan(bests[:, step + 1])))
             for row in rows:
                 self._last_number = max(self._last_number, row.number)
                 (self._unfinished.add if row.state in UNFINISHED else self._unfinished.discard)(row.trial_id)
             kept, completed, gains = (its[step].in_order() for its in (self.reached, self.completed, self.gains))
-            return Now(step, self.best, self.n_complete, (_Both(kept, running), completed, gains))
+            beyond = len(self.reached[step + 1].in_order()) + running_beyond
+            return Now(step, self.best, self.n_complete, (_Both(kept, running), completed, gains), beyond)
 
     def _take_in(self, values: Floats, bests: Floats, *, is_complete: bool) -> None:
         """Take in finished trials of as many reports each: (trials, reports)."""
@@ -118,6 +121,11 @@ class Now:
     best: float
     n_complete: int
     at_step: tuple[Column, Column, Column]
+    beyond: int
+
+    def n_beyond(self, step: int) -> int:
+        self._at(step)
+        return self.beyond
 
     def reached(self, step: int) -> Column:
         return self._at(step)[0]

@@ -12,7 +12,7 @@ from optuna.trial import TrialState
 
 from storage.optuna_storage.rule_index import RuleIndex
 from storage.optuna_storage.rule_tables import PRUNED_AT, Tables, best_so_far, minimized
-from storage.optuna_storage.rules import RUNGS_AT, Column, History, Rule, Rungs
+from storage.optuna_storage.rules import ETA, Column, History, Rule, standard_rungs
 
 if TYPE_CHECKING:
     from optuna import Study
@@ -61,13 +61,14 @@ def _tables_of(trials: Iterable[FrozenTrial], sign: float) -> Tables:
 
 
 class RungsPruner(RulePruner):
-    """Stops a trial that is not among the best 1/`eta` of all that came as far, at a tenth and at three tenths.
+    """Stops a trial that is not among the best 1/`eta` of all that came as far: at a tenth, and where that doubles.
 
-    `epochs` is how often a trial reports.
+    The first two trials are stopped at a tenth. `epochs` is how often a trial reports; in a study of few `trials` the
+    last one goes on there if none has.
     """
 
-    def __init__(self, epochs: int, eta: float = 3.0) -> None:
-        super().__init__(Rungs.at(RUNGS_AT, epochs, eta))
+    def __init__(self, epochs: int, eta: float = ETA, trials: int | None = None) -> None:
+        super().__init__(standard_rungs(epochs, eta, trials))
 
 
 class IndexedRulePruner(RulePruner):
@@ -107,6 +108,9 @@ class _Lazy:
 
     def reached(self, step: int) -> Column:
         return self._its.reached(step)
+
+    def n_beyond(self, step: int) -> int:
+        return self._its.n_beyond(step)
 
     def completed(self, step: int) -> Column:
         return self._its.completed(step)

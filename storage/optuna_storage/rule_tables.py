@@ -42,6 +42,10 @@ class Tables:
         """Return the values at the step of all trials that reported there."""
         return self._reached[step]
 
+    def n_beyond(self, step: int) -> int:
+        """Return how many trials reported after the step, too."""
+        return len(self._reached[step + 1])
+
     def completed(self, step: int) -> Column:
         """Return what complete trials reported at the step."""
         return self._completed[step]

@@ -13,8 +13,15 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Protocol
 
-RUNGS_AT = (0.1, 0.3)
-"""Where the rungs of `--pruner rungs` lie, in parts of a training."""
+# `--pruner rungs`, as docs/search.md tells how it was chosen:
+RUNGS_AT = (0.1, 0.2, 0.4, 0.8)
+"""Where its rungs lie, in parts of a training."""
+ETA = 2.0
+"""Of how many trials one goes on from each."""
+N_STARTUP = 3
+"""How many trials come to the first rung before one goes on there."""
+LATEST = 6
+"""With how many there one goes on anyway."""
 
 
 @dataclass
@@ -68,6 +75,9 @@ class History(Protocol):
     def reached(self, step: int) -> Column:
         """Return the values at the step of all trials that reported there, whatever became of them."""
 
+    def n_beyond(self, step: int) -> int:
+        """Return how many trials reported after the step, too."""
+
     def completed(self, step: int) -> Column:
         """Return what complete trials reported at the step itself, which may be worse than their best up to it."""
 
@@ -113,17 +123,20 @@ class Rungs:
     """Stops a trial that is not among the best 1/eta of all that came to the same rung: ASHA that stops.
 
     Of fewer than eta trials the best alone goes on, and none without a number. `steps` are the rungs, counted from 0 as
-    reports are.
+    reports are. The first one stops all until `n_startup` came to it: a single worker sees some points before
+    it trains one to its end; from the `latest` on a trial goes on there if none has, so that one does.
     """
 
     steps: tuple[int, ...]
     eta: float = 3.0
+    n_startup: int = 1
+    latest: int = LATEST
 
     @classmethod
-    def at(cls, shares: Iterable[float], epochs: int, eta: float = 3.0) -> Rungs:
+    def at(cls, shares: Iterable[float], epochs: int, eta: float = 3.0, **startup: int) -> Rungs:
         """Return it with rungs at shares of the epochs, each at least one epoch and before the last."""
         ends = sorted({min(max(round(share * epochs), 1), epochs - 1) for share in shares})
-        return cls(tuple(end - 1 for end in ends), eta)
+        return cls(tuple(end - 1 for end in ends), eta, **startup)
 
     def stops(self, step: int, value: float, history: History) -> bool:
         if step not in self.steps:
@@ -131,7 +144,18 @@ class Rungs:
         if math.isnan(value):
             return True
         there = history.reached(step)
+        if step == self.steps[0] and self.n_startup > 1:
+            if len(there) >= self.latest and not history.n_beyond(step):
+                return False
+            if len(there) < self.n_startup:
+                return True
         return there.n_below(value) >= max(1, math.floor(len(there) / self.eta))
+
+
+def standard_rungs(epochs: int, eta: float = ETA, trials: int | None = None) -> Rungs:
+    """Return the rule of `--pruner rungs` for trainings of so many epochs, in a study of so many trials."""
+    latest = LATEST if trials is None else min(LATEST, trials)
+    return Rungs.at(RUNGS_AT, epochs, eta, n_startup=N_STARTUP, latest=latest)
 
 
 @dataclass(frozen=True)

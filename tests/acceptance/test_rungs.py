@@ -9,7 +9,7 @@ from sqlalchemy import text
 
 from storage import open_engine
 from storage.optuna_storage.rule_tables import Tables, best_so_far
-from storage.optuna_storage.rules import Rungs
+from storage.optuna_storage.rules import standard_rungs
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -57,7 +57,7 @@ def test_workers_decide_as_the_replay_of_what_they_recorded(tuner: Tuner, databa
             )
         ).all()
     engine.dispose()
-    rule, tables = Rungs.at((0.1, 0.3), 10, 1.5), Tables()
+    rule, tables = standard_rungs(10, 1.5, N_TRIALS), Tables()
     so_far: dict[int, list[float]] = {}
     stopped: dict[int, int] = {}
     for number, _, step, value, _ in reports:
@@ -98,3 +98,12 @@ def test_workers_decide_as_the_replay_of_what_they_recorded(tuner: Tuner, databa
     else:
         assert status["replay"] is None
         assert "fewer than 10 complete trials" in tuner("replay", "s").error()
+
+
+def test_a_study_of_two_trials_has_a_complete_one(tuner: Tuner, tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(OBJECTIVE)
+    options = ("--study", "s", "--trials", "2", "--pruner", "rungs:epochs=10", "--direction", "minimize")
+    done = tuner("run", tmp_path / "mine.py:objective", *options, "--workers", "1")
+    assert done.code == 0, done.stderr
+    states = [trial["state"] for trial in json.loads(tuner("trials", "s", "--json").stdout)]
+    assert states == ["PRUNED", "COMPLETE"]

@@ -41,7 +41,7 @@ class OpenedStudy(optuna.Study):
         if (spec := found.spec) is not None:
             # Another one for each number of trials: those that a study suggests from afresh shall not be the same.
             sampler = build_sampler(spec.sampler, spec.seed, its.get_n_trials(found.study_id))
-            pruner = build_pruner(spec.pruner)
+            pruner = build_pruner(spec.pruner, spec.budget.trials)
         super().__init__(name, its, sampler=sampler, pruner=pruner)
         self.tuner_settings: Final = settings
 

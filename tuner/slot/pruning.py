@@ -13,9 +13,9 @@ from tuner.spec import PrunerSpec
 from tuner.study.sampling import build_pruner
 
 
-def pruner_on(storage: PostgresStorage, study_id: int, spec: PrunerSpec) -> BasePruner:
-    """Return the study's pruner; for `median`, `percentile` and ours one that decides the same, and reads less."""
-    pruner = build_pruner(spec)  # refuses settings that it does not have
+def pruner_on(storage: PostgresStorage, study_id: int, spec: PrunerSpec, trials: int | None = None) -> BasePruner:
+    """Return the pruner of a study of so many trials; for those that have an index one that decides the same by it."""
+    pruner = build_pruner(spec, trials)  # refuses settings that it does not have
     if isinstance(pruner, RulePruner):
         return IndexedRulePruner(storage, study_id, pruner.rule)
     if not isinstance(pruner, PercentilePruner):

@@ -174,7 +174,7 @@ class Slot:
             study.name,
             self._storage,
             sampler=self._sampler_of(0),
-            pruner=pruner_on(self._storage, study.study_id, study.spec.pruner),
+            pruner=pruner_on(self._storage, study.study_id, study.spec.pruner, study.budget.trials),
         )
         if searched is not None:
             self._try_first(study, what, searched)

@@ -14,7 +14,7 @@ from sqlalchemy import Engine
 from storage.coordination import history
 from storage.database.sessions import Sessions
 from storage.optuna_storage.rule_tables import Tables, best_so_far, minimized
-from storage.optuna_storage.rules import RUNGS_AT, Percentile, Rule, Rungs
+from storage.optuna_storage.rules import Percentile, Rule, standard_rungs
 from tuner.errors import TunerError
 from tuner.spec import PrunerSpec
 
@@ -107,14 +107,14 @@ def rules_for(epochs: int, own: PrunerSpec | None) -> dict[str, Rule]:
     rules: dict[str, Rule] = {
         "median": Percentile(),
         "percentile": Percentile(25.0),
-        "rungs": Rungs.at(RUNGS_AT, epochs),
+        "rungs": standard_rungs(epochs),
     }
     settings = {} if own is None else {name: its for name, its in own.settings.items() if name != "epochs"}
     if own is None or not settings or own.name not in rules:
         return rules
     name = f"{own.name}:{','.join(f'{key}={its}' for key, its in settings.items())}"
     if own.name == "rungs":
-        return {**rules, name: Rungs.at(RUNGS_AT, epochs, float(str(settings["eta"])))}
+        return {**rules, name: standard_rungs(epochs, float(str(settings["eta"])))}
     if settings.keys() <= {"percentile", "n_startup_trials"}:
         numbers = {key: float(str(its)) for key, its in settings.items()}
         wanted = Percentile(numbers.get("percentile", 50.0), int(numbers.get("n_startup_trials", 5)))

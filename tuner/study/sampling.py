@@ -116,10 +116,12 @@ _PRUNERS: dict[str, type[BasePruner]] = {
 _PRUNER_DEFAULTS: dict[str, dict[str, Any]] = {"percentile": {"percentile": 25.0}}
 _OF_EPOCHS = {"hyperband": "max_resource", "rungs": "epochs"}
 """The setting of a pruner that is how many epochs a trial has, unless it is given."""
-# Callables and samplers cannot be written into a spec; the seed is the study's; the last two do nothing any more.
+# Callables and samplers cannot be written into a spec; the seed and the trials are the study's; the last two do nothing
+# any more.
 _NOT_SETTABLE = {
     "seed",
     "number",
+    "trials",
     "gamma",
     "weights",
     "constraints_func",
@@ -305,9 +307,13 @@ def build_sampler(spec: SamplerSpec, study_seed: int, number: int) -> BaseSample
     return _build("--sampler", _SAMPLERS[spec.name], spec.name, spec.settings, **ours)
 
 
-def build_pruner(spec: PrunerSpec) -> BasePruner:
-    """Return the study's pruner; a worker builds it once, as pruners remember what they have read."""
-    return _build("--pruner", _PRUNERS[spec.name], spec.name, spec.settings)
+def build_pruner(spec: PrunerSpec, trials: int | None = None) -> BasePruner:
+    """Return the pruner of a study of so many trials; a worker builds it once, as pruners remember what they have read.
+
+    Without `trials` they are many.
+    """
+    ours = {"trials": trials} if spec.name == "rungs" else {}
+    return _build("--pruner", _PRUNERS[spec.name], spec.name, spec.settings, **ours)
 
 
 def grid_size(spec: SamplerSpec) -> int | None:

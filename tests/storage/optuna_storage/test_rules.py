@@ -22,6 +22,9 @@ class Told:
     def reached(self, step: int) -> Column:
         return Column(sorted(self.reports.get(step, [])))
 
+    def n_beyond(self, step: int) -> int:
+        return len(self.reports.get(step + 1, []))
+
     def completed(self, step: int) -> Column:
         return Column(sorted(self.of_complete.get(step, [])))
 
@@ -64,10 +67,33 @@ def test_a_rung_lets_the_best_third_go_on_and_one_at_least(n: int, n_go_on: int)
     assert not rule.stops(2, 9.0, history)
 
 
+def test_the_first_rung_stops_all_until_some_came_and_one_goes_on_in_the_end() -> None:
+    rule = Rungs((1, 3), n_startup=3, latest=5)
+    came: list[float] = []
+
+    def stops(value: float, *beyond: float, step: int = 1) -> bool:
+        came.append(value)
+        return rule.stops(step, value, Told(reports={step: came, step + 1: list(beyond)}))
+
+    assert [stops(value) for value in (0.1, 0.2, 0.3, 0.4)] == [True] * 4  # the third and the fourth are not the best
+    assert not stops(0.5)  # nobody has gone on
+    assert stops(0.6, 0.5)
+    assert not stops(0.05, 0.5)
+    came.clear()
+    assert [stops(value) for value in (0.3, 0.2, 0.1)] == [True, True, False]
+    came.clear()
+    assert not stops(0.9, step=3)  # only the first rung waits
+    assert rule.stops(1, math.nan, Told(reports={1: [0.1] * 9}))
+    came.clear()
+    rule = Rungs((1,), n_startup=3, latest=1)
+    assert not stops(0.9)
+
+
 def test_rungs_lie_at_shares_of_the_epochs_and_never_at_the_last() -> None:
     assert Rungs.at((0.1, 0.3), 20).steps == (1, 5)
     assert Rungs.at((0.0, 0.1, 1.0), 4).steps == (0, 2)
     assert Rungs.at((0.1, 0.3), 2).steps == (0,)
+    assert Rungs.at((0.1,), 10, 2.0, n_startup=3, latest=4) == Rungs((0,), 2.0, 3, 4)
 
 
 def test_calibrated_grants_what_complete_trials_gained() -> None:

@@ -8,7 +8,7 @@ from optuna.trial import TrialState, create_trial
 
 from storage import open_storage
 from storage.coordination.history import complete_curves
-from storage.optuna_storage.rules import Never, Percentile, Rungs
+from storage.optuna_storage.rules import Never, Percentile, Rungs, standard_rungs
 from tuner.spec import PrunerSpec
 from tuner.study.joining import find_study
 from tuner.study.replay import Past, replay, replayed, rules_for
@@ -56,8 +56,8 @@ def test_a_trial_is_asked_about_after_each_report_but_the_last():
 
 def test_the_study_s_own_settings_are_replayed_as_well():
     assert list(rules_for(20, PrunerSpec())) == ["median", "percentile", "rungs"]
-    rungs = rules_for(15, PrunerSpec(name="rungs", settings={"epochs": 20, "eta": 2}))  # none ran all of its epochs
-    assert rungs["rungs:eta=2"] == Rungs((1, 5), 2.0)
+    rungs = rules_for(15, PrunerSpec(name="rungs", settings={"epochs": 20, "eta": 3}))  # none ran all of its epochs
+    assert rungs["rungs:eta=3"] == standard_rungs(20, 3)
     median = rules_for(20, PrunerSpec(name="median", settings={"n_startup_trials": 2}))
     assert median["median:n_startup_trials=2"] == Percentile(n_startup_trials=2)
     assert list(rules_for(20, PrunerSpec(name="percentile", settings={"percentile": 25.0}))) == list(

@@ -262,7 +262,8 @@ def test_hyperband_ends_at_the_epochs_of_the_study_unless_told_otherwise():
 def test_rungs_are_of_the_study_s_epochs_and_a_plain_function_tells_its_own():
     assert pruner_spec("rungs", 20).settings == {"epochs": 20}
     spec = pruner_spec("rungs:epochs=60,eta=4", None)
-    assert build_pruner(spec).rule == Rungs((5, 17), 4)
+    assert build_pruner(spec).rule == Rungs((5, 11, 23, 47), 4, n_startup=3, latest=6)
+    assert build_pruner(spec, trials=5).rule.latest == 5
     with pytest.raises(UsageError, match="--pruner rungs needs to know how often a plain function's trial reports"):
         pruner_spec("rungs:eta=4", None)
 
@@ -350,6 +351,7 @@ def test_a_sampler_that_cannot_work_is_refused_with_advice(text, told):
         ("hyperband:min_resource=30", "--pruner hyperband: min_resource needs to be at most max_resource, 20, got 30"),
         ("hyperband:max_resource=soon", "--pruner hyperband does not take these settings"),
         ("rungs:steps=3", "--pruner rungs has no setting 'steps'; it has: epochs, eta"),
+        ("rungs:trials=9", "--pruner rungs has no setting 'trials'; it has: epochs, eta"),
         ("rungs:eta=1", "--pruner rungs: eta needs to be at least 1.1, got 1"),
         ("rungs:epochs=0", "--pruner rungs: epochs needs to be at least 1, got 0"),
         ("none:x=1", "it has: none"),
