@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import optuna
 from optuna.samplers import BaseSampler, GPSampler, RandomSampler
 
+from benchmarks.search_replay.rules import AnyOf, Calibrated, FromEta
 from benchmarks.search_replay.simulator import Method, Promotion
-from storage.optuna_storage.rules import AnyOf, Calibrated, History, Percentile, Rungs
+from storage.optuna_storage.rules import Percentile, Rungs, standard_rungs
 from tuner.study.tpe import ScipyTPESampler
 
 
@@ -27,15 +27,6 @@ def tpe_of(**settings: object) -> Callable[[int], BaseSampler]:
 
 def gp(seed: int) -> BaseSampler:
     return GPSampler(seed=seed, deterministic_objective=False)
-
-
-@dataclass(frozen=True)
-class FromEta(Rungs):
-    """Rungs whose first stops all until eta trials came: a single worker sees several points before it trains one."""
-
-    def stops(self, step: int, value: float, history: History) -> bool:
-        is_early = step == self.steps[0] and len(history.reached(step)) < self.eta
-        return is_early or super().stops(step, value, history)
 
 
 TENTH_AND_THIRD = (0.1, 0.3)
@@ -57,30 +48,25 @@ METHODS: dict[str, Method] = {
         pruner=lambda epochs: optuna.pruners.HyperbandPruner(1, epochs, reduction_factor=3),
         asks_last=True,
     ),
-    "tpe + rungs": Method(sampler=tpe, scales=lambda epochs: Rungs.at(TENTH_AND_THIRD, epochs)),
-    "tpe + rungs from three": Method(sampler=tpe, scales=lambda epochs: FromEta.at(TENTH_AND_THIRD, epochs)),
-    "tpe + rungs 1 in 2": Method(sampler=tpe, scales=lambda epochs: Rungs.at(TENTH_AND_THIRD, epochs, eta=2.0)),
-    "tpe + rungs that double from the first epoch, 1 in 2": Method(
+    "tpe + rungs": Method(sampler=tpe, scales=standard_rungs),
+    "tpe + two rungs": Method(sampler=tpe, scales=lambda epochs: Rungs.at(TENTH_AND_THIRD, epochs)),
+    "tpe + two rungs from three": Method(sampler=tpe, scales=lambda epochs: FromEta.at(TENTH_AND_THIRD, epochs)),
+    "tpe + two rungs, 1 in 2": Method(sampler=tpe, scales=lambda epochs: Rungs.at(TENTH_AND_THIRD, epochs, eta=2.0)),
+    "tpe + rungs from the first trial and epoch on": Method(
         sampler=tpe, scales=lambda epochs: Rungs.at((0.0, 0.1, 0.2, 0.4, 0.8), epochs, eta=2.0)
     ),
-    "tpe + rungs, in doubt on": Method(
+    "tpe + two rungs, in doubt on": Method(
         sampler=tpe, scales=lambda epochs: Rungs.at(TENTH_AND_THIRD, epochs), doubts=1.0
     ),
     "tpe + three rungs": Method(sampler=tpe, scales=lambda epochs: Rungs.at(THREE, epochs)),
     "tpe + three rungs from three": Method(sampler=tpe, scales=lambda epochs: FromEta.at(THREE, epochs)),
     "tpe + four rungs": Method(sampler=tpe, scales=lambda epochs: Rungs.at((0.0, *THREE), epochs)),
-    "tpe + rungs that double, 1 in 2": Method(sampler=tpe, scales=lambda epochs: Rungs.at(DOUBLE, epochs, eta=2.0)),
-    "tpe + rungs that double from three, 1 in 2": Method(
-        sampler=tpe, scales=lambda epochs: Rungs.at(DOUBLE, epochs, eta=2.0, n_startup=3)
-    ),
-    "tpe + three rungs, started by three": Method(
-        sampler=tpe, scales=lambda epochs: Rungs.at(THREE, epochs, n_startup=3)
-    ),
-    "tpe + first epoch": Method(sampler=tpe, scales=lambda epochs: Rungs.at((0.0, 0.3), epochs)),
+    "tpe + rungs from the first trial on": Method(sampler=tpe, scales=lambda epochs: Rungs.at(DOUBLE, epochs, eta=2.0)),
+    "tpe + two rungs, at the first epoch": Method(sampler=tpe, scales=lambda epochs: Rungs.at((0.0, 0.3), epochs)),
     "tpe + calibrated": Method(sampler=tpe, rule=Calibrated()),
     "tpe + calibrated 0.9": Method(sampler=tpe, rule=Calibrated(0.9)),
     "tpe + calibrated 0.5": Method(sampler=tpe, rule=Calibrated(0.5)),
-    "tpe + rungs or calibrated": Method(
+    "tpe + two rungs or calibrated": Method(
         sampler=tpe, scales=lambda epochs: AnyOf((Rungs.at(TENTH_AND_THIRD, epochs), Calibrated()))
     ),
     "tpe + promotion": Method(sampler=tpe, promotes=Promotion(TENTH_AND_THIRD)),
@@ -92,13 +78,14 @@ METHODS: dict[str, Method] = {
     "random + median": Method(sampler=random, rule=Percentile()),
     "random + stock median": Method(sampler=random, pruner=lambda _: optuna.pruners.MedianPruner(), asks_last=True),
     "random + median, asked last": Method(sampler=random, rule=Percentile(), asks_last=True),
-    "random + rungs": Method(sampler=random, scales=lambda epochs: Rungs.at(TENTH_AND_THIRD, epochs)),
-    "random + rungs from three": Method(sampler=random, scales=lambda epochs: FromEta.at(TENTH_AND_THIRD, epochs)),
+    "random + rungs": Method(sampler=random, scales=standard_rungs),
+    "random + two rungs": Method(sampler=random, scales=lambda epochs: Rungs.at(TENTH_AND_THIRD, epochs)),
+    "random + two rungs from three": Method(sampler=random, scales=lambda epochs: FromEta.at(TENTH_AND_THIRD, epochs)),
     "random + three rungs": Method(sampler=random, scales=lambda epochs: Rungs.at(THREE, epochs)),
     "random + calibrated": Method(sampler=random, rule=Calibrated()),
     "random + promotion": Method(sampler=random, promotes=Promotion(TENTH_AND_THIRD)),
     "gp + median": Method(sampler=gp, rule=Percentile()),
-    "gp + rungs": Method(sampler=gp, scales=lambda epochs: Rungs.at(TENTH_AND_THIRD, epochs)),
+    "gp + rungs": Method(sampler=gp, scales=standard_rungs),
 }
 
 OF_RULES = tuple(name for name in METHODS if name.startswith("random"))

@@ -16,9 +16,9 @@ from optuna.samplers import BaseSampler
 from optuna.storages import InMemoryStorage
 from optuna.trial import FrozenTrial, TrialState
 
+from benchmarks.search_replay.rules import Gains
 from benchmarks.search_replay.tasks import Bounded
 from benchmarks.search_replay.world import Training, World
-from storage.optuna_storage.rule_tables import Tables
 from storage.optuna_storage.rules import NEVER, Rule
 from tuner.objective import Objective
 
@@ -142,7 +142,7 @@ class Simulation:
             storage=self._storage, sampler=method.sampler(seed), pruner=method.pruner(epochs), direction="minimize"
         )
         self._noise = np.random.default_rng(seed)
-        self._history = Tables()
+        self._history = Gains()
         self._rungs = _rungs(method.promotes, epochs)
         self._at_rung: dict[int, list[_Trial]] = {rung: [] for rung in self._rungs}
         self._went_on: dict[int, set[int]] = {rung: set() for rung in self._rungs}

@@ -1,8 +1,7 @@
-"""An index of what a study's trials reported, for rules: finished ones are read once, running ones each time."""
+"""An index of how far a study's trials came, for rungs: finished ones are read once, running ones each time."""
 
 from __future__ import annotations
 
-import math
 import threading
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
@@ -40,14 +39,11 @@ class _Kept:
 
 
 class RuleIndex:
-    """What a study's trials reported, by the place of a report among those of its trial, from 0."""
+    """What a study's trials came to at some `steps`: places of a report among those of its trial, from 0."""
 
-    def __init__(self, sessions: Sessions, study_id: int) -> None:
-        self.best = math.inf
-        self.n_complete = 0
-        self.reached: dict[int, _Kept] = defaultdict(_Kept)
-        self.completed: dict[int, _Kept] = defaultdict(_Kept)
-        self.gains: dict[int, _Kept] = defaultdict(_Kept)
+    def __init__(self, sessions: Sessions, study_id: int, steps: Iterable[int]) -> None:
+        self._reached = {step: _Kept() for step in steps}
+        self._n_beyond = dict.fromkeys(self._reached, 0)
         self._sessions = sessions
         self._study_id = study_id
         self._lock = threading.RLock()
@@ -71,30 +67,27 @@ class RuleIndex:
             for state, curves in _curves(row for row in rows if row.trial_id != trial_id):
                 bests = np.fmin.accumulate(sign * curves, axis=1)
                 if state not in UNFINISHED:
-                    self._take_in(sign * curves, bests, is_complete=state == "COMPLETE")
+                    self._take_in(bests)
                 elif step < bests.shape[1]:
                     running.add_all(bests[:, step].tolist())
-                    if step + 1 < bests.shape[1]:
-                        running_beyond += int(np.count_nonzero(~np.isnan(bests[:, step + 1])))
+                    running_beyond += _n_beyond(bests, step)
             for row in rows:
                 self._last_number = max(self._last_number, row.number)
                 (self._unfinished.add if row.state in UNFINISHED else self._unfinished.discard)(row.trial_id)
-            kept, completed, gains = (its[step].in_order() for its in (self.reached, self.completed, self.gains))
-            beyond = len(self.reached[step + 1].in_order()) + running_beyond
-            return Now(step, self.best, self.n_complete, (_Both(kept, running), completed, gains), beyond)
+            kept = self._reached[step].in_order()
+            return Now(step, _Both(kept, running), self._n_beyond[step] + running_beyond)
 
-    def _take_in(self, values: Floats, bests: Floats, *, is_complete: bool) -> None:
-        """Take in finished trials of as many reports each: (trials, reports)."""
-        self.n_complete += len(values) * is_complete
-        with np.errstate(invalid="ignore", over="ignore"):  # of infinities, and of what adds up to them
-            gains = bests - bests[:, -1:]
-        for step in range(values.shape[1]):
-            self.reached[step].added.append(bests[:, step])
-            if is_complete:
-                self.completed[step].added.append(values[:, step])
-                self.gains[step].added.append(gains[:, step])
-        if is_complete and bests.size:
-            self.best = float(np.fmin(self.best, np.fmin.reduce(bests[:, -1])))
+    def _take_in(self, bests: Floats) -> None:
+        """Take in the best values of finished trials of as many reports each: (trials, reports)."""
+        for step, kept in self._reached.items():
+            if step < bests.shape[1]:
+                kept.added.append(bests[:, step].copy())
+                self._n_beyond[step] += _n_beyond(bests, step)
+
+
+def _n_beyond(bests: Floats, step: int) -> int:
+    """Return how many of these have a value after the step, too."""
+    return int(np.count_nonzero(~np.isnan(bests[:, step + 1 : step + 2])))
 
 
 class _Both(Column):
@@ -115,31 +108,23 @@ class _Both(Column):
 
 @dataclass(frozen=True)
 class Now:
-    """A `rules.History` for a decision at one step: the finished trials, and those that run as far as they had come."""
+    """A `rules.Reached` for a decision at one step: the finished trials, and those that run as far as they had come."""
 
     step: int
-    best: float
-    n_complete: int
-    at_step: tuple[Column, Column, Column]
+    at_step: Column
     beyond: int
 
+    def reached(self, step: int) -> Column:
+        self._check(step)
+        return self.at_step
+
     def n_beyond(self, step: int) -> int:
-        self._at(step)
+        self._check(step)
         return self.beyond
 
-    def reached(self, step: int) -> Column:
-        return self._at(step)[0]
-
-    def completed(self, step: int) -> Column:
-        return self._at(step)[1]
-
-    def gains(self, step: int) -> Column:
-        return self._at(step)[2]
-
-    def _at(self, step: int) -> tuple[Column, Column, Column]:
+    def _check(self, step: int) -> None:
         if step != self.step:
             raise ValueError(f"a rule that is asked at step {self.step} can ask for that step alone, got {step}")
-        return self.at_step
 
 
 def _curves(rows: Iterable[Row[Any]]) -> Iterator[tuple[str, Floats]]:

@@ -1,18 +1,16 @@
-"""Pruners that ask a rule: one for any storage of Optuna's, and one that decides the same from an index of ours."""
+"""Pruners that ask rungs: one for any storage of Optuna's, and one that decides the same from an index of ours."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from functools import cached_property
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from optuna.pruners import BasePruner
 from optuna.study import StudyDirection
-from optuna.trial import TrialState
 
 from storage.optuna_storage.rule_index import RuleIndex
 from storage.optuna_storage.rule_tables import PRUNED_AT, Tables, best_so_far, minimized
-from storage.optuna_storage.rules import ETA, Column, History, Rule, standard_rungs
+from storage.optuna_storage.rules import ETA, Reached, Rungs, standard_rungs
 
 if TYPE_CHECKING:
     from optuna import Study
@@ -22,13 +20,13 @@ if TYPE_CHECKING:
 
 
 class RulePruner(BasePruner):
-    """Stops a trial if a rule does, by what the study's trials have reported by now: the same whoever asks.
+    """Stops a trial if its rule does, by what the study's trials have reported by now: the same whoever asks.
 
     It is to be asked after each report. What a trial reported that was to be pruned, and ran on for an audit,
     counts up to there.
     """
 
-    def __init__(self, rule: Rule) -> None:
+    def __init__(self, rule: Rungs) -> None:
         self.rule = rule
 
     def prune(self, study: Study, trial: FrozenTrial) -> bool:
@@ -38,9 +36,11 @@ class RulePruner(BasePruner):
         if not bests:
             return False
         step = len(bests) - 1
-        return self.rule.stops(step, bests[-1], _Lazy(lambda: self._history(study, trial, sign, bests)))
+        if step not in self.rule.steps:
+            return False
+        return self.rule.stops(step, bests[-1], self._history(study, trial, sign, bests))
 
-    def _history(self, study: Study, trial: FrozenTrial, sign: float, bests: list[float]) -> History:
+    def _history(self, study: Study, trial: FrozenTrial, sign: float, bests: list[float]) -> Reached:
         others = study.get_trials(deepcopy=False)
         tables = _tables_of((other for other in others if other.number != trial.number), sign)
         for step, best in enumerate(bests):
@@ -55,8 +55,6 @@ def _tables_of(trials: Iterable[FrozenTrial], sign: float) -> Tables:
         values = minimized(trial.intermediate_values, sign, trial.user_attrs.get(PRUNED_AT))
         for step, best in enumerate(best_so_far(values)):
             tables.report(step, best)
-        if trial.state == TrialState.COMPLETE:
-            tables.complete(values)
     return tables
 
 
@@ -79,41 +77,10 @@ class IndexedRulePruner(RulePruner):
     one at a time. A decision that cannot reach the database raises what `storage` raises, and leaves it as it was.
     """
 
-    def __init__(self, storage: PostgresStorage, study_id: int, rule: Rule) -> None:
+    def __init__(self, storage: PostgresStorage, study_id: int, rule: Rungs) -> None:
         super().__init__(rule)
-        self._index = RuleIndex(storage.sessions, study_id)
+        self._index = RuleIndex(storage.sessions, study_id, rule.steps)
 
-    def _history(self, study: Study, trial: FrozenTrial, sign: float, bests: list[float]) -> History:
+    def _history(self, study: Study, trial: FrozenTrial, sign: float, bests: list[float]) -> Reached:
         del study
         return self._index.history(trial._trial_id, len(bests) - 1, bests[-1], sign)
-
-
-class _Lazy:
-    """A `History` that is read when it is asked first."""
-
-    def __init__(self, read: Callable[[], History]) -> None:
-        self._read = read
-
-    @cached_property
-    def _its(self) -> History:
-        return self._read()
-
-    @property
-    def best(self) -> float:
-        return self._its.best
-
-    @property
-    def n_complete(self) -> int:
-        return self._its.n_complete
-
-    def reached(self, step: int) -> Column:
-        return self._its.reached(step)
-
-    def n_beyond(self, step: int) -> int:
-        return self._its.n_beyond(step)
-
-    def completed(self, step: int) -> Column:
-        return self._its.completed(step)
-
-    def gains(self, step: int) -> Column:
-        return self._its.gains(step)

@@ -19,11 +19,9 @@ class Tables:
     """A `rules.History`. A step is the place of a report among those of its trial, from 0; less is better."""
 
     def __init__(self) -> None:
-        self.best = math.inf
         self.n_complete = 0
         self._reached: dict[int, Column] = defaultdict(Column)
         self._completed: dict[int, Column] = defaultdict(Column)
-        self._gains: dict[int, Column] = defaultdict(Column)
 
     def report(self, step: int, best: float) -> None:
         """Take in a trial's report: the best value up to it."""
@@ -31,12 +29,9 @@ class Tables:
 
     def complete(self, values: Sequence[float]) -> None:
         """Take in all that a trial reported that is complete now."""
-        bests = best_so_far(values)
         self.n_complete += 1
-        for step, (value, best) in enumerate(zip(values, bests, strict=True)):
+        for step, value in enumerate(values):
             self._completed[step].add(value)
-            self._gains[step].add(best - bests[-1])
-        self.best = min([self.best, *bests[-1:]])
 
     def reached(self, step: int) -> Column:
         """Return the values at the step of all trials that reported there."""
@@ -49,10 +44,6 @@ class Tables:
     def completed(self, step: int) -> Column:
         """Return what complete trials reported at the step."""
         return self._completed[step]
-
-    def gains(self, step: int) -> Column:
-        """Return by how much the values of complete trials still fell from the step."""
-        return self._gains[step]
 
 
 def minimized(reported: Mapping[int, float], sign: float, until: object = None) -> list[float]:

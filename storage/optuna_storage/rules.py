@@ -61,16 +61,8 @@ class Column:
         return self.values[low] + (self.values[high] - self.values[low]) * (at - low)
 
 
-class History(Protocol):
-    """What the trials of a study reported, as far as a rule asks."""
-
-    @property
-    def best(self) -> float:
-        """The best final value of a complete trial; infinite before there is one."""
-
-    @property
-    def n_complete(self) -> int:
-        """How many trials are complete."""
+class Reached(Protocol):
+    """How far the trials of a study came, and with what values."""
 
     def reached(self, step: int) -> Column:
         """Return the values at the step of all trials that reported there, whatever became of them."""
@@ -78,11 +70,16 @@ class History(Protocol):
     def n_beyond(self, step: int) -> int:
         """Return how many trials reported after the step, too."""
 
+
+class History(Reached, Protocol):
+    """What the trials of a study reported, as far as a rule asks."""
+
+    @property
+    def n_complete(self) -> int:
+        """How many trials are complete."""
+
     def completed(self, step: int) -> Column:
         """Return what complete trials reported at the step itself, which may be worse than their best up to it."""
-
-    def gains(self, step: int) -> Column:
-        """Return by how much the values of complete trials still fell from the step to their end."""
 
 
 class Rule(Protocol):
@@ -138,7 +135,7 @@ class Rungs:
         ends = sorted({min(max(round(share * epochs), 1), epochs - 1) for share in shares})
         return cls(tuple(end - 1 for end in ends), eta, **startup)
 
-    def stops(self, step: int, value: float, history: History) -> bool:
+    def stops(self, step: int, value: float, history: Reached) -> bool:
         if step not in self.steps:
             return False
         if math.isnan(value):
@@ -156,30 +153,3 @@ def standard_rungs(epochs: int, eta: float = ETA, trials: int | None = None) -> 
     """Return the rule of `--pruner rungs` for trainings of so many epochs, in a study of so many trials."""
     latest = LATEST if trials is None else min(LATEST, trials)
     return Rungs.at(RUNGS_AT, epochs, eta, n_startup=N_STARTUP, latest=latest)
-
-
-@dataclass(frozen=True)
-class Calibrated:
-    """Stops a trial that, gaining as much from here on as complete trials did, would not come to the best value.
-
-    What it is granted is the quantile of their gains; it needs no setting that depends on the study.
-    """
-
-    quantile: float = 0.75
-    n_startup_trials: int = 4
-    first: int = 0
-
-    def stops(self, step: int, value: float, history: History) -> bool:
-        if step < self.first or history.n_complete < self.n_startup_trials:
-            return False
-        return value - history.gains(step).quantile(self.quantile) > history.best
-
-
-@dataclass(frozen=True)
-class AnyOf:
-    """Stops a trial that any of several rules stops."""
-
-    rules: tuple[Rule, ...]
-
-    def stops(self, step: int, value: float, history: History) -> bool:
-        return any(rule.stops(step, value, history) for rule in self.rules)

@@ -6,18 +6,16 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 
-from storage.optuna_storage.rules import AnyOf, Calibrated, Column, Never, Percentile, Rungs
+from storage.optuna_storage.rules import NEVER, Column, Percentile, Rungs
 
 
 @dataclass
 class Told:
     """A history as a test tells it: by step, a column of each kind."""
 
-    best: float = math.inf
     n_complete: int = 0
     reports: dict[int, list[float]] = field(default_factory=dict)
     of_complete: dict[int, list[float]] = field(default_factory=dict)
-    gained: dict[int, list[float]] = field(default_factory=dict)
 
     def reached(self, step: int) -> Column:
         return Column(sorted(self.reports.get(step, [])))
@@ -27,9 +25,6 @@ class Told:
 
     def completed(self, step: int) -> Column:
         return Column(sorted(self.of_complete.get(step, [])))
-
-    def gains(self, step: int) -> Column:
-        return Column(sorted(self.gained.get(step, [])))
 
 
 def test_a_column_keeps_its_values_in_order_and_leaves_nan_out() -> None:
@@ -96,22 +91,5 @@ def test_rungs_lie_at_shares_of_the_epochs_and_never_at_the_last() -> None:
     assert Rungs.at((0.1,), 10, 2.0, n_startup=3, latest=4) == Rungs((0,), 2.0, 3, 4)
 
 
-def test_calibrated_grants_what_complete_trials_gained() -> None:
-    history = Told(best=0.10, n_complete=4, gained={3: [0.0, 0.1, 0.2, 0.4]})
-    rule = Calibrated()  # a quantile of 0.75: 0.25
-    assert not rule.stops(3, 0.35, history)
-    assert rule.stops(3, 0.36, history)
-    assert not Calibrated(1.0).stops(3, 0.5, history)
-    assert not Calibrated(first=4).stops(3, 9.0, history)
-    assert not rule.stops(4, 9.0, history)  # nobody tells what is gained from there
-    history.n_complete = 3
-    assert not rule.stops(3, 9.0, history)
-
-
-def test_any_of_several_rules_stops() -> None:
-    history = Told(best=0.10, n_complete=4, gained={3: [0.0, 0.1, 0.2, 0.4]}, reports={1: [0.1, 0.2]})
-    rule = AnyOf((Rungs((1,)), Calibrated()))
-    assert rule.stops(1, 0.2, history)
-    assert rule.stops(3, 0.36, history)
-    assert not rule.stops(3, 0.2, history)
-    assert not Never().stops(1, 9.0, history)
+def test_no_trial_is_stopped_without_a_rule() -> None:
+    assert not NEVER.stops(1, math.nan, Told(reports={1: [0.1]}))
