@@ -4,7 +4,8 @@
         [--methods "tpe + rungs" ..]
 
 Without `traces` those that docs/search.md tells of. Lines are interquartile means over seeds, of the regret by
-validation or with --test of that on test; both axes are logarithmic, device time in full trainings of the median point.
+validation or with --test of that on test. Both axes are logarithmic: device time in full trainings of the median point,
+and what of a panel's regret is still there, from 1 where the highest line begins to where the lowest ends.
 """
 
 from __future__ import annotations
@@ -21,35 +22,33 @@ from benchmarks.search_replay.analysis import TRACES, Traces, iqm, read
 
 COLOURS = ("#444444", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 PANEL, GAP, COLUMNS = (300, 210), 48, 2
-FLOOR = 3e-3
+FLOOR = 0.01
 
 
 class Panel:
     """Where a task's regrets lie on the page."""
 
-    def __init__(self, left: float, top: float, trainings: float, lowest: float) -> None:
+    def __init__(self, left: float, top: float, trainings: float) -> None:
         self._left, self._top = left, top
-        self._x = (0.0, math.log10(trainings))
-        self._y = (math.log10(lowest), math.log10(2.0))
+        self._trainings = trainings
 
-    def at(self, after: float, regret: float) -> tuple[float, float]:
-        """Return the point of a regret after so many trainings."""
-        x = (math.log10(after) - self._x[0]) / (self._x[1] - self._x[0])
-        y = (math.log10(min(max(regret, 10 ** self._y[0]), 2.0)) - self._y[0]) / (self._y[1] - self._y[0])
-        return self._left + x * PANEL[0], self._top + (1 - y) * PANEL[1]
+    def at(self, after: float, left_of_regret: float) -> tuple[float, float]:
+        """Return the point of what is left of the regret after so many trainings."""
+        x = math.log(after) / math.log(self._trainings)
+        y = math.log(max(left_of_regret, FLOOR)) / math.log(FLOOR)
+        return self._left + x * PANEL[0], self._top + y * PANEL[1]
 
     def frame(self, title: str, trainings: float) -> Iterator[str]:
         width, height = PANEL
         yield f'<path d="M{self._left} {self._top}h{width}v{height}h-{width}z" fill="none" stroke="#bbb"/>'
         yield f'<text x="{self._left}" y="{self._top - 6}" font-weight="bold">{escape(title)}</text>'
         for after in (2**power for power in range(int(math.log2(trainings)) + 1)):
-            x, y = self.at(after, 0)
+            x, y = self.at(after, FLOOR)
             yield f'<text x="{x:.1f}" y="{y + 14:.1f}" text-anchor="middle" fill="#666">{after}</text>'
-        for regret in (2.0, 1.0, 0.5, 0.2, 0.1, 0.05, 0.02, 0.01, 0.005):
-            if math.log10(regret) >= self._y[0]:
-                x, y = self.at(1, regret)
-                yield f'<text x="{x - 4:.1f}" y="{y + 4:.1f}" text-anchor="end" fill="#666">{regret:g}</text>'
-                yield f'<path d="M{x:.1f} {y:.1f}h{width}" stroke="#eee"/>'
+        for share in (1.0, 0.5, 0.2, 0.1, 0.05, 0.02, FLOOR):
+            x, y = self.at(1, share)
+            yield f'<text x="{x - 4:.1f}" y="{y + 4:.1f}" text-anchor="end" fill="#666">{share:g}</text>'
+            yield f'<path d="M{x:.1f} {y:.1f}h{width}" stroke="#eee"/>'
 
 
 def drawn(tasks: Mapping[str, Mapping[str, Traces]], methods: Sequence[str], *, on_test: bool) -> str:
@@ -66,12 +65,13 @@ def drawn(tasks: Mapping[str, Mapping[str, Traces]], methods: Sequence[str], *, 
             name: [iqm(traces.regrets(traces.test if on_test else traces.value, after)) for after in times]
             for name, traces in its.items()
         }
-        lowest = max(min(min(line) for line in lines.values()) * 0.8, FLOOR)
+        lowest, highest = min(map(min, lines.values())), max(map(max, lines.values()))
         left = GAP + index % COLUMNS * (PANEL[0] + GAP)
-        panel = Panel(left, 24 + index // COLUMNS * (PANEL[1] + GAP), trainings, lowest)
+        panel = Panel(left, 24 + index // COLUMNS * (PANEL[1] + GAP), trainings)
         parts += panel.frame(task, trainings)
         for name, line in lines.items():
-            points = (panel.at(after, regret) for after, regret in zip(times, line, strict=True))
+            left_of = [(regret - lowest) / max(highest - lowest, 1e-9) for regret in line]
+            points = (panel.at(after, share) for after, share in zip(times, left_of, strict=True))
             path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
             colour = COLOURS[methods.index(name) % len(COLOURS)]
             parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="1.6"/>')
