@@ -120,8 +120,8 @@ class Rungs:
     """Stops a trial that is not among the best 1/eta of all that came to the same rung: ASHA that stops.
 
     Of fewer than eta trials the best alone goes on, and none without a number. `steps` are the rungs, counted from 0 as
-    reports are. The first one stops all until `n_startup` came to it: a single worker sees some points before
-    it trains one to its end; from the `latest` on a trial goes on there if none has, so that one does.
+    reports are. The first one stops all until `n_startup` came to it: a single worker sees some points before it trains
+    one to its end; from the `latest` on a trial goes on there if none has, so that one does.
     """
 
     steps: tuple[int, ...]
