@@ -1,6 +1,7 @@
 """Compare replayed searches: regret over device time, and the device time to another method's regret.
 
     python -m benchmarks.search_replay.analysis [traces] [--against "tpe + stock median"] [--complete]
+        [--tasks digits ..]
 
 Without `traces` those that docs/search.md tells of. For each task and number of workers: the interquartile mean over
 seeds of the regret of what validation chose, and of its regret on test, after so many full trainings of device time;
@@ -18,8 +19,8 @@ by the mixed model `log ratio = mean + task + seed`: with as many seeds a task, 
 from __future__ import annotations
 
 import argparse
-import gzip
 import json
+import lzma
 import math
 from bisect import bisect_right
 from collections import defaultdict
@@ -32,7 +33,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy.stats import trim_mean, ttest_1samp, wilcoxon
 
-TRACES = Path(__file__).parent / "traces.jsonl.gz"
+TRACES = Path(__file__).parent / "traces.jsonl.xz"
 AT = (1, 2, 4, 8, 16, 24, 40, 64)
 """Device time at which regrets are shown, in full trainings."""
 AFTER = (10, 20, 40)
@@ -78,7 +79,7 @@ class Traces:
 
 def read(path: Path, which: str = "seen") -> dict[tuple[str, int], dict[str, Traces]]:
     """Return the traces by task and number of workers, and by method; of what was `seen`, or is `complete`."""
-    with gzip.open(path, "rt") if path.suffix == ".gz" else path.open() as file:
+    with lzma.open(path, "rt") if path.suffix == ".xz" else path.open() as file:
         lines = [json.loads(line) for line in file]
     grouped: dict[tuple[str, int], dict[str, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
     for line in lines:
@@ -187,11 +188,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("traces", type=Path, nargs="?", default=TRACES)
     parser.add_argument("--against", default="tpe + stock median")
     parser.add_argument("--complete", action="store_true", help="what complete trials came to, not what was reported")
+    parser.add_argument("--tasks", nargs="+", help="those of the traces to compare; all by default")
     options = parser.parse_args(arguments)
     found = {
         key: compared(methods, options.against)
         for key, methods in read(options.traces, "complete" if options.complete else "seen").items()
-        if options.against in methods
+        if options.against in methods and (options.tasks is None or key[0] in options.tasks)
     }
     for (task, workers), methods in found.items():
         shown = ", ".join(str(after) for after in AT if after <= methods[options.against]["trainings"])

@@ -69,6 +69,7 @@ METHODS: dict[str, Method] = {
     "tpe + two rungs or calibrated": Method(
         sampler=tpe, scales=lambda epochs: AnyOf((Rungs.at(TENTH_AND_THIRD, epochs), Calibrated()))
     ),
+    "tpe + rungs or median": Method(sampler=tpe, scales=lambda epochs: AnyOf((standard_rungs(epochs), Percentile()))),
     "tpe + promotion": Method(sampler=tpe, promotes=Promotion(TENTH_AND_THIRD)),
     "tpe + promotion, three rungs": Method(sampler=tpe, promotes=Promotion(THREE)),
     "tpe + promotion, unseen": Method(sampler=tpe, promotes=Promotion(TENTH_AND_THIRD), shows_paused=False),

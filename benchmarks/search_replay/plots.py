@@ -1,7 +1,7 @@
 """Draw replayed searches: regret over device time, a panel a task, as one SVG file.
 
     python -m benchmarks.search_replay.plots [traces] --out search.svg [--workers 4] [--test]
-        [--methods "tpe + rungs" ..]
+        [--methods "tpe + rungs" ..] [--tasks digits ..]
 
 Without `traces` those that docs/search.md tells of. Lines are interquartile means over seeds, of the regret by
 validation or with --test of that on test. Both axes are logarithmic: device time in full trainings of the median point,
@@ -93,10 +93,15 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--workers", type=int, default=4)
     parser.add_argument("--methods", nargs="+", help="in the order of their colours; all that there are by default")
     parser.add_argument("--test", action="store_true", help="regret on test, of what validation chose")
+    parser.add_argument("--tasks", nargs="+", help="those of the traces to draw; all by default")
     options = parser.parse_args(arguments)
-    tasks = {task: methods for (task, workers), methods in read(options.traces).items() if workers == options.workers}
+    tasks = {
+        task: methods
+        for (task, workers), methods in read(options.traces).items()
+        if workers == options.workers and (options.tasks is None or task in options.tasks)
+    }
     if not tasks:
-        parser.error(f"no search of {options.workers} workers is in {options.traces}")
+        parser.error(f"no search of these tasks with {options.workers} workers is in {options.traces}")
     methods = options.methods or sorted({name for its in tasks.values() for name in its})
     options.out.write_text(drawn(tasks, methods, on_test=options.test))
 
