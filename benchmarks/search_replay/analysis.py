@@ -204,7 +204,7 @@ def main(arguments: list[str] | None = None) -> None:
                 f"{ratio.median:.2f} ({ratio.low:.2f} .. {ratio.high:.2f})" for ratio in told["ratio"].values()
             )
             p = "" if told["p"] is None else f"{told['p']:.3f}"
-            print(f"  {name:<32} {regrets}  {ratios}  {p}  test {told['test'][-1]:.3f}")
+            print(f"  {name:<46} {regrets}  {ratios}  {p}  test {told['test'][-1]:.3f}")
     for workers in sorted({of for _, of in found}):
         print(f"\nall tasks, {workers} workers: device time to the regret after {', '.join(map(str, AFTER))} trainings")
         for name, told in sorted(overall(found, workers).items(), key=lambda item: item[1][max(item[1])]["mean"]):
@@ -212,7 +212,7 @@ def main(arguments: list[str] | None = None) -> None:
                 f"{its['mean']:.2f}, median {its['median']:.2f}, worst {its['worst']:.2f}, p {its['p']:.3f}"
                 for its in told.values()
             )
-            print(f"  {name:<32} {shown}")
+            print(f"  {name:<46} {shown}")
 
 
 if __name__ == "__main__":
