@@ -7,7 +7,7 @@ from collections.abc import Callable
 import optuna
 from optuna.samplers import BaseSampler, GPSampler, RandomSampler
 
-from benchmarks.search_replay.rules import AnyOf, Calibrated, FromEta
+from benchmarks.search_replay.rules import AnyOf, Calibrated, FromEta, Until
 from benchmarks.search_replay.simulator import Method, Promotion
 from storage.optuna_storage.rules import Percentile, Rungs, standard_rungs
 from tuner.study.tpe import ScipyTPESampler
@@ -70,6 +70,10 @@ METHODS: dict[str, Method] = {
         sampler=tpe, scales=lambda epochs: AnyOf((Rungs.at(TENTH_AND_THIRD, epochs), Calibrated()))
     ),
     "tpe + rungs or median": Method(sampler=tpe, scales=lambda epochs: AnyOf((standard_rungs(epochs), Percentile()))),
+    "tpe + rungs, then median": Method(
+        sampler=tpe, scales=lambda epochs: Until(5, standard_rungs(epochs), Percentile())
+    ),
+    "tpe + early rungs": Method(sampler=tpe, scales=lambda epochs: Rungs.at(DOUBLE[:2], epochs, eta=2.0, n_startup=3)),
     "tpe + promotion": Method(sampler=tpe, promotes=Promotion(TENTH_AND_THIRD)),
     "tpe + promotion, three rungs": Method(sampler=tpe, promotes=Promotion(THREE)),
     "tpe + promotion, unseen": Method(sampler=tpe, promotes=Promotion(TENTH_AND_THIRD), shows_paused=False),

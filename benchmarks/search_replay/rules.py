@@ -67,3 +67,16 @@ class AnyOf:
 
     def stops(self, step: int, value: float, history: History) -> bool:
         return any(rule.stops(step, value, history) for rule in self.rules)
+
+
+@dataclass(frozen=True)
+class Until:
+    """Goes by one rule until so many trials are complete, and by another from then on."""
+
+    n_complete: int
+    first: Rule
+    then: Rule
+
+    def stops(self, step: int, value: float, history: History) -> bool:
+        rule = self.first if history.n_complete < self.n_complete else self.then
+        return rule.stops(step, value, history)
