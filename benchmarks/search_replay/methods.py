@@ -51,6 +51,9 @@ METHODS: dict[str, Method] = {
     "tpe + rungs": Method(sampler=tpe, scales=standard_rungs),
     "tpe + two rungs": Method(sampler=tpe, scales=lambda epochs: Rungs.at(TENTH_AND_THIRD, epochs)),
     "tpe + two rungs from three": Method(sampler=tpe, scales=lambda epochs: FromEta.at(TENTH_AND_THIRD, epochs)),
+    "tpe + two rungs, started by three": Method(
+        sampler=tpe, scales=lambda epochs: Rungs.at(TENTH_AND_THIRD, epochs, n_startup=3)
+    ),
     "tpe + two rungs, 1 in 2": Method(sampler=tpe, scales=lambda epochs: Rungs.at(TENTH_AND_THIRD, epochs, eta=2.0)),
     "tpe + rungs from the first trial and epoch on": Method(
         sampler=tpe, scales=lambda epochs: Rungs.at((0.0, 0.1, 0.2, 0.4, 0.8), epochs, eta=2.0)
