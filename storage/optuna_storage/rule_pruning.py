@@ -61,8 +61,8 @@ def _tables_of(trials: Iterable[FrozenTrial], sign: float) -> Tables:
 class RungsPruner(RulePruner):
     """Stops a trial that is not among the best 1/`eta` of all that came as far: at a tenth, and where that doubles.
 
-    The first two trials are stopped at a tenth. `epochs` is how often a trial reports; in a study of few `trials` the
-    last one goes on there if none has.
+    The first two trials are stopped at a tenth, unless the study is of fewer than six `trials`. `epochs` is how often a
+    trial reports.
     """
 
     def __init__(self, epochs: int, eta: float = ETA, trials: int | None = None) -> None:

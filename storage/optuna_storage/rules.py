@@ -150,6 +150,9 @@ class Rungs:
 
 
 def standard_rungs(epochs: int, eta: float = ETA, trials: int | None = None) -> Rungs:
-    """Return the rule of `--pruner rungs` for trainings of so many epochs, in a study of so many trials."""
-    latest = LATEST if trials is None else min(LATEST, trials)
-    return Rungs.at(RUNGS_AT, epochs, eta, n_startup=N_STARTUP, latest=latest)
+    """Return the rule of `--pruner rungs` for trainings of so many epochs, in a study of so many trials.
+
+    One of fewer than `LATEST` has none to spare: the first that comes goes on.
+    """
+    n_startup = N_STARTUP if trials is None or trials >= LATEST else 1
+    return Rungs.at(RUNGS_AT, epochs, eta, n_startup=n_startup)

