@@ -5,7 +5,7 @@
     python benchmarks/on_gpu.py --prepare wheels [--python 3.12]
 
 Each part runs in processes of its own and within a share of the minutes, so that one that fails or hangs costs no
-other. What was found is written to `--out` after each part: on_gpu.json, and on_gpu.md with its tables.
+other. What was found is written to `--out` as it is found: on_gpu.json, and on_gpu.md with its tables.
 
 A machine without a network needs some packages brought along: `--prepare` downloads, on a machine with one, the wheels
 of tuner and of what PyTorch's images lack. There, `pip install --no-index --no-deps wheels/*.whl` installs them.
@@ -25,8 +25,10 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +101,7 @@ def machine(setting: Setting) -> Found:
     return found
 
 
-def tests(setting: Setting) -> Found:
+def tests(setting: Setting) -> Iterator[Found]:
     """The tests that need a CUDA device, a file after the other, as some fill it, each in a process of its own."""
     # Only the files that have such: what the others import may warn on a machine that was not made for them.
     paths = [path for path in sorted((ROOT / "tests").rglob("test_*.py")) if "mark.cuda" in path.read_text()]
@@ -115,10 +117,10 @@ def tests(setting: Setting) -> Found:
             "closing": printed.strip().rpartition("\n")[2],
             "failed": re.findall(r"^(?:FAILED|ERROR) (\S+(?: - .*)?)", printed, re.MULTILINE),
         }
-    return found
+        yield found
 
 
-def main_job(setting: Setting) -> Found:
+def main_job(setting: Setting) -> Iterator[Found]:
     """`tuner run digits` from nothing, and how it ends in other ways of training."""
     found: Found = {}
     ways = [[]] if setting.smallest else [[], ["--deterministic"], ["--cuda-graphs", "--precision", "bf16"]]
@@ -135,7 +137,7 @@ def main_job(setting: Setting) -> Found:
         (setting.out / f"main{'-'.join(['', *way]).replace('--', '')}.log").write_text(printed)
         result = json.loads(printed[printed.index("\n{") :] if "\n{" in printed else "{}") if code == 0 else {}
         found[name] = {"code": code, "seconds": seconds, "test": result.get("test"), "best": result.get("value")}
-    return found
+        yield found
 
 
 # Loads what was exported, and tells how far the formats' outputs are apart on the device.
@@ -151,12 +153,13 @@ print({name: float((one - found["pt2"]).abs().max()) for name, one in found.item
 """
 
 
-def steps(setting: Setting) -> Found:
+def steps(setting: Setting) -> Iterator[Found]:
     """What a user does from a search to a model's predictions, each step by a command of its own."""
-    how = ["--trials", "12", "--epochs", "40", "--compile", "--pruner", "rungs", "--audit", "0.2"]
+    how = ["--trials", "8", "--epochs", "40", "--compile", "--pruner", "rungs", "--audit", "0.2"]
     formats = "pt2,torchscript,onnx,aoti"
     device = ["--device", setting.device]
     found: Found = {}
+    deadline = time.monotonic() + 0.5 * setting.seconds
     with data_directory() as data_dir:
         model = data_dir / "made"
         search = ["run", "digits", "--study", "steps", *device, "--workers", "2", "--no-export", *how]
@@ -175,23 +178,23 @@ def steps(setting: Setting) -> Found:
         }
         for name in ["doctor", "create"] if setting.smallest else commands:
             started_at = time.perf_counter()
-            code, printed = run(commands[name], 0.2 * setting.seconds)
+            code, printed = run(commands[name], max(1.0, deadline - time.monotonic()))
             (setting.out / f"steps-{name}.log").write_text(printed)
             closing = printed.strip().rpartition("\n")[2]
             found[name] = {"code": code, "seconds": round(time.perf_counter() - started_at, 1), "closing": closing}
-    return found
+            yield found
 
 
-def compiled(setting: Setting) -> Found:
+def compiled(setting: Setting) -> Iterator[Found]:
     """What compiling the step gains and takes, by compile_speed.py."""
     arguments = ["--device", setting.device, "--models", "digits", *([] if setting.smallest else ["cnn"])]
     size = ["--repeats", "1", "--steps", "2", "--backend", "aot_eager"] if setting.smallest else ["--repeats", "7"]
     code, printed = run([sys.executable, "benchmarks/compile_speed.py", *arguments, *size], 0.3 * setting.seconds)
     (setting.out / "compiled.log").write_text(printed)
-    return {"code": code, "lines": [line.strip() for line in printed.splitlines()]}
+    yield {"code": code, "lines": [line.strip() for line in printed.splitlines()]}
 
 
-def speed(setting: Setting) -> Found:
+def speed(setting: Setting) -> Iterator[Found]:
     """Training speed, by gpu_speed.py."""
     written = setting.out / "speed.json"
     arguments = ["--device", setting.device, "--json", str(written)]
@@ -202,15 +205,15 @@ def speed(setting: Setting) -> Found:
     code, printed = run([sys.executable, "benchmarks/gpu_speed.py", *arguments], 0.35 * setting.seconds)
     (setting.out / "speed.log").write_text(printed)
     rows = json.loads(written.read_text()) if written.exists() else []
-    return {"code": code, "rows": rows, "end": "" if code == 0 else printed[-500:]}
+    yield {"code": code, "rows": rows, "end": "" if code == 0 else printed[-500:]}
 
 
-def slots(setting: Setting) -> Found:
+def slots(setting: Setting) -> Iterator[Found]:
     """Trials an hour of the digits, with slots that share one device."""
     graphs = ["--cuda-graphs"]
     by_mps = shutil.which("nvidia-cuda-mps-control") is not None
     # The ends of each scale first, as a slow start may leave no time for what is between them.
-    wanted = [(1, [], False), (16, [], False), (1, graphs, False), (16, graphs, False), (16, [], True)]
+    wanted = [(1, [], False), (16, [], False), (16, [], True), (1, graphs, False), (16, graphs, False)]
     wanted += [(16, graphs, True), (4, [], False), (4, graphs, False), (4, [], True), (8, [], False), (2, [], False)]
     count_and_ways = [one for one in wanted if by_mps or not one[2]]
     if setting.smallest:
@@ -218,19 +221,25 @@ def slots(setting: Setting) -> Found:
     deadline = time.monotonic() + 0.4 * setting.seconds
     rows: list[Found] = []
     with data_directory() as data_dir:
+        create_studies(setting, data_dir, [way for _, way, _ in count_and_ways])
         for number, (count, way, mps_on) in enumerate(count_and_ways):
             if time.monotonic() > deadline:
                 break
             with mps(mps_on) as environment:
-                rows.append(
-                    {
-                        "slots": count,
-                        "way": " ".join(way),
-                        "mps": mps_on,
-                        **rate(setting, data_dir, f"slots-{number}", count, way, deadline, environment),
-                    }
-                )
-    return {"rows": rows, "left_out": len(count_and_ways) - len(rows)}
+                its = rate(setting, data_dir, f"slots-{number}", count, deadline, environment)
+            rows.append({"slots": count, "way": " ".join(way), "mps": mps_on, **its})
+            yield {"rows": rows, "left_out": len(count_and_ways) - len(rows)}
+
+
+def create_studies(setting: Setting, data_dir: Path, ways: list[list[str]]) -> None:
+    """Create the studies slots-0, slots-1 and so on, all at once after the first, which starts the server."""
+    size = ["--epochs", "1", "--trials", "12"] if setting.smallest else ["--epochs", "20", "--trials", "100000"]
+    create = ["create", "digits", "--pruner", "none", "--sampler", "random", *size]
+    commands = [tuner(data_dir, *create, "--study", f"slots-{number}", *way) for number, way in enumerate(ways)]
+    with ThreadPoolExecutor() as pool:
+        for code, printed in [run(commands[0], 60), *pool.map(run, commands[1:], repeat(60.0))]:
+            if code != 0:
+                raise RuntimeError(printed[-500:])
 
 
 def rate(
@@ -238,16 +247,10 @@ def rate(
     data_dir: Path,
     study: str,
     count: int,
-    way: list[str],
     deadline: float,
     environment: dict[str, str],
 ) -> Found:
     """Return how many trials an hour `count` slots end once each has ended some, over a few seconds."""
-    size = ["--epochs", "1", "--trials", "12"] if setting.smallest else ["--epochs", "20", "--trials", "100000"]
-    create = ["create", "digits", "--study", study, "--pruner", "none", "--sampler", "random", *size, *way]
-    code, printed = run(tuner(data_dir, *create), 60, **environment)
-    if code != 0:
-        return {"error": printed[-500:]}
     where = f"{setting.device}:0" if setting.device == "cuda" else setting.device
     log = (setting.out / f"{study}.log").open("w")
     started_at = time.time()  # as the database tells it
@@ -343,7 +346,7 @@ def tuner(data_dir: Path, *arguments: str) -> list[str]:
     return [sys.executable, "-m", "tuner", *arguments, "--data-dir", str(data_dir)]
 
 
-PARTS: dict[str, Callable[[Setting], Found]] = {
+PARTS: dict[str, Callable[[Setting], Iterator[Found]]] = {
     "tests": tests,
     "main": main_job,
     "steps": steps,
@@ -452,10 +455,11 @@ def main() -> None:
     found: Found = {"machine": machine(setting)}
     for name in options.parts:
         started_at = time.perf_counter()
-        found[name] = PARTS[name](setting)
+        for its in PARTS[name](setting):
+            found[name] = its
+            (out / "on_gpu.json").write_text(json.dumps(found, indent=1))
+            (out / "on_gpu.md").write_text(markdown(found))
         print(f"{name}: {time.perf_counter() - started_at:.1f} s", flush=True)
-        (out / "on_gpu.json").write_text(json.dumps(found, indent=1))
-        (out / "on_gpu.md").write_text(markdown(found))
     print(markdown(found))
     write_ratios(options.ratios, ratios(found))
 

@@ -82,7 +82,10 @@ def wilson(count: int, n: int) -> Share:
     share = count / n
     middle = (share + Z**2 / (2 * n)) / (1 + Z**2 / n)
     half = Z / (1 + Z**2 / n) * math.sqrt(share * (1 - share) / n + Z**2 / (4 * n**2))
-    return Share(count=count, share=share, low=max(0.0, middle - half), high=min(1.0, middle + half))
+    # At a share of 0 or 1 the interval ends there, which rounding would miss.
+    return Share(
+        count=count, share=share, low=max(0.0, min(share, middle - half)), high=min(1.0, max(share, middle + half))
+    )
 
 
 def _number(value: object) -> float | None:

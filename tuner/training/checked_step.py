@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -42,6 +43,8 @@ class By:
             if self.mode == "max-autotune":
                 modes: Any = torch._inductor
                 how["options"] = {**modes.list_mode_options("max-autotune-no-cudagraphs"), **how["options"]}
+            # It recommends another precision than --precision has.
+            warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores", category=UserWarning)
         torch.compiler.reset()  # or it stops after 8 models of a process, as all are called by the same code
         compiled: Forward = torch.compile(function, **how)
         return compiled

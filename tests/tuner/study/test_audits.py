@@ -15,6 +15,13 @@ def test_an_interval_is_wilsons(count, n, low, high):
     assert (share.low, share.high) == (pytest.approx(low, abs=1e-4), pytest.approx(high, abs=1e-4))
 
 
+@pytest.mark.parametrize("n", range(1, 60))
+def test_an_interval_holds_its_share_whatever_is_rounded(n):
+    for count in range(n + 1):
+        share = wilson(count, n)
+        assert 0 <= share.low <= share.share <= share.high <= 1
+
+
 @pytest.mark.parametrize("direction", ["minimize", "maximize"])
 def test_audited_trials_are_counted_by_what_they_would_have_been(direction):
     sign = 1 if direction == "minimize" else -1
