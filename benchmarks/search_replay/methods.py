@@ -6,10 +6,11 @@ from collections.abc import Callable
 
 import optuna
 from optuna.samplers import BaseSampler, GPSampler, RandomSampler
+from optuna.samplers._tpe.sampler import hyperopt_default_gamma
 
 from benchmarks.search_replay.rules import AnyOf, Calibrated, FromEta, Until
 from benchmarks.search_replay.simulator import Method, Promotion
-from storage.optuna_storage.rules import Percentile, Rungs, standard_rungs
+from storage.optuna_storage.rules import ETA, N_STARTUP, Percentile, Rungs, standard_rungs
 from tuner.study.tpe import ScipyTPESampler
 
 
@@ -25,6 +26,10 @@ def tpe_of(**settings: object) -> Callable[[int], BaseSampler]:
     return lambda seed: ScipyTPESampler(seed=seed, **settings)  # type: ignore[arg-type]
 
 
+def sharper(seed: int) -> BaseSampler:
+    return ScipyTPESampler(seed=seed, gamma=hyperopt_default_gamma)
+
+
 def gp(seed: int) -> BaseSampler:
     return GPSampler(seed=seed, deterministic_objective=False)
 
@@ -32,6 +37,12 @@ def gp(seed: int) -> BaseSampler:
 TENTH_AND_THIRD = (0.1, 0.3)
 THREE = (0.1, 0.3, 0.6)
 DOUBLE = (0.1, 0.2, 0.4, 0.8)
+
+
+def started_rungs(shares: tuple[float, ...], epochs: int) -> Rungs:
+    """Return the product's rule with rungs elsewhere."""
+    return Rungs.at(shares, epochs, eta=ETA, n_startup=N_STARTUP)
+
 
 METHODS: dict[str, Method] = {
     "random": Method(sampler=random),
@@ -72,17 +83,29 @@ METHODS: dict[str, Method] = {
     "tpe + two rungs or calibrated": Method(
         sampler=tpe, scales=lambda epochs: AnyOf((Rungs.at(TENTH_AND_THIRD, epochs), Calibrated()))
     ),
-    "tpe + rungs or median": Method(sampler=tpe, scales=lambda epochs: AnyOf((standard_rungs(epochs), Percentile()))),
-    "tpe + rungs, then median": Method(
-        sampler=tpe, scales=lambda epochs: Until(5, standard_rungs(epochs), Percentile())
+    "tpe + rungs up to 0.4": Method(sampler=tpe, scales=lambda epochs: started_rungs(DOUBLE[:3], epochs)),
+    "tpe + rungs up to 0.8": Method(sampler=tpe, scales=lambda epochs: started_rungs(DOUBLE, epochs)),
+    "tpe + rungs up to 0.8 or median": Method(
+        sampler=tpe, scales=lambda epochs: AnyOf((started_rungs(DOUBLE, epochs), Percentile()))
     ),
-    "tpe + early rungs": Method(sampler=tpe, scales=lambda epochs: Rungs.at(DOUBLE[:2], epochs, eta=2.0, n_startup=3)),
+    "tpe + rungs up to 0.8, then median": Method(
+        sampler=tpe, scales=lambda epochs: Until(5, started_rungs(DOUBLE, epochs), Percentile())
+    ),
     "tpe + promotion": Method(sampler=tpe, promotes=Promotion(TENTH_AND_THIRD)),
     "tpe + promotion, three rungs": Method(sampler=tpe, promotes=Promotion(THREE)),
     "tpe + promotion, unseen": Method(sampler=tpe, promotes=Promotion(TENTH_AND_THIRD), shows_paused=False),
     "tpe + one epoch, then the best": Method(sampler=tpe, promotes=Promotion((0.0,), eta=8.0)),
     "tpe by itself + median": Method(sampler=tpe_of(multivariate=False), rule=Percentile()),
     "tpe of groups + median": Method(sampler=tpe_of(group=True), rule=Percentile()),
+    # The best 0.25 sqrt(n) of n trials are what it learns from, as hyperopt's, instead of the best tenth.
+    "sharper tpe + stock median": Method(
+        sampler=sharper, pruner=lambda _: optuna.pruners.MedianPruner(), asks_last=True
+    ),
+    "sharper tpe + rungs": Method(sampler=sharper, scales=standard_rungs),
+    "sharper tpe + rungs up to 0.8": Method(sampler=sharper, scales=lambda epochs: started_rungs(DOUBLE, epochs)),
+    "sharper tpe + two rungs, started by three": Method(
+        sampler=sharper, scales=lambda epochs: Rungs.at(TENTH_AND_THIRD, epochs, n_startup=3)
+    ),
     "random + median": Method(sampler=random, rule=Percentile()),
     "random + stock median": Method(sampler=random, pruner=lambda _: optuna.pruners.MedianPruner(), asks_last=True),
     "random + median, asked last": Method(sampler=random, rule=Percentile(), asks_last=True),

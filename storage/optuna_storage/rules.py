@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 # `--pruner rungs`, as docs/search.md tells how it was chosen:
-RUNGS_AT = (0.1, 0.2, 0.4, 0.8)
+RUNGS_AT = (0.1, 0.2)
 """Where its rungs lie, in parts of a training."""
 ETA = 2.0
 """Of how many trials one goes on from each."""

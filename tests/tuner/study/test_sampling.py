@@ -262,7 +262,7 @@ def test_hyperband_ends_at_the_epochs_of_the_study_unless_told_otherwise():
 def test_rungs_are_of_the_study_s_epochs_and_a_plain_function_tells_its_own():
     assert pruner_spec("rungs", 20).settings == {"epochs": 20}
     spec = pruner_spec("rungs:epochs=60,eta=4", None)
-    assert build_pruner(spec).rule == Rungs((5, 11, 23, 47), 4, n_startup=3, latest=6)
+    assert build_pruner(spec).rule == Rungs((5, 11), 4, n_startup=3, latest=6)
     assert build_pruner(spec, trials=5).rule.n_startup == 1
     with pytest.raises(UsageError, match="--pruner rungs needs to know how often a plain function's trial reports"):
         pruner_spec("rungs:eta=4", None)
