@@ -6,11 +6,10 @@ from collections.abc import Callable
 
 import optuna
 from optuna.samplers import BaseSampler, GPSampler, RandomSampler
-from optuna.samplers._tpe.sampler import hyperopt_default_gamma
 
 from benchmarks.search_replay.rules import AnyOf, Calibrated, FromEta, Until
 from benchmarks.search_replay.simulator import Method, Promotion
-from storage.optuna_storage.rules import ETA, N_STARTUP, Percentile, Rungs, standard_rungs
+from storage.optuna_storage.rules import N_STARTUP, Percentile, Rungs, standard_rungs
 from tuner.study.tpe import ScipyTPESampler
 
 
@@ -27,7 +26,11 @@ def tpe_of(**settings: object) -> Callable[[int], BaseSampler]:
 
 
 def sharper(seed: int) -> BaseSampler:
-    return ScipyTPESampler(seed=seed, gamma=hyperopt_default_gamma)
+    return ScipyTPESampler(seed=seed, gamma="sqrt")
+
+
+def later(seed: int) -> BaseSampler:
+    return ScipyTPESampler(seed=seed, n_startup_trials=30)
 
 
 def gp(seed: int) -> BaseSampler:
@@ -40,8 +43,8 @@ DOUBLE = (0.1, 0.2, 0.4, 0.8)
 
 
 def started_rungs(shares: tuple[float, ...], epochs: int) -> Rungs:
-    """Return the product's rule with rungs elsewhere."""
-    return Rungs.at(shares, epochs, eta=ETA, n_startup=N_STARTUP)
+    """Return rungs that let one of two go on, and begin as the product's do."""
+    return Rungs.at(shares, epochs, eta=2.0, n_startup=N_STARTUP)
 
 
 METHODS: dict[str, Method] = {
@@ -62,9 +65,6 @@ METHODS: dict[str, Method] = {
     "tpe + rungs": Method(sampler=tpe, scales=standard_rungs),
     "tpe + two rungs": Method(sampler=tpe, scales=lambda epochs: Rungs.at(TENTH_AND_THIRD, epochs)),
     "tpe + two rungs from three": Method(sampler=tpe, scales=lambda epochs: FromEta.at(TENTH_AND_THIRD, epochs)),
-    "tpe + two rungs, started by three": Method(
-        sampler=tpe, scales=lambda epochs: Rungs.at(TENTH_AND_THIRD, epochs, n_startup=3)
-    ),
     "tpe + two rungs, 1 in 2": Method(sampler=tpe, scales=lambda epochs: Rungs.at(TENTH_AND_THIRD, epochs, eta=2.0)),
     "tpe + rungs from the first trial and epoch on": Method(
         sampler=tpe, scales=lambda epochs: Rungs.at((0.0, 0.1, 0.2, 0.4, 0.8), epochs, eta=2.0)
@@ -83,6 +83,7 @@ METHODS: dict[str, Method] = {
     "tpe + two rungs or calibrated": Method(
         sampler=tpe, scales=lambda epochs: AnyOf((Rungs.at(TENTH_AND_THIRD, epochs), Calibrated()))
     ),
+    "tpe + early rungs": Method(sampler=tpe, scales=lambda epochs: started_rungs(DOUBLE[:2], epochs)),
     "tpe + rungs up to 0.4": Method(sampler=tpe, scales=lambda epochs: started_rungs(DOUBLE[:3], epochs)),
     "tpe + rungs up to 0.8": Method(sampler=tpe, scales=lambda epochs: started_rungs(DOUBLE, epochs)),
     "tpe + rungs up to 0.8 or median": Method(
@@ -97,15 +98,18 @@ METHODS: dict[str, Method] = {
     "tpe + one epoch, then the best": Method(sampler=tpe, promotes=Promotion((0.0,), eta=8.0)),
     "tpe by itself + median": Method(sampler=tpe_of(multivariate=False), rule=Percentile()),
     "tpe of groups + median": Method(sampler=tpe_of(group=True), rule=Percentile()),
-    # The best 0.25 sqrt(n) of n trials are what it learns from, as hyperopt's, instead of the best tenth.
+    # The best 0.25 sqrt(n) of n trials are what it learns from instead of the best tenth; the product's, beside rungs.
     "sharper tpe + stock median": Method(
         sampler=sharper, pruner=lambda _: optuna.pruners.MedianPruner(), asks_last=True
     ),
     "sharper tpe + rungs": Method(sampler=sharper, scales=standard_rungs),
     "sharper tpe + rungs up to 0.8": Method(sampler=sharper, scales=lambda epochs: started_rungs(DOUBLE, epochs)),
-    "sharper tpe + two rungs, started by three": Method(
-        sampler=sharper, scales=lambda epochs: Rungs.at(TENTH_AND_THIRD, epochs, n_startup=3)
-    ),
+    "sharper tpe + early rungs": Method(sampler=sharper, scales=lambda epochs: started_rungs(DOUBLE[:2], epochs)),
+    # A random trial takes rungs less time than the median: as many of them as take as long.
+    "later tpe + stock median": Method(sampler=later, pruner=lambda _: optuna.pruners.MedianPruner(), asks_last=True),
+    "later tpe + early rungs": Method(sampler=later, scales=lambda epochs: started_rungs(DOUBLE[:2], epochs)),
+    "later tpe + rungs up to 0.4": Method(sampler=later, scales=lambda epochs: started_rungs(DOUBLE[:3], epochs)),
+    "later tpe + rungs up to 0.8": Method(sampler=later, scales=lambda epochs: started_rungs(DOUBLE, epochs)),
     "random + median": Method(sampler=random, rule=Percentile()),
     "random + stock median": Method(sampler=random, pruner=lambda _: optuna.pruners.MedianPruner(), asks_last=True),
     "random + median, asked last": Method(sampler=random, rule=Percentile(), asks_last=True),

@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 # `--pruner rungs`, as docs/search.md tells how it was chosen:
-RUNGS_AT = (0.1, 0.2)
+RUNGS_AT = (0.1, 0.3)
 """Where its rungs lie, in parts of a training."""
-ETA = 2.0
+ETA = 3.0
 """Of how many trials one goes on from each."""
 N_STARTUP = 3
 """How many trials come to the first rung before one goes on there."""

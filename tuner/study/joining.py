@@ -386,7 +386,7 @@ def plan(
     objective suggests params once, so that a space that cannot be is told now. Raises UsageError that names the
     option or the line at fault.
     """
-    from tuner.study.sampling import discover, grid_size, most_epochs, pruner_spec, sampler_spec
+    from tuner.study.sampling import discover, grid_size, most_epochs, pruner_spec, sampler_spec, suited
 
     objective = None
     if is_objective_class(kind):
@@ -405,9 +405,10 @@ def plan(
         if training != TrainingSpec():
             raise UsageError(f"--{_first_change(training)}: the plain function {source.name} trains as it likes")
         metric, direction, epochs = "value", direction or "minimize", 1
-    sampler_ = sampler_spec(sampler, objective) if isinstance(sampler, str) else sampler
     if isinstance(pruner, str):
         pruner = pruner_spec(pruner, None if objective is None else most_epochs(objective, epochs))
+    if isinstance(sampler, str):
+        sampler = suited(sampler_spec(sampler, objective), pruner)
     spec = Spec(
         objective=ObjectiveSpec(
             name=source.name,
@@ -417,10 +418,10 @@ def plan(
         ),
         metric=metric,
         direction=direction,
-        sampler=sampler_,
+        sampler=sampler,
         pruner=pruner,
         audit=audit,
-        budget=budget.model_copy(update={"trials": min(budget.trials, grid_size(sampler_) or budget.trials)}),
+        budget=budget.model_copy(update={"trials": min(budget.trials, grid_size(sampler) or budget.trials)}),
         epochs=epochs,
         seed=seed,
         history=history,

@@ -122,7 +122,6 @@ _NOT_SETTABLE = {
     "seed",
     "number",
     "trials",
-    "gamma",
     "weights",
     "constraints_func",
     "independent_sampler",
@@ -272,6 +271,17 @@ def _cells(objective: Objective, space: dict[str, Any], points: int) -> list[Jso
     return cells
 
 
+def suited(sampler: SamplerSpec, pruner: PrunerSpec) -> SamplerSpec:
+    """Return the sampler as it is chosen beside the pruner.
+
+    Rungs let many trials run a little way, so that a tenth of all of them are most of the complete ones: beside them
+    TPE's `gamma` is `sqrt` unless it is given (docs/search.md).
+    """
+    if sampler.name != "tpe" or pruner.name != "rungs" or "gamma" in sampler.settings:
+        return sampler
+    return sampler.model_copy(update={"settings": {**sampler.settings, "gamma": "sqrt"}})
+
+
 def pruner_spec(text: str, epochs: int | None) -> PrunerSpec:
     """Return the checked spec of `--pruner TEXT`; hyperband and rungs go by `epochs` unless it says otherwise.
 
@@ -329,7 +339,7 @@ def grid_size(spec: SamplerSpec) -> int | None:
 
 def random_start(spec: SamplerSpec) -> int:
     """Return how many trials have to be done before the sampler looks at any; 0 for one that does not wait."""
-    parameters = inspect.signature(_SAMPLERS[spec.name]).parameters
+    parameters = _parameters(_SAMPLERS[spec.name])
     default = parameters["n_startup_trials"].default if "n_startup_trials" in parameters else 0
     count: Any = spec.settings.get("n_startup_trials", default)
     return int(count)
@@ -482,9 +492,21 @@ def _check_setting(what: str, key: str, annotation: object, value: Any) -> None:
             raise UsageError(f"{what}: {key} needs to be {end}, got {value!r}")
 
 
+def _parameters(kind: type[object]) -> dict[str, inspect.Parameter]:
+    """Return what the class takes; where it hands others on, what the class that it is made from takes as well."""
+    found: dict[str, inspect.Parameter] = {}
+    for its in kind.__mro__:
+        if "__init__" in vars(its):
+            own = inspect.signature(its).parameters.values()
+            found |= {one.name: one for one in own if one.kind is not one.VAR_KEYWORD and one.name not in found}
+            if all(one.kind is not one.VAR_KEYWORD for one in own):
+                break
+    return found
+
+
 def _build(option: str, kind: type[T], name: str, settings: Mapping[str, Any], **ours: Any) -> T:
     """Return `kind(**settings, **ours)`, once it is sure that people may make these settings."""
-    parameters = inspect.signature(kind).parameters
+    parameters = _parameters(kind)
     known = [key for key in parameters if key not in _NOT_SETTABLE]
     for key, value in settings.items():
         if key not in known:

@@ -163,10 +163,10 @@ def test_what_an_audited_trial_reported_after_its_pruning_does_not_count(
         assert pruner.prune(study, a_running_trial(0.9))
 
 
-def test_rungs_lie_at_a_tenth_and_a_fifth_of_a_trials_reports() -> None:
-    assert RungsPruner(20).rule == Rungs((1, 3), 2.0, n_startup=3, latest=6)
+def test_rungs_lie_at_a_tenth_and_at_three_of_a_trials_reports() -> None:
+    assert RungsPruner(20).rule == Rungs((1, 5), 3.0, n_startup=3, latest=6)
     assert RungsPruner(3, eta=4.0, trials=5).rule == Rungs((0,), 4.0)
-    assert RungsPruner(3, trials=6).rule == Rungs((0,), 2.0, n_startup=3, latest=6)
+    assert RungsPruner(3, trials=6).rule == Rungs((0,), 3.0, n_startup=3, latest=6)
 
 
 def test_a_decision_between_rungs_reads_nothing_and_one_at_a_rung_is_one_statement(

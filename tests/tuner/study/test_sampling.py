@@ -1,4 +1,3 @@
-import inspect
 import itertools
 import json
 import math
@@ -22,6 +21,7 @@ from tuner.study.sampling import (
     _RANGES,
     _SAMPLERS,
     _grid_values,
+    _parameters,
     build_pruner,
     build_sampler,
     discover,
@@ -29,6 +29,7 @@ from tuner.study.sampling import (
     pruner_spec,
     random_start,
     sampler_spec,
+    suited,
 )
 
 SAMPLERS = ("tpe", "random", "gp", "cmaes", "qmc", "grid")
@@ -259,10 +260,19 @@ def test_hyperband_ends_at_the_epochs_of_the_study_unless_told_otherwise():
     assert pruner_spec("hyperband:max_resource=9", 20).settings == {"max_resource": 9}
 
 
+def test_tpe_learns_from_fewer_trials_beside_rungs_unless_told_otherwise():
+    rungs, median = pruner_spec("rungs", 20), pruner_spec("median", 20)
+    assert suited(sampler_spec("tpe", None), rungs).settings == {"gamma": "sqrt"}
+    given = sampler_spec("tpe:gamma=linear,group=true", None)
+    assert suited(given, rungs) == given
+    assert suited(sampler_spec("tpe", None), median).settings == {}
+    assert suited(sampler_spec("random", None), rungs).settings == {}
+
+
 def test_rungs_are_of_the_study_s_epochs_and_a_plain_function_tells_its_own():
     assert pruner_spec("rungs", 20).settings == {"epochs": 20}
     spec = pruner_spec("rungs:epochs=60,eta=4", None)
-    assert build_pruner(spec).rule == Rungs((5, 11), 4, n_startup=3, latest=6)
+    assert build_pruner(spec).rule == Rungs((5, 17), 4, n_startup=3, latest=6)
     assert build_pruner(spec, trials=5).rule.n_startup == 1
     with pytest.raises(UsageError, match="--pruner rungs needs to know how often a plain function's trial reports"):
         pruner_spec("rungs:eta=4", None)
@@ -312,7 +322,9 @@ def test_median_pruning_is_what_optuna_has_by_default():
         ("tpe:seed=3", "--sampler tpe has no setting 'seed'"),
         ("random:x=1", "--sampler random has no setting 'x'; it has: none"),
         ("qmc:x=1", "--sampler qmc has no setting 'x'; it has: qmc_type, scramble"),
-        ("tpe:gamma=3", "no setting 'gamma'"),
+        ("tpe:gamma=3", "gamma needs to be str, got 3"),
+        ("tpe:gamma=cubic", "gamma needs to be linear or sqrt, got 'cubic'"),
+        ("qmc:others=3", "no setting 'others'; it has: qmc_type, scramble"),
         ("qmc:qmc_type=grid", "--sampler qmc does not take these settings"),
         ("qmc:number=3", "no setting 'number'"),
         ("tpe:n_ei_candidates=0", "--sampler tpe: n_ei_candidates needs to be within 1 to 1000000, got 0"),
@@ -367,7 +379,7 @@ def test_a_pruner_that_cannot_work_is_refused_with_advice(text, told):
 SETTINGS = [
     (name, key)
     for name, kind in {**_SAMPLERS, **_PRUNERS}.items()
-    for key, parameter in inspect.signature(kind).parameters.items()
+    for key, parameter in _parameters(kind).items()
     if key not in _NOT_SETTABLE and re.search(r"\b(int|float)\b", str(parameter.annotation))
 ]
 

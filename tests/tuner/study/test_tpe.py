@@ -10,6 +10,7 @@ import pytest
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.samplers import TPESampler
 from optuna.samplers._tpe import _truncnorm
+from optuna.samplers._tpe.sampler import hyperopt_default_gamma
 
 from tuner.study import tpe
 
@@ -72,3 +73,14 @@ def test_an_optuna_without_that_function_is_left_as_it_is(monkeypatch: pytest.Mo
     monkeypatch.delattr(_truncnorm, "_log_ndtr")
     tpe._use_scipy()
     assert not hasattr(_truncnorm, "_log_ndtr")
+
+
+@pytest.mark.filterwarnings("ignore:`gamma` has been deprecated:FutureWarning")
+def test_gamma_is_a_tenth_or_hyperopts_root() -> None:
+    theirs = suggested(TPESampler, gamma=hyperopt_default_gamma)
+    ours = suggested(tpe.ScipyTPESampler, gamma="sqrt")
+    for its, others in zip(ours, theirs, strict=True):
+        assert its == pytest.approx(others, rel=1e-9)
+    assert ours != suggested(tpe.ScipyTPESampler)
+    with pytest.raises(ValueError, match="gamma needs to be linear or sqrt, got 'cubic'"):
+        tpe.ScipyTPESampler(gamma="cubic")
