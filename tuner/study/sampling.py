@@ -274,8 +274,7 @@ def _cells(objective: Objective, space: dict[str, Any], points: int) -> list[Jso
 def suited(sampler: SamplerSpec, pruner: PrunerSpec) -> SamplerSpec:
     """Return the sampler as it is chosen beside the pruner.
 
-    Rungs let many trials run a little way, so that a tenth of all of them are most of the complete ones: beside them
-    TPE's `gamma` is `sqrt` unless it is given (docs/search.md).
+    Beside rungs TPE's `gamma` is `sqrt` unless it is given: a search ends better by that, as docs/search.md tells.
     """
     if sampler.name != "tpe" or pruner.name != "rungs" or "gamma" in sampler.settings:
         return sampler
