@@ -106,10 +106,8 @@ METHODS: dict[str, Method] = {
     "sharper tpe + rungs up to 0.8": Method(sampler=sharper, scales=lambda epochs: started_rungs(DOUBLE, epochs)),
     "sharper tpe + early rungs": Method(sampler=sharper, scales=lambda epochs: started_rungs(DOUBLE[:2], epochs)),
     # A random trial takes rungs less time than the median: as many of them as take as long.
-    "later tpe + stock median": Method(sampler=later, pruner=lambda _: optuna.pruners.MedianPruner(), asks_last=True),
     "later tpe + early rungs": Method(sampler=later, scales=lambda epochs: started_rungs(DOUBLE[:2], epochs)),
     "later tpe + rungs up to 0.4": Method(sampler=later, scales=lambda epochs: started_rungs(DOUBLE[:3], epochs)),
-    "later tpe + rungs up to 0.8": Method(sampler=later, scales=lambda epochs: started_rungs(DOUBLE, epochs)),
     "random + median": Method(sampler=random, rule=Percentile()),
     "random + stock median": Method(sampler=random, pruner=lambda _: optuna.pruners.MedianPruner(), asks_last=True),
     "random + median, asked last": Method(sampler=random, rule=Percentile(), asks_last=True),

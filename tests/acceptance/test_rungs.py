@@ -44,8 +44,13 @@ N_TRIALS = 30
 def test_workers_decide_as_the_replay_of_what_they_recorded(tuner: Tuner, database: str, tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(OBJECTIVE)
     options = ("--study", "s", "--trials", str(N_TRIALS), "--pruner", "rungs:epochs=10,eta=1.5", "--audit", "0.5")
-    done = tuner("run", tmp_path / "mine.py:objective", *options, "--direction", "minimize", "--workers", "2")
+    command = ("run", tmp_path / "mine.py:objective", *options, "--direction", "minimize", "--workers", "2")
+    done = tuner(*command)
     assert done.code == 0, done.stderr
+    assert tuner("show", "s", "--json").json()["spec"]["sampler"] == {"name": "tpe", "settings": {"gamma": "sqrt"}}
+    again = tuner(*command, "--sampler", "tpe")  # the same study
+    assert again.code == 0, again.stderr
+    assert again.stderr.startswith("joined study s")
     engine = open_engine(database)
     with engine.connect() as conn:
         reports = conn.execute(
