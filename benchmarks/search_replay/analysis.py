@@ -33,7 +33,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy.stats import trim_mean, ttest_1samp, wilcoxon
 
-TRACES = Path(__file__).parent / "traces.jsonl.xz"
+TRACES = Path(__file__).parent / "traces"
 AT = (1, 2, 4, 8, 16, 24, 40, 64)
 """Device time at which regrets are shown, in full trainings."""
 AFTER = (10, 20, 40)
@@ -78,9 +78,14 @@ class Traces:
 
 
 def read(path: Path, which: str = "seen") -> dict[tuple[str, int], dict[str, Traces]]:
-    """Return the traces by task and number of workers, and by method; of what was `seen`, or is `complete`."""
-    with lzma.open(path, "rt") if path.suffix == ".xz" else path.open() as file:
-        lines = [json.loads(line) for line in file]
+    """Return the traces by task and number of workers, and by method; of what was `seen`, or is `complete`.
+
+    `path` is a file of them, or a directory of packed ones.
+    """
+    lines = []
+    for part in sorted(path.glob("*.jsonl.xz")) if path.is_dir() else [path]:
+        with lzma.open(part, "rt") if part.suffix == ".xz" else part.open() as file:
+            lines += [json.loads(line) for line in file]
     grouped: dict[tuple[str, int], dict[str, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
     for line in lines:
         grouped[line["task"], line["workers"]][line["method"]].append(line)
