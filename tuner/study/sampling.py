@@ -6,10 +6,9 @@ import inspect
 import json
 import math
 import traceback
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Any, TypeVar, get_args
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, get_args
 
 import optuna
 from optuna.distributions import (
@@ -27,7 +26,8 @@ from tuner.errors import UsageError, first_line
 from tuner.seeds import derive_seed
 from tuner.spec import PrunerName, PrunerSpec, SamplerName, SamplerSpec
 from tuner.study.cmaes import SafeCmaEsSampler
-from tuner.study.params import MAX_INT, ParamError, as_param, check_distribution, finite, parse_value
+from tuner.study.params import ParamError, as_param, check_distribution, finite, parse_value
+from tuner.study.settings import built, parameters_of, quiet
 from tuner.study.tpe import ScipyTPESampler
 
 if TYPE_CHECKING:
@@ -36,19 +36,8 @@ if TYPE_CHECKING:
     from tuner.objective import Objective
 
 
-T = TypeVar("T")
-
 MAX_POINTS = 1000
 """A param's values in a grid; more is a slip of the finger."""
-
-_PLAIN_TYPES: dict[str, tuple[type, ...]] = {
-    "int": (int,),
-    "float": (float, int),
-    "bool": (bool,),
-    "str": (str,),
-    "None": (type(None),),
-    "dict[str, Any]": (dict,),
-}
 
 
 class _Grid(GridSampler):
@@ -116,39 +105,6 @@ _PRUNERS: dict[str, type[BasePruner]] = {
 _PRUNER_DEFAULTS: dict[str, dict[str, Any]] = {"percentile": {"percentile": 25.0}}
 _OF_EPOCHS = {"hyperband": "max_resource", "rungs": "epochs"}
 """The setting of a pruner that is how many epochs a trial has, unless it is given."""
-# Callables and samplers cannot be written into a spec; the seed and the trials are the study's; the last two do nothing
-# any more.
-_NOT_SETTABLE = {
-    "seed",
-    "number",
-    "trials",
-    "weights",
-    "constraints_func",
-    "independent_sampler",
-    "source_trials",
-    "restart_strategy",
-    "inc_popsize",
-}
-# From where to where a setting works, both included: Optuna takes most of them as they are, and fails in a trial.
-# The upper ends are where a trial's memory or time would go into the setting alone.
-_RANGES: dict[str, tuple[float, float]] = {
-    "n_startup_trials": (0, MAX_INT),
-    "n_ei_candidates": (1, 10**6),
-    "prior_weight": (1e-10, 10**10),
-    "sigma0": (1e-10, 10**10),
-    "popsize": (3, 10**6),
-    "percentile": (0, 100),
-    "n_warmup_steps": (0, MAX_INT),
-    "interval_steps": (1, MAX_INT),
-    "n_min_trials": (1, MAX_INT),
-    "min_resource": (1, MAX_INT),
-    "max_resource": (1, MAX_INT),
-    "reduction_factor": (2, MAX_INT),
-    "min_early_stopping_rate": (0, 1000),
-    "bootstrap_count": (0, MAX_INT),
-    "epochs": (1, MAX_INT),
-    "eta": (1.1, MAX_INT),
-}
 # QMC draws one sequence and grid shuffles its cells once for the whole study: every worker the same way.
 _ONE_SEQUENCE = {"qmc", "grid"}
 # These draw conditional params at random, and would log a line for each such param of each trial.
@@ -313,7 +269,7 @@ def build_sampler(spec: SamplerSpec, study_seed: int, number: int) -> BaseSample
     if spec.name == "qmc":
         independent = RandomSampler(derive_seed(study_seed, "sampler", number))
         ours |= {"number": number, "independent_sampler": independent}
-    return _build("--sampler", _SAMPLERS[spec.name], spec.name, spec.settings, **ours)
+    return built("--sampler", _SAMPLERS[spec.name], spec.name, spec.settings, **ours)
 
 
 def build_pruner(spec: PrunerSpec, trials: int | None = None) -> BasePruner:
@@ -322,7 +278,7 @@ def build_pruner(spec: PrunerSpec, trials: int | None = None) -> BasePruner:
     Without `trials` they are many.
     """
     ours = {"trials": trials} if spec.name == "rungs" else {}
-    return _build("--pruner", _PRUNERS[spec.name], spec.name, spec.settings, **ours)
+    return built("--pruner", _PRUNERS[spec.name], spec.name, spec.settings, **ours)
 
 
 def grid_size(spec: SamplerSpec) -> int | None:
@@ -338,7 +294,7 @@ def grid_size(spec: SamplerSpec) -> int | None:
 
 def random_start(spec: SamplerSpec) -> int:
     """Return how many trials have to be done before the sampler looks at any; 0 for one that does not wait."""
-    parameters = _parameters(_SAMPLERS[spec.name])
+    parameters = parameters_of(_SAMPLERS[spec.name])
     default = parameters["n_startup_trials"].default if "n_startup_trials" in parameters else 0
     count: Any = spec.settings.get("n_startup_trials", default)
     return int(count)
@@ -389,7 +345,7 @@ def most_epochs(objective: Objective, epochs: int) -> int:
 
 def drawn(objective: Objective) -> dict[str, Any]:
     """Return params of the objective, the same each time, for a model to look at before there is a trial."""
-    with _quiet():
+    with quiet():
         trial = optuna.create_study(sampler=RandomSampler(seed=0)).ask()
         objective.suggest(trial)
     return trial.params
@@ -397,7 +353,7 @@ def drawn(objective: Objective) -> dict[str, Any]:
 
 def suggested_by(objective: Objective, fixed: dict[str, Any]) -> dict[str, BaseDistribution]:
     """Return what the objective suggests where these params are given. Raises UsageError as `discover` does."""
-    with _quiet():
+    with quiet():
         study = optuna.create_study(sampler=RandomSampler(seed=0))
         study.enqueue_trial(fixed)
         trial = study.ask()
@@ -452,70 +408,7 @@ def _check_grid(space: JsonValue) -> None:
             raise UsageError(f"--sampler grid needs a list of values for {name!r}, got {values!r}")
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep Optuna from saying that a sampler is experimental, that a setting goes in its next version, that it made a
-    study in memory, or what we refuse.
-    """
-    level = optuna.logging.get_verbosity()
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            warnings.simplefilter("ignore", FutureWarning)
-            warnings.filterwarnings("ignore", "Fixed parameter|Choices for a categorical", UserWarning)
-            yield
-    finally:
-        optuna.logging.set_verbosity(level)
-
-
 def _as_points(value: object) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= MAX_POINTS:
         raise UsageError(f"--sampler grid needs points to be a whole number in 1..{MAX_POINTS}, got {value!r}")
     return value
-
-
-def _check_setting(what: str, key: str, annotation: object, value: Any) -> None:
-    """Raise UsageError if a setting is of none of the types that Optuna's annotation names, or out of its range.
-
-    Annotations that name other types are not checked.
-    """
-    wanted = annotation.__name__ if isinstance(annotation, type) else str(annotation)
-    names = {name.strip() for name in wanted.split("|")}
-    if names <= _PLAIN_TYPES.keys() and not any(type(value) in _PLAIN_TYPES[name] for name in names):
-        raise UsageError(f"{what}: {key} needs to be {wanted}, got {value!r}")
-    if key in _RANGES and isinstance(value, int | float):
-        low, high = _RANGES[key]
-        if not low <= value <= high:
-            end = f"at least {low}" if high == MAX_INT and value < low else f"within {low} to {high}"
-            raise UsageError(f"{what}: {key} needs to be {end}, got {value!r}")
-
-
-def _parameters(kind: type[object]) -> dict[str, inspect.Parameter]:
-    """Return what the class takes; where it hands others on, what the class that it is made from takes as well."""
-    found: dict[str, inspect.Parameter] = {}
-    for its in kind.__mro__:
-        if "__init__" in vars(its):
-            own = inspect.signature(its).parameters.values()
-            found |= {one.name: one for one in own if one.kind is not one.VAR_KEYWORD and one.name not in found}
-            if all(one.kind is not one.VAR_KEYWORD for one in own):
-                break
-    return found
-
-
-def _build(option: str, kind: type[T], name: str, settings: Mapping[str, Any], **ours: Any) -> T:
-    """Return `kind(**settings, **ours)`, once it is sure that people may make these settings."""
-    parameters = _parameters(kind)
-    known = [key for key in parameters if key not in _NOT_SETTABLE]
-    for key, value in settings.items():
-        if key not in known:
-            raise UsageError(f"{option} {name} has no setting {key!r}; it has: {', '.join(known) or 'none'}")
-        _check_setting(f"{option} {name}", key, parameters[key].annotation, value)
-    least, most = settings.get("min_resource"), settings.get("max_resource")
-    if isinstance(least, int) and isinstance(most, int) and least > most:
-        raise UsageError(f"{option} {name}: min_resource needs to be at most max_resource, {most}, got {least}")
-    try:
-        with _quiet():
-            return kind(**{**ours, **settings})
-    except (TypeError, ValueError) as error:
-        raise UsageError(f"{option} {name} does not take these settings: {error}") from error

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from contextlib import suppress
 from functools import cache
 from typing import Any
@@ -23,14 +22,15 @@ class ScipyTPESampler(TPESampler):
     164 after 10,000 (2 busy cores, 2026-11).
 
     `gamma` is how many of n trials it takes for good ones: `linear`, a tenth of them, or `sqrt`, 0.25 sqrt(n), which is
-    hyperopt's; 25 at most (https://arxiv.org/abs/2304.11127, section 3.2). Raises ValueError if it is neither.
+    hyperopt's; 25 at most. Raises ValueError if it is neither.
     """
 
     def __init__(self, *, gamma: str = "linear", **settings: Any) -> None:
-        if gamma not in _GAMMAS:
-            raise ValueError(f"gamma needs to be {' or '.join(_GAMMAS)}, got {gamma!r}")
+        if gamma not in ("linear", "sqrt"):
+            raise ValueError(f"gamma needs to be linear or sqrt, got {gamma!r}")
         super().__init__(**settings)
-        self._gamma = _GAMMAS[gamma]
+        if gamma == "sqrt":
+            self._gamma = lambda n: min(math.ceil(0.25 * math.sqrt(n)), 25)
 
     def sample_relative(
         self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
@@ -45,12 +45,6 @@ class ScipyTPESampler(TPESampler):
         """Return a param by itself."""
         _use_scipy()
         return super().sample_independent(study, trial, param_name, param_distribution)
-
-
-_GAMMAS: dict[str, Callable[[int], int]] = {
-    "linear": lambda n: min(math.ceil(0.1 * n), 25),
-    "sqrt": lambda n: min(math.ceil(0.25 * math.sqrt(n)), 25),
-}
 
 
 @cache

@@ -16,12 +16,9 @@ from storage.optuna_storage.rules import Rungs
 from tuner.errors import UsageError
 from tuner.spec import PrunerSpec
 from tuner.study.sampling import (
-    _NOT_SETTABLE,
     _PRUNERS,
-    _RANGES,
     _SAMPLERS,
     _grid_values,
-    _parameters,
     build_pruner,
     build_sampler,
     discover,
@@ -31,6 +28,7 @@ from tuner.study.sampling import (
     sampler_spec,
     suited,
 )
+from tuner.study.settings import NOT_SETTABLE, RANGES, parameters_of
 
 SAMPLERS = ("tpe", "random", "gp", "cmaes", "qmc", "grid")
 PRUNERS = ("median", "percentile", "rungs", "hyperband", "asha", "none")
@@ -379,14 +377,14 @@ def test_a_pruner_that_cannot_work_is_refused_with_advice(text, told):
 SETTINGS = [
     (name, key)
     for name, kind in {**_SAMPLERS, **_PRUNERS}.items()
-    for key, parameter in _parameters(kind).items()
-    if key not in _NOT_SETTABLE and re.search(r"\b(int|float)\b", str(parameter.annotation))
+    for key, parameter in parameters_of(kind).items()
+    if key not in NOT_SETTABLE and re.search(r"\b(int|float)\b", str(parameter.annotation))
 ]
 
 
 @pytest.mark.parametrize(("name", "key"), SETTINGS)
 def test_a_setting_works_at_the_lower_end_of_its_range_and_is_refused_below(name, key, recwarn):
-    low, _ = _RANGES[key]
+    low, _ = RANGES[key]
 
     def specs(value):
         settings = {"n_startup_trials": 1} if name in ("tpe", "gp", "cmaes") else {}
