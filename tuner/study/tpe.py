@@ -30,7 +30,7 @@ class ScipyTPESampler(TPESampler):
             raise ValueError(f"gamma needs to be linear or sqrt, got {gamma!r}")
         super().__init__(**settings)
         if gamma == "sqrt":
-            self._gamma = lambda n: min(math.ceil(0.25 * math.sqrt(n)), 25)
+            self._gamma = _root
 
     def sample_relative(
         self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
@@ -45,6 +45,10 @@ class ScipyTPESampler(TPESampler):
         """Return a param by itself."""
         _use_scipy()
         return super().sample_independent(study, trial, param_name, param_distribution)
+
+
+def _root(n: int) -> int:
+    return min(math.ceil(0.25 * math.sqrt(n)), 25)
 
 
 @cache
